@@ -1,0 +1,50 @@
+"""Pretrain BigBird vision transformers on your own images with VICReg, the Hugging Face way.
+
+Importing the package registers its models with `AutoConfig`, `AutoModel`, `AutoModelForPreTraining` and
+`AutoImageProcessor`. Training is imported when first used: `import hf_vicreg` loads neither accelerate nor datasets.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+
+from hf_vicreg._version import __version__
+from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
+from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
+from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
+from hf_vicreg.modeling.image_processing_pil_bigbird_vit import BigBirdViTImageProcessorPil
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.modeling.vicreg_loss import vicreg_loss
+
+if TYPE_CHECKING:
+    from hf_vicreg.training.pretrain import pretrain
+
+AutoConfig.register("bigbird_vit", BigBirdViTConfig)
+AutoConfig.register("vicreg", VicRegConfig)
+AutoModel.register(BigBirdViTConfig, BigBirdViTModel)
+AutoModelForPreTraining.register(VicRegConfig, VicRegForPreTraining)
+AutoImageProcessor.register(
+    BigBirdViTConfig,
+    image_processor_classes={"torchvision": BigBirdViTImageProcessor, "pil": BigBirdViTImageProcessorPil},
+)
+
+__all__ = [
+    "BigBirdViTConfig",
+    "BigBirdViTImageProcessor",
+    "BigBirdViTImageProcessorPil",
+    "BigBirdViTModel",
+    "VicRegConfig",
+    "VicRegForPreTraining",
+    "__version__",
+    "pretrain",
+    "vicreg_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "pretrain":
+        from hf_vicreg.training.pretrain import pretrain
+
+        return pretrain
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Templates of model cards, and one card per checkpoint with its evidence."""

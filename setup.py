@@ -1,0 +1,24 @@
+"""Package mapping: the rooms at the top level are sub-packages of `hf_vicreg`.
+
+`hf_vicreg/modeling` and its two siblings are committed relative links, so an uninstalled checkout imports as well; the
+mapping below is what makes editable installs and wheels hold the real folders once.
+"""
+
+from setuptools import find_packages, setup
+
+ROOMS = ("modeling", "training", "model_cards")
+
+setup(
+    packages=["hf_vicreg"]
+    + [
+        f"hf_vicreg.{package}"
+        for room in ROOMS
+        for package in [room, *(f"{room}.{nested}" for nested in find_packages(room))]
+    ],
+    package_dir={"hf_vicreg": "hf_vicreg", **{f"hf_vicreg.{room}": room for room in ROOMS}},
+    package_data={
+        "hf_vicreg": ["py.typed"],
+        "hf_vicreg.training": ["recipes/*.yaml"],
+        "hf_vicreg.model_cards": ["*.md"],
+    },
+)

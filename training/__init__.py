@@ -1,0 +1,1 @@
+"""The pretraining engine, on top of Accelerate."""
