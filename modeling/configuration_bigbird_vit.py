@@ -1,0 +1,161 @@
+"""Configuration of the BigBird vision transformer."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class BigBirdViTConfig(PreTrainedConfig):
+    r"""Configuration of a vision transformer whose patches attend globally, locally and at random.
+
+    Args:
+        hidden_size: Width of the tokens. A multiple of `num_attention_heads`.
+        num_hidden_layers: Number of transformer layers.
+        num_attention_heads: Heads per layer. The head size, `hidden_size / num_attention_heads`, is a multiple of 4
+            (rotary positions rotate pairs, half of them for the row and half for the column).
+        intermediate_size: Hidden width of the MLP.
+        hidden_act: Activation of the MLP, a name transformers knows.
+        hidden_dropout_prob: Dropout after the embeddings, in [0, 1).
+        attention_probs_dropout_prob: Dropout on the attention probabilities, in [0, 1).
+        drop_path_rate: Stochastic depth of the last layer, in [0, 1); it grows linearly from 0 at the first.
+        layerscale_value: Initial value of a learned scale on each residual branch; `None` leaves the scale out.
+        initializer_range: Standard deviation of the truncated normal initialisation.
+        layer_norm_eps: Epsilon of the layer norms.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        image_size: Nominal image size in pixels, `int` or `(height, width)`. Other sizes work as well.
+        patch_size: Patch size in pixels, `int` or `(height, width)`.
+        patch_stride: Distance between neighbouring patches in pixels; `None` means `patch_size`, a smaller value
+            makes patches overlap.
+        num_channels: Channels of the image.
+        num_register_tokens: Learned tokens beside CLS that carry no patch (Darcet et al. 2023, arXiv 2309.16588).
+        pooling: What `pooler_output` is: `"cls"`, or `"mean"` of the valid patch tokens.
+        rope_theta: Base of the rotary frequencies; coordinates run from -1 to 1 over the image.
+        attention_type: `"block_sparse"`, or `"original_full"` for dense attention (BigBird's own words).
+        tile_size: Tile of the 2-D pattern in patches, `int` or `(height, width)`. One tile is BigBird's block.
+        window_size: Side of the local window in tiles, odd: 3 means the tile itself and its neighbours.
+        num_random_blocks: Random tiles that each tile sees besides its window, drawn per layer.
+        attention_seed: Seed of the random tiles; part of the architecture, so it is stored with the weights.
+    """
+
+    model_type = "bigbird_vit"
+
+    hidden_size: int = 384
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    intermediate_size: int = 1536
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    layerscale_value: float | int | None = None
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-6
+    qkv_bias: bool = True
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    patch_stride: int | list[int] | tuple[int, int] | None = None
+    num_channels: int = 3
+    num_register_tokens: int = 0
+    pooling: Literal["cls", "mean"] = "cls"
+    rope_theta: float | int = 100.0
+    attention_type: Literal["block_sparse", "original_full"] = "block_sparse"
+    tile_size: int | list[int] | tuple[int, int] = 8
+    window_size: int = 3
+    num_random_blocks: int = 3
+    attention_seed: int = 0
+
+    def validate_architecture(self):
+        """Check what the field types cannot say; run at creation and before saving.
+
+        Raises:
+            ValueError: A field out of range, with the field, the expectation and the value found.
+        """
+        at_least = {
+            "hidden_size": 1,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "intermediate_size": 1,
+            "num_channels": 1,
+            "num_register_tokens": 0,
+            "num_random_blocks": 0,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}`: expected at least {least}, got {getattr(self, name)}.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}`: expected a probability in [0, 1), got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            raise ValueError(
+                "`hidden_size`: expected a multiple of 4 * `num_attention_heads` "
+                f"({4 * self.num_attention_heads}), got {self.hidden_size}."
+            )
+        if self.window_size < 1 or self.window_size % 2 == 0:
+            raise ValueError(f"`window_size`: expected an odd number of tiles, at least 1, got {self.window_size}.")
+        for name in ("image_size", "patch_size", "patch_stride", "tile_size"):
+            value = getattr(self, name)
+            if value is not None and not (len(_pair(value)) == 2 and min(_pair(value)) >= 1):
+                raise ValueError(f"`{name}`: expected a positive int or (height, width), got {value}.")
+        if any(stride > size for stride, size in zip(self.patch_stride_hw, self.patch_size_hw, strict=True)):
+            raise ValueError(
+                f"`patch_stride`: expected at most `patch_size` {self.patch_size}, so that no pixel is left out; "
+                f"got {self.patch_stride}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def image_size_hw(self) -> tuple[int, int]:
+        """Nominal image size, (height, width) in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_size_hw(self) -> tuple[int, int]:
+        """Patch size, (height, width) in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def patch_stride_hw(self) -> tuple[int, int]:
+        """Distance between neighbouring patches, (height, width) in pixels."""
+        return _pair(self.patch_size if self.patch_stride is None else self.patch_stride)
+
+    @property
+    def tile_size_hw(self) -> tuple[int, int]:
+        """Tile of the attention pattern, (height, width) in patches."""
+        return _pair(self.tile_size)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the grid of patches of an image.
+
+        Pixels at the lower and right border that fill no whole patch are left out, as in a convolution.
+
+        Args:
+            height: Image height in pixels.
+            width: Image width in pixels.
+
+        Returns:
+            Rows and columns of patches.
+
+        Raises:
+            ValueError: The image is smaller than one patch.
+        """
+        if height < self.patch_size_hw[0] or width < self.patch_size_hw[1]:
+            raise ValueError(
+                f"`pixel_values`: expected an image of at least one patch {self.patch_size_hw} (height, width) in "
+                f"pixels, got {(height, width)}; resize the image or choose a smaller `patch_size`."
+            )
+        rows = (height - self.patch_size_hw[0]) // self.patch_stride_hw[0] + 1
+        columns = (width - self.patch_size_hw[1]) // self.patch_stride_hw[1] + 1
+        return rows, columns
+
+
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+__all__ = ["BigBirdViTConfig"]
