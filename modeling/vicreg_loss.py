@@ -1,0 +1,189 @@
+"""VICReg loss: invariance, variance, covariance; one function of the global batch, however many processes hold it.
+
+Source: Bardes, Ponce, LeCun, "VICReg", ICLR 2022 (arXiv 2105.04906), equations 1 to 6, in the convention of the authors'
+code (facebookresearch/vicreg, `main_vicreg.py`): invariance averaged over dimensions, variance averaged over the two
+branches, covariance summed over them.
+
+Symbols: Z and Z' are the embeddings of two views, N the global batch, n one process's share of it, D the width.
+Invariance `s = mean (Z - Z')^2`. Variance `v(Z) = mean_j max(0, gamma - sqrt(Var(Z_j) + eps))`. Covariance
+`c(Z) = 1/D sum_{j != k} C_jk^2` with `C = Zc^T Zc / (N - 1)`, Zc being Z less its column means.
+
+For N < D the covariance never forms the D x D matrix C: with the Gram matrix `G = Zc Zc^T` (N x N),
+`sum_{j != k} C_jk^2 = ||G||_F^2 / (N - 1)^2 - sum_j Var_j^2` (Garrido et al. 2022, arXiv 2206.02574, the duality of
+contrastive and non-contrastive losses), and its gradient is `4 / (D (N - 1)) (G Zc / (N - 1) - Zc diag(Var))`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class VicRegLoss(NamedTuple):
+    """The loss and its three unweighted parts, scalar tensors with gradient, at least float32."""
+
+    loss: torch.Tensor
+    invariance: torch.Tensor
+    variance: torch.Tensor
+    covariance: torch.Tensor
+
+
+def vicreg_loss(
+    z_a: torch.Tensor,
+    z_b: torch.Tensor,
+    *,
+    invariance_weight: float = 25.0,
+    variance_weight: float = 25.0,
+    covariance_weight: float = 1.0,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    process_group: dist.ProcessGroup | None = None,
+) -> VicRegLoss:
+    """Return the VICReg loss of two batches of embeddings.
+
+    Computed in float32 (float64 for float64 inputs) whatever the autocast. A non-finite value is returned, not raised.
+
+    Args:
+        z_a: `(batch, dimensions)` floating point, embeddings of the first view.
+        z_b: `(batch, dimensions)`, embeddings of the second view.
+        invariance_weight: Lambda.
+        variance_weight: Mu.
+        covariance_weight: Nu.
+        gamma: Target of each dimension's standard deviation.
+        eps: Added to the variance under the root.
+        process_group: Processes whose batches, of equal size, together make the global batch. Each gets the loss of the
+            global batch, and gradients multiplied by the number of processes, so that the mean over processes that
+            DistributedDataParallel takes is the gradient of one process with the joined batch. All of them must call.
+
+    Raises:
+        ValueError: Wrong shape or type, fewer than two samples in the global batch, a negative weight, or batches of
+            different size in the group (on every process).
+    """
+    if z_a.ndim != 2 or z_a.shape != z_b.shape:
+        raise ValueError(
+            "`z_a`, `z_b`: expected two tensors of one shape (batch, dimensions), "
+            f"got {tuple(z_a.shape)} and {tuple(z_b.shape)}."
+        )
+    for name, z in (("z_a", z_a), ("z_b", z_b)):
+        if not z.is_floating_point():
+            raise ValueError(f"`{name}`: expected a floating point tensor, got {z.dtype}.")
+    for name, weight in (
+        ("invariance_weight", invariance_weight),
+        ("variance_weight", variance_weight),
+        ("covariance_weight", covariance_weight),
+        ("eps", eps),
+    ):
+        if not weight >= 0:
+            raise ValueError(f"`{name}`: expected a number of at least 0, got {weight}.")
+    num_samples = _global_batch(z_a, process_group)
+    if num_samples < 2:
+        raise ValueError(
+            f"`z_a`, `z_b`: expected at least 2 samples for a covariance, got a batch of {num_samples}; "
+            "raise the batch size."
+        )
+    dtype = torch.promote_types(torch.promote_types(z_a.dtype, z_b.dtype), torch.float32)
+    with torch.autocast(z_a.device.type, enabled=False):
+        parts = _VicRegTerms.apply(z_a.to(dtype), z_b.to(dtype), gamma, eps, process_group)
+        invariance, variance, covariance = parts
+        loss = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
+    return VicRegLoss(loss, invariance, variance, covariance)
+
+
+def _global_batch(z: torch.Tensor, group: dist.ProcessGroup | None) -> int:
+    """Return N; refuse unequal shares on every process, where a later collective would hang or mix them up."""
+    if group is None:
+        return len(z)
+    world_size = dist.get_world_size(group)
+    share = torch.tensor([len(z), z.shape[1]], device=z.device)
+    shares = share.new_empty(world_size, 2)
+    dist.all_gather_into_tensor(shares, share[None], group=group)
+    sizes = shares.tolist()
+    if any(size != sizes[0] for size in sizes):
+        raise ValueError(f"`z_a`: expected one (batch, dimensions) on every process of the group, got {sizes}.")
+    return sizes[0][0] * world_size
+
+
+class _Statistics(NamedTuple):
+    centred: torch.Tensor  # (n, D)
+    mean: torch.Tensor  # (D,)
+    variance: torch.Tensor  # (D,), unbiased
+    off_diagonal: torch.Tensor  # scalar, this process's share of sum_{j != k} C_jk^2, or all of it: see `is_share`
+    product: torch.Tensor  # (n, D), Zc offdiag(C)
+    is_share: bool
+
+
+def _gram_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGroup | None) -> _Statistics:
+    """N < D: this process's rows of the Gram matrix, n x N. Traffic: Z once, nothing in the backward pass."""
+    everyone = z
+    if group is not None:
+        everyone = z.new_empty(num_samples, z.shape[1])
+        dist.all_gather_into_tensor(everyone, z.contiguous(), group=group)
+    mean = everyone.mean(0)
+    all_centred = everyone - mean
+    variance = all_centred.square().sum(0) / (num_samples - 1)
+    centred = all_centred if group is None else z - mean
+    gram_rows = centred @ all_centred.T
+    share = gram_rows.square().sum() / (num_samples - 1) ** 2 - len(z) / num_samples * variance.square().sum()
+    product = torch.addmm(centred * variance, gram_rows, all_centred, beta=-1, alpha=1 / (num_samples - 1))
+    return _Statistics(centred, mean, variance, share, product, is_share=True)
+
+
+def _moment_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGroup | None) -> _Statistics:
+    """N >= D: the D x D covariance, summed over processes. Traffic: D^2 + D, nothing in the backward pass."""
+    mean = z.sum(0)
+    if group is not None:
+        dist.all_reduce(mean, group=group)
+    mean = mean / num_samples
+    centred = z - mean
+    covariance = centred.T @ centred
+    if group is not None:
+        dist.all_reduce(covariance, group=group)
+    covariance = covariance / (num_samples - 1)
+    variance = covariance.diagonal().clone()
+    covariance.fill_diagonal_(0)
+    return _Statistics(centred, mean, variance, covariance.square().sum(), centred @ covariance, is_share=False)
+
+
+class _VicRegTerms(torch.autograd.Function):
+    """Invariance, variance and covariance with their closed-form gradients."""
+
+    @staticmethod
+    def forward(ctx, z_a, z_b, gamma, eps, group):
+        world_size = 1 if group is None else dist.get_world_size(group)
+        num_samples, dimensions = len(z_a) * world_size, z_a.shape[1]
+        statistics = _gram_statistics if num_samples < dimensions else _moment_statistics
+        a, b = statistics(z_a, num_samples, group), statistics(z_b, num_samples, group)
+
+        invariance, covariance = (z_a - z_b).square().sum(), a.off_diagonal + b.off_diagonal
+        if group is not None:
+            sums = torch.stack([invariance, covariance])
+            dist.all_reduce(sums, group=group)
+            invariance = sums[0]
+            covariance = sums[1] if a.is_share else covariance
+        deviations = [(one.variance + eps).sqrt() for one in (a, b)]
+        variance = sum((gamma - deviation).relu().mean() for deviation in deviations) / 2
+
+        ctx.save_for_backward(a.centred, b.centred, a.mean - b.mean, *deviations, a.product, b.product)
+        ctx.sizes = (num_samples, dimensions, world_size, gamma)
+        return invariance / (num_samples * dimensions), variance, covariance / dimensions
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_invariance, grad_variance, grad_covariance):
+        centred_a, centred_b, mean_gap, deviation_a, deviation_b, product_a, product_b = ctx.saved_tensors
+        num_samples, dimensions, world_size, gamma = ctx.sizes
+        pull = (centred_a - centred_b + mean_gap) * (grad_invariance * 2 / (num_samples * dimensions))
+        gradients = []
+        for sign, centred, deviation, product in (
+            (1, centred_a, deviation_a, product_a),
+            (-1, centred_b, deviation_b, product_b),
+        ):
+            # the hinge is on the standard deviation: d sqrt(var + eps) / dz = Zc / ((N - 1) deviation)
+            push = torch.where(deviation < gamma, grad_variance / (-2 * dimensions * (num_samples - 1)) / deviation, 0)
+            spread = product * (grad_covariance * 4 / (dimensions * (num_samples - 1)))
+            # every process holds the whole loss and DDP averages gradients: times the world size makes the mean a sum
+            gradients.append((spread + centred * push + sign * pull) * world_size)
+        return *gradients, None, None, None
+
+
+__all__ = ["VicRegLoss", "vicreg_loss"]
