@@ -46,6 +46,7 @@ class VicRegExpander(nn.Module):
 
     def __init__(self, in_features: int, config: VicRegConfig):
         super().__init__()
+        self.in_features = in_features
         widths = [in_features, *config.expander_sizes]
         normalisation = GlobalBatchNorm1d if config.expander_norm == "batch" else nn.LayerNorm
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths[:-2], widths[1:-1], strict=True))
@@ -92,12 +93,6 @@ class VicRegForPreTraining(PreTrainedModel):
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
 
-    def represent(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return `(batch, features)`: the encoder's pooled output, or its mean token if it has none."""
-        outputs = self.encoder(pixel_values)
-        pooled = getattr(outputs, "pooler_output", None)
-        return outputs.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
-
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> VicRegOutput:
         """Return the loss of a batch of pairs of views.
 
@@ -122,7 +117,7 @@ class VicRegForPreTraining(PreTrainedModel):
                 f"`pixel_values`: expected at least 2 samples for a covariance, got {len(pixel_values)}; "
                 "raise the batch size."
             )
-        representations = [self.represent(view) for view in pixel_values.unbind(1)]
+        representations = [pooled_features(self.encoder(view)) for view in pixel_values.unbind(1)]
         z_a, z_b = (self.expander(view, group) for view in representations)
         parts = vicreg_loss(
             z_a,
@@ -141,6 +136,12 @@ class VicRegForPreTraining(PreTrainedModel):
         )
 
 
+def pooled_features(outputs: ModelOutput) -> torch.Tensor:
+    """Return `(batch, features)` from a vision encoder's output: its pooled output, or its mean token without one."""
+    pooled = getattr(outputs, "pooler_output", None)
+    return outputs.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
+
+
 def representation_size(config) -> int:
     """Return the width of a vision encoder's pooled output from its configuration.
 
@@ -154,4 +155,4 @@ def representation_size(config) -> int:
     raise ValueError(f"`encoder`: expected a config with `hidden_size` or `hidden_sizes`, got {config.model_type!r}.")
 
 
-__all__ = ["VicRegExpander", "VicRegForPreTraining", "VicRegOutput"]
+__all__ = ["VicRegExpander", "VicRegForPreTraining", "VicRegOutput", "pooled_features"]

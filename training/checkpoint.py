@@ -1,0 +1,209 @@
+"""Checkpoints that are complete or absent.
+
+A checkpoint is written into a temporary folder, every file is flushed to disk, a manifest with sizes and hashes comes
+last, and one rename makes it visible. Older ones are pruned only after that. Loading takes the newest one whose
+manifest holds. Tensors are safetensors, the rest is JSON: nothing is unpickled.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_vicreg.training.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PREFIX = "step_"
+
+
+@dataclass
+class RunState:
+    """Where a run stands, beside its tensors.
+
+    Attributes:
+        step: Optimiser steps done.
+        recipe: The resolved configuration, to refuse a checkpoint of another one.
+        data_fingerprint: The same for the data.
+        knn: Accuracies measured so far, by what they measure.
+        corrupt: Indices of unreadable images met so far.
+        training_seconds: Time spent, over all interruptions.
+        skipped_steps: Steps left out because loss or gradient was not finite.
+    """
+
+    step: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
+    data_fingerprint: str = ""
+    knn: dict[str, float] = field(default_factory=dict)
+    corrupt: list[int] = field(default_factory=list)
+    training_seconds: float = 0.0
+    skipped_steps: int = 0
+
+
+def save_checkpoint(
+    folder: Path,
+    state: RunState,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rng_states: dict[str, torch.Tensor],
+    keep: int,
+) -> Path:
+    """Write a checkpoint below `folder` and prune older ones; called on one process.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        state: Where the run stands.
+        model: The unwrapped model.
+        optimizer: Its optimiser; tensors and numbers of its state are stored.
+        rng_states: Generator states of all processes, as `local_rng_states` names them.
+        keep: How many checkpoints to keep, this one included.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: The disk is full or not writable; older checkpoints are left as they were.
+    """
+    final = folder / f"{PREFIX}{state.step:08d}"
+    temporary = folder / f".writing_{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(_flat_model(model), temporary / "model.safetensors")
+        save_file(_flat_optimizer(optimizer), temporary / "optimizer.safetensors")
+        save_file(rng_states, temporary / "rng.safetensors")
+        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        manifest = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        if final.exists():  # left damaged by another hand, or written twice at one step
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def local_rng_states(rank: int) -> dict[str, torch.Tensor]:
+    """Return torch's generator states of this process, as `rank.device`."""
+    states = {f"{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"{rank}.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of checkpoints below `folder`, oldest first, unverified."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def find_checkpoint(folder: Path, name: str) -> Path | None:
+    """Return the checkpoint to resume from, or None if `latest` finds none.
+
+    Damaged checkpoints are named in the log and passed over.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        name: `latest`, or the name or path of one checkpoint.
+
+    Raises:
+        InputError: The named checkpoint is missing or damaged, or every one is damaged.
+    """
+    if name != "latest":
+        path = next((one for one in (folder / name, Path(name)) if one.is_dir()), None)
+        if path is None:
+            raise InputError(f"`resume_from_checkpoint`: expected 'latest' or a folder in {folder}, got {name!r}.")
+        damage = find_damage(path)
+        if damage:
+            raise InputError(f"`resume_from_checkpoint`: {path} is damaged: {damage}; use 'latest'.")
+        return path
+    candidates = list_checkpoints(folder)
+    for path in reversed(candidates):
+        damage = find_damage(path)
+        if not damage:
+            return path
+        logger.warning("checkpoint %s is damaged and passed over: %s", path.name, damage)
+    if candidates:
+        raise InputError(f"`resume_from_checkpoint`: every checkpoint in {folder} is damaged; start in a new folder.")
+    return None
+
+
+def find_damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, None if nothing."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, expected in manifest.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _describe(path / name) != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def load_state(path: Path) -> RunState:
+    """Return where the run stood."""
+    return RunState(**json.loads((path / "state.json").read_text()))
+
+
+def load_tensors(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:
+    """Load weights, optimiser and this process's generator state, in place.
+
+    A process that the checkpoint has no generator state for (there are more processes now) keeps its own.
+    """
+    model.load_state_dict(load_file(path / "model.safetensors"), strict=True)
+    _load_flat_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+    rng_states = load_file(path / "rng.safetensors")
+    if f"{rank}.cpu" in rng_states:
+        torch.set_rng_state(rng_states[f"{rank}.cpu"])
+    if f"{rank}.cuda" in rng_states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng_states[f"{rank}.cuda"])
+
+
+def _flat_model(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Tensors of the optimiser's state as `index.name`; groups are rebuilt from the configuration."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for index, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+    }
+
+
+def _load_flat_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, torch.Tensor]) -> None:
+    entries: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in flat.items():
+        index, name = key.split(".", 1)
+        entries.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

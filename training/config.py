@@ -1,0 +1,299 @@
+"""A run's configuration: defaults, then the recipe, then flags; unknown keys fail."""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, PreTrainedConfig
+
+from hf_vicreg.modeling.configuration_vicreg import VicRegConfig, encoder_config
+from hf_vicreg.training.errors import InputError, as_input_error
+
+
+def _option(default: Any, text: str) -> Any:
+    shown = text if default is None or default == "" else f"{text} (default: {default})"
+    return field(default=default, metadata={"help": shown})
+
+
+@dataclass
+class ViewsConfig:
+    """Augmentation of one view; both views are drawn alike. The defaults are the paper's (VICReg, appendix C.1)."""
+
+    crop_min_ratio: float = _option(0.08, "Smallest crop, as a share of the image's area.")
+    flip_probability: float = _option(0.5, "Horizontal flip.")
+    rotation_degrees: float = _option(0.0, "Rotation by up to so many degrees either way, before the crop.")
+    jitter_probability: float = _option(0.8, "Colour jitter.")
+    brightness: float = _option(0.4, "Factor drawn from 1 +- this.")
+    contrast: float = _option(0.4, "Factor drawn from 1 +- this.")
+    saturation: float = _option(0.2, "Factor drawn from 1 +- this.")
+    hue: float = _option(0.1, "Shift drawn from +- this, in turns.")
+    grayscale_probability: float = _option(0.2, "Grayscale.")
+    blur_probability: float = _option(0.5, "Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels.")
+    solarize_probability: float = _option(0.1, "Solarisation above one half.")
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            low, high = (0, 180) if name == "rotation_degrees" else (0, 0.5) if name == "hue" else (0, 1)
+            if not low <= value <= high:
+                raise InputError(f"`views.{name}`: expected a number from {low} to {high}, got {value}.")
+
+
+@dataclass
+class PretrainArguments:
+    """Flags of a run. Sections of the recipe have dotted flags: `--model.KEY`, `--vicreg.KEY`, `--views.KEY`."""
+
+    output_dir: str = _option("", "Folder of the run: encoder, processor and card at its root, checkpoints inside.")
+    dataset_name: str | None = _option(None, "Hub id, local `datasets` folder, or `digits` (built in).")
+    dataset_config_name: str | None = _option(None, "Configuration of the Hub dataset.")
+    train_dir: str | None = _option(None, "Folder of image files, searched recursively; no labels are needed.")
+    train_split: str = _option("train", "Split to train on.")
+    test_split: str | None = _option(None, "Labelled split for k-NN; default: `test` or `validation` if there is one.")
+    image_column_name: str | None = _option(None, "Column of images; default: the only image column.")
+    label_column_name: str | None = _option(None, "Column of labels for k-NN; default: `label` if there is one.")
+    max_train_samples: int | None = _option(None, "Train on the first so many images.")
+    batch_size: int = _option(256, "Images a step over all processes; the batch of the loss.")
+    per_device_train_batch_size: int | None = _option(None, "Images a step and process; replaces `batch_size`.")
+    num_train_epochs: int = _option(100, "Passes over the images; the last batch of a pass is dropped if short.")
+    max_steps: int | None = _option(None, "Stop the schedule at this step instead of `num_train_epochs`.")
+    learning_rate: float = _option(5e-4, "Peak learning rate of AdamW, as it is: not scaled by the batch.")
+    weight_decay: float = _option(0.05, "AdamW's decoupled decay; biases, norms and tokens are exempt.")
+    adam_beta1: float = _option(0.9, "AdamW's first beta.")
+    adam_beta2: float = _option(0.95, "AdamW's second beta.")
+    warmup_ratio: float = _option(0.1, "Share of the steps with linear warm-up; then a cosine to 0.")
+    max_grad_norm: float = _option(3.0, "Clip the norm of the encoder's gradient; 0 turns it off.")
+    mixed_precision: str = _option("auto", "`auto` (bf16 where the device has it), `bf16` or `no`.")
+    dataloader_num_workers: int | None = _option(None, "Loader processes; default: 0 on a CPU, else up to 8.")
+    logging_steps: int = _option(10, "Steps between lines of log.jsonl.")
+    checkpointing_steps: int = _option(500, "Steps between checkpoints; one more at the end.")
+    checkpoints_total_limit: int = _option(2, "Newest checkpoints to keep.")
+    resume_from_checkpoint: str | None = _option(None, "`latest`, or a folder below `output_dir`/checkpoints.")
+    knn_every_epochs: int = _option(10, "Epochs between k-NN measurements, where labels exist; 0: at the ends only.")
+    knn_neighbours: int = _option(20, "k of the k-NN.")
+    knn_train_samples: int = _option(10_000, "Bank: the first so many training images.")
+    knn_test_samples: int = _option(2_000, "Queries: the first so many test images.")
+    seed: int = _option(0, "Seed of weights, order and augmentation.")
+
+
+# What may differ when a run is resumed: where and how it is watched, never what is computed.
+RESUMABLE_CHANGES = {
+    "output_dir",
+    "dataloader_num_workers",
+    "logging_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "knn_every_epochs",
+    "per_device_train_batch_size",  # resolved into batch_size
+}
+
+SECTIONS = ("model", "vicreg", "views")
+
+
+@dataclass
+class RunConfig:
+    """Everything a run is made of."""
+
+    run: PretrainArguments
+    views: ViewsConfig
+    vicreg: VicRegConfig  # holds the encoder's configuration
+
+    def to_recipe(self) -> dict[str, Any]:
+        """Return the plain, complete dictionary that `recipe.yaml` stores and `--config` reads again."""
+        sections = {name: getattr(self, name).to_diff_dict() for name in ("vicreg",)}
+        model = self.vicreg.encoder.to_diff_dict()
+        for bookkeeping in ("transformers_version", "architectures", "dtype", "auto_map"):
+            model.pop(bookkeeping, None)
+            sections["vicreg"].pop(bookkeeping, None)
+        sections["vicreg"].pop("encoder", None)
+        sections["vicreg"].pop("model_type", None)
+        recipe = dataclasses.asdict(self.run)
+        return recipe | {"model": _plain(model), "vicreg": _plain(sections["vicreg"]), "views": dataclasses.asdict(self.views)}
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = resources.files("hf_vicreg.training") / "recipes"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any]:
+    """Return a recipe's dictionary.
+
+    Args:
+        name_or_path: The name of a recipe of the package, or a YAML file.
+
+    Raises:
+        InputError: No such recipe, or not a YAML mapping.
+    """
+    path = Path(name_or_path)
+    if name_or_path in recipe_names():
+        text = (resources.files("hf_vicreg.training") / "recipes" / f"{name_or_path}.yaml").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise InputError(f"`config`: expected a YAML file or one of {recipe_names()}, got {name_or_path!r}.")
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"`config`: {name_or_path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"`config`: expected a mapping of keys in {name_or_path}, got {type(recipe).__name__}.")
+    return recipe
+
+
+def parse_flags(arguments: list[str]) -> dict[str, Any]:
+    """Return the explicit flags of a command line as a nested dictionary, `config` among them if given.
+
+    Raises:
+        InputError: An unknown flag, or a dotted flag without a value.
+    """
+    parser = HfArgumentParser([PretrainArguments], prog="hf_vicreg.training.pretrain", allow_abbrev=False)
+    parser.add_argument("--config", help=f"Recipe: a YAML file or one of {', '.join(recipe_names())}.")
+    for action in parser._actions:  # only what was typed counts: defaults come after the recipe
+        action.default = argparse.SUPPRESS
+    known, rest = parser.parse_known_args(arguments)
+    given = vars(known)
+    while rest:
+        flag, separator, value = rest.pop(0).partition("=")
+        section, dot, key = flag.removeprefix("--").partition(".")
+        if not (flag.startswith("--") and dot and section in SECTIONS):
+            names = [f"--{one.name}" for one in dataclasses.fields(PretrainArguments)]
+            raise InputError(f"`{flag}`: unknown flag{_hint(flag, names)}; see --help.")
+        if not separator:
+            if not rest:
+                raise InputError(f"`{flag}`: expected a value, got none.")
+            value = rest.pop(0)
+        given.setdefault(section, {})[key] = yaml.safe_load(value)
+    return given
+
+
+def resolve(given: dict[str, Any]) -> RunConfig:
+    """Return the run's configuration from explicit settings and, if `config` is among them, a recipe below them.
+
+    Args:
+        given: Nested dictionary of settings; `config` names a recipe.
+
+    Raises:
+        InputError: An unknown key or a value of the wrong type or range, in the recipe or among the settings.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    name = given.pop("config", None)
+    recipe = read_recipe(str(name)) if name is not None else {}
+    merged: dict[str, Any] = {}
+    for origin, settings in ((f"recipe {name}", recipe), ("arguments", given)):
+        for key, value in settings.items():
+            known = [one.name for one in dataclasses.fields(PretrainArguments)]
+            if key not in known and key not in SECTIONS:
+                raise InputError(f"`{key}`: unknown key in {origin}{_hint(key, [*known, *SECTIONS])}.")
+            if key in SECTIONS:
+                if isinstance(value, PreTrainedConfig):
+                    value = value.to_diff_dict() | {"model_type": value.model_type}
+                if not isinstance(value, dict):
+                    raise InputError(f"`{key}`: expected a mapping in {origin}, got {value!r}.")
+                merged.setdefault(key, {}).update(value)
+            else:
+                merged[key] = value
+    sections = {section: merged.pop(section, {}) for section in SECTIONS}
+    run = PretrainArguments(**_typed(PretrainArguments, merged, ""))
+    views = ViewsConfig(**_typed(ViewsConfig, sections["views"], "views."))
+    with as_input_error("model"):
+        encoder = encoder_config({})
+        model_type = sections["model"].get("model_type", encoder.model_type)
+        if model_type != encoder.model_type:
+            encoder = encoder_config({"model_type": model_type})
+        _check_keys(sections["model"], encoder, "model")
+        encoder = encoder_config(sections["model"])
+    with as_input_error("vicreg"):
+        _check_keys(sections["vicreg"], VicRegConfig(), "vicreg")
+        vicreg = VicRegConfig(encoder=encoder, **sections["vicreg"])
+    _check_ranges(run)
+    return RunConfig(run=run, views=views, vicreg=vicreg)
+
+
+def _check_ranges(run: PretrainArguments) -> None:
+    at_least = {
+        "num_train_epochs": 1,
+        "max_steps": 1,
+        "max_train_samples": 1,
+        "learning_rate": 0,
+        "weight_decay": 0,
+        "warmup_ratio": 0,
+        "max_grad_norm": 0,
+        "dataloader_num_workers": 0,
+        "logging_steps": 1,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 1,
+        "knn_every_epochs": 0,
+        "knn_neighbours": 1,
+        "knn_train_samples": 1,
+        "knn_test_samples": 1,
+    }
+    for name, least in at_least.items():
+        value = getattr(run, name)
+        if value is not None and not value >= least:
+            raise InputError(f"`{name}`: expected at least {least}, got {value}.")
+    for name in ("batch_size", "per_device_train_batch_size"):
+        value = getattr(run, name)
+        if value is not None and value < (2 if name == "batch_size" else 1):
+            raise InputError(f"`{name}`: expected at least 2 images for a covariance, got {value}; raise it.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(run, name) < 1:
+            raise InputError(f"`{name}`: expected a number in [0, 1), got {getattr(run, name)}.")
+    if run.mixed_precision not in ("auto", "bf16", "no"):
+        raise InputError(f"`mixed_precision`: expected 'auto', 'bf16' or 'no', got {run.mixed_precision!r}.")
+    if not run.output_dir:
+        raise InputError("`output_dir`: expected a folder for the run, got none; add --output_dir FOLDER.")
+    if (run.dataset_name is None) == (run.train_dir is None):
+        found = "none" if run.dataset_name is None else "both"
+        raise InputError(f"`dataset_name`, `train_dir`: expected one of the two, got {found}.")
+
+
+def _check_keys(settings: dict[str, Any], config: PreTrainedConfig, section: str) -> None:
+    known = [name for name in config.to_dict() if not name.startswith("_")]
+    for key in settings:
+        if key not in known and key != "model_type":
+            raise InputError(f"`{section}.{key}`: unknown key{_hint(key, known)}.")
+
+
+def _typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Check and convert plain values to the types of a dataclass's fields; YAML reads 1e-3 as a string, for one."""
+    hints = typing.get_type_hints(kind)
+    typed = {}
+    for key, value in settings.items():
+        if key not in hints:
+            raise InputError(f"`{prefix}{key}`: unknown key{_hint(key, list(hints))}.")
+        accepted = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
+        expected = next(one for one in accepted if one is not type(None))
+        try:
+            if value is None and type(None) in accepted:
+                typed[key] = None
+            elif expected is str:
+                typed[key] = str(value)
+            elif isinstance(value, bool) or value is None:
+                raise ValueError
+            else:
+                typed[key] = expected(value)
+                if typed[key] != float(value):
+                    raise ValueError
+        except (TypeError, ValueError) as error:
+            raise InputError(f"`{prefix}{key}`: expected {expected.__name__}, got {value!r}.") from error
+    return typed
+
+
+def _hint(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that YAML and JSON give back what was stored."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

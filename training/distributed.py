@@ -1,0 +1,49 @@
+"""Processes, threads and precision of a run."""
+
+import logging
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+logger = logging.getLogger(__name__)
+
+
+def build_accelerator(mixed_precision: str) -> Accelerator:
+    """Return the accelerator, with threads set and precision chosen, both logged.
+
+    Args:
+        mixed_precision: `auto` is bf16 where a CUDA device has it, else full precision.
+    """
+    if mixed_precision == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        mixed_precision = "bf16" if has_bf16 else "no"
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    threads = set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    logger.info(
+        "device %s, %d process(es), %d threads each, mixed precision %s",
+        accelerator.device.type,
+        accelerator.num_processes,
+        threads,
+        mixed_precision,
+    )
+    return accelerator
+
+
+def set_threads(local_world_size: int) -> int:
+    """Set and return this process's threads: the cores it may use, shared among the processes of the machine.
+
+    `accelerate launch` without a configuration file sets one OpenMP thread a process, even for a single one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // local_world_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def gather_sets(values: set[int], accelerator: Accelerator) -> set[int]:
+    """Return the union of a set over all processes; every process must call."""
+    if accelerator.num_processes == 1:
+        return set(values)
+    return set(gather_object(sorted(values)))

@@ -1,0 +1,288 @@
+"""The training loop: one step is batch, views, loss, backward, guard, update; then log, measure, checkpoint."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
+from hf_vicreg.training.checkpoint import (
+    RunState,
+    find_checkpoint,
+    load_state,
+    load_tensors,
+    local_rng_states,
+    save_checkpoint,
+)
+from hf_vicreg.training.config import RESUMABLE_CHANGES, RunConfig
+from hf_vicreg.training.data import ImageSource, StepSampler, ViewDataset, collate
+from hf_vicreg.training.distributed import gather_sets
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.optim import build_optimizer, learning_rate_at
+from hf_vicreg.training.views import ViewSampler, finish_views
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+class Trainer:
+    """Runs one pretraining to its end, from wherever its checkpoint left it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: ImageSource,
+        model: VicRegForPreTraining,
+        accelerator: Accelerator,
+        measure: Callable[[], float] | None,
+    ):
+        """Set up optimiser and data order.
+
+        Args:
+            config: The run's configuration.
+            source: Images to train on.
+            model: Encoder, expander and loss.
+            accelerator: Processes and device.
+            measure: Called on every process; returns the encoder's k-NN accuracy.
+
+        Raises:
+            InputError: The batch does not fit the data or the number of processes.
+        """
+        run = config.run
+        self.config, self.run, self.accelerator, self.measure = config, run, accelerator, measure
+        self.source = source
+        self.folder = Path(run.output_dir)
+        if run.batch_size > len(source):
+            raise InputError(
+                f"`batch_size`: expected at most the {len(source)} images of {source.name}, got {run.batch_size}; "
+                "lower it or give more images."
+            )
+        if run.batch_size % accelerator.num_processes:
+            raise InputError(
+                f"`batch_size`: expected a multiple of the {accelerator.num_processes} processes, got {run.batch_size}."
+            )
+        self.steps_per_epoch = len(source) // run.batch_size
+        self.num_steps = run.max_steps or run.num_train_epochs * self.steps_per_epoch
+        optimizer = build_optimizer(model, run.learning_rate, run.weight_decay, (run.adam_beta1, run.adam_beta2))
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.unwrapped: VicRegForPreTraining = accelerator.unwrap_model(self.model)
+        self.state = RunState(recipe=config.to_recipe(), data_fingerprint=source.fingerprint)
+        self.corrupt: set[int] = set()
+        self.skipped_in_a_row = 0
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            InputError: It belongs to another configuration or other data.
+        """
+        state = load_state(checkpoint)
+        refuse_other_configuration(state, self.state)
+        load_tensors(checkpoint, self.unwrapped, self.optimizer.optimizer, self.accelerator.process_index)
+        recipe = self.state.recipe
+        self.state, self.corrupt = state, set(state.corrupt)
+        self.state.recipe = recipe
+        if self.accelerator.is_main_process:
+            _truncate_log(self.folder / "log.jsonl", state.step)
+        logger.info("resumed from %s at step %d of %d", checkpoint.name, state.step, self.num_steps)
+
+    def fit(self) -> RunState:
+        """Train to the last step and return where the run stands; every process must call.
+
+        Raises:
+            InputError: No readable image where one was needed, or loss and gradient not finite for many steps in a row.
+        """
+        run, state = self.run, self.state
+        loader = self._loader(state.step)
+        self.model.train()
+        progress = tqdm(
+            total=self.num_steps,
+            initial=state.step,
+            desc="pretraining",
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+            mininterval=0.5 if os.isatty(2) else 20,
+            dynamic_ncols=True,
+        )
+        seconds_before, started = state.training_seconds, time.perf_counter()
+        images, window_started = 0, started
+        for batch in loader:
+            self.corrupt.update(batch["corrupt"])
+            if batch["views"] is None:
+                raise InputError(
+                    f"`{self.source.name}`: expected readable images, found {len(self.corrupt)} corrupt ones in a row; "
+                    "check the data."
+                )
+            outputs, grad_norm, learning_rate = self._step(batch)
+            state.step += 1
+            images += run.batch_size
+            epoch_done = state.step % self.steps_per_epoch == 0
+            last = state.step == self.num_steps
+            if state.step % run.logging_steps == 0 or last:
+                now = time.perf_counter()
+                record = {
+                    "step": state.step,
+                    "epoch": state.step / self.steps_per_epoch,
+                    "loss": outputs.loss.item(),
+                    "invariance": outputs.invariance.item(),
+                    "variance": outputs.variance.item(),
+                    "covariance": outputs.covariance.item(),
+                    "grad_norm": grad_norm,
+                    "learning_rate": learning_rate,
+                    "images_per_second": images / (now - window_started),
+                }
+                images, window_started = 0, now
+                self._log(record)
+                progress.set_postfix_str(
+                    "loss {loss:.2f} inv {invariance:.3f} var {variance:.3f} cov {covariance:.2f} "
+                    "{images_per_second:.0f} img/s".format(**record),
+                    refresh=False,
+                )
+            progress.update()
+            epoch = state.step // self.steps_per_epoch
+            if self.measure and epoch_done and not last and run.knn_every_epochs and epoch % run.knn_every_epochs == 0:
+                pause = time.perf_counter()
+                accuracy = self.measure()
+                self._log({"step": state.step, "epoch": epoch, "knn_accuracy": accuracy})
+                progress.write(f"epoch {epoch}: {run.knn_neighbours}-NN accuracy {accuracy:.3f}")
+                window_started += time.perf_counter() - pause
+            if state.step % run.checkpointing_steps == 0 or last:
+                state.training_seconds = seconds_before + time.perf_counter() - started
+                self._checkpoint()
+        progress.close()
+        return state
+
+    def _loader(self, first_step: int) -> DataLoader:
+        run, accelerator = self.run, self.accelerator
+        sampler = ViewSampler(self.config.views, _image_size(self.unwrapped.encoder.config))
+        workers = run.dataloader_num_workers
+        if workers is None:
+            workers = 0 if accelerator.device.type == "cpu" else min(8, max(1, torch.get_num_threads() - 1))
+            logger.info("dataloader_num_workers: %d chosen", workers)
+        # not prepared by accelerate: the sampler already knows each process's share of each step
+        return DataLoader(
+            ViewDataset(self.source, sampler, run.seed),
+            batch_sampler=StepSampler(
+                len(self.source),
+                run.batch_size,
+                run.seed,
+                first_step,
+                self.num_steps,
+                accelerator.process_index,
+                accelerator.num_processes,
+            ),
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=accelerator.device.type == "cuda",
+            persistent_workers=False,
+        )
+
+    def _step(self, batch: dict[str, Any]) -> tuple[VicRegOutput, float, float]:
+        """One optimiser step; returns the outputs, the norm of the encoder's gradient and the learning rate."""
+        run, device = self.run, self.accelerator.device
+        learning_rate = learning_rate_at(self.state.step, self.num_steps, run.learning_rate, run.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        crops = batch["views"].to(device, non_blocking=True)
+        views = finish_views(crops.flatten(0, 1), batch["colours"].flatten(0, 1)).view_as(crops)
+        outputs = self.model(pixel_values=views)
+        self.accelerator.backward(outputs.loss)
+        limit = run.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.encoder.parameters(), limit).item()
+        # the loss is the global batch's and gradients are averaged already: every process sees the same two numbers
+        if math.isfinite(grad_norm) and math.isfinite(outputs.loss.item()):
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.state.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            logger.warning("step %d skipped: loss or gradient is not finite", self.state.step)
+            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise InputError(
+                    f"`learning_rate`: loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row; "
+                    f"lower it from {run.learning_rate} or lengthen the warm-up, and resume from the last checkpoint."
+                )
+        self.optimizer.zero_grad()
+        return outputs, grad_norm, learning_rate
+
+    def _checkpoint(self) -> None:
+        accelerator = self.accelerator
+        self.corrupt = gather_sets(self.corrupt, accelerator)
+        self.state.corrupt = sorted(self.corrupt)
+        rng_states = local_rng_states(accelerator.process_index)
+        if accelerator.num_processes > 1:
+            rng_states = {key: one for states in gather_object([rng_states]) for key, one in states.items()}
+        if accelerator.is_main_process:
+            save_checkpoint(
+                self.folder / "checkpoints",
+                self.state,
+                self.unwrapped,
+                self.optimizer.optimizer,
+                rng_states,
+                self.run.checkpoints_total_limit,
+            )
+        accelerator.wait_for_everyone()
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def refuse_other_configuration(found: RunState, expected: RunState) -> None:
+    """Raise InputError if a checkpoint's configuration or data differ from the run's, naming each difference."""
+    differences = [
+        f"`{key}` is {expected.recipe.get(key)!r}, the checkpoint has {found.recipe.get(key)!r}"
+        for key in sorted(expected.recipe.keys() | found.recipe.keys())
+        if key not in RESUMABLE_CHANGES and expected.recipe.get(key) != found.recipe.get(key)
+    ]
+    if found.data_fingerprint != expected.data_fingerprint:
+        differences.append("the images are not the ones it was trained on")
+    if differences:
+        raise InputError(
+            f"`resume_from_checkpoint`: the checkpoint is of another configuration: {'; '.join(differences)}; "
+            "resume with the run's own settings or start in a new folder."
+        )
+
+
+def checkpoint_to_resume(run: Any) -> Path | None:
+    """Return the checkpoint that the run asks for; see `find_checkpoint`."""
+    if run.resume_from_checkpoint is None:
+        return None
+    found = find_checkpoint(Path(run.output_dir) / "checkpoints", run.resume_from_checkpoint)
+    if found is None:
+        logger.info("no checkpoint in %s yet: starting at step 0", run.output_dir)
+    return found
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", None) or 224
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop lines of steps that will be done again, and a line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)

@@ -1,0 +1,291 @@
+"""Pretrain an encoder by VICReg: `accelerate launch -m hf_vicreg.training.pretrain --help`.
+
+The same from Python is `hf_vicreg.pretrain(out=..., data=..., model=...)`.
+"""
+
+import logging
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
+from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.training.config import RunConfig, parse_flags, resolve
+from hf_vicreg.training.data import ImageSource, load_sources
+from hf_vicreg.training.distributed import build_accelerator
+from hf_vicreg.training.errors import InputError, as_input_error
+from hf_vicreg.training.evaluation.knn import encode, knn_accuracy, model_encoder
+from hf_vicreg.training.export import LOADING_SNIPPET, export_run
+from hf_vicreg.training.loop import Trainer, checkpoint_to_resume
+
+logger = logging.getLogger(__name__)
+
+OWN_FILES = {"checkpoints", "log.jsonl", "recipe.yaml"}
+
+
+@dataclass
+class PretrainResult:
+    """What a finished run leaves in memory.
+
+    Attributes:
+        output_dir: The run's folder, loadable by `AutoModel.from_pretrained`.
+        encoder: The trained encoder, in evaluation mode.
+        processor: Its image processor.
+        results: What `results.json` holds.
+    """
+
+    output_dir: Path
+    encoder: PreTrainedModel
+    processor: BaseImageProcessor
+    results: dict[str, Any]
+
+
+def pretrain(
+    *,
+    out: str | os.PathLike,
+    data: str | os.PathLike,
+    model: PreTrainedConfig | dict[str, Any] | None = None,
+    config: str | os.PathLike | None = None,
+    **run_arguments: Any,
+) -> PretrainResult:
+    """Pretrain an encoder and return it; the Python form of `accelerate launch -m hf_vicreg.training.pretrain`.
+
+    Args:
+        out: Folder of the run; made, or empty, or resumed with `resume_from_checkpoint="latest"`.
+        data: A folder of image files, a local `datasets` folder, a Hub id, or `"digits"`.
+        model: Encoder configuration, or a dictionary of its fields over those of the recipe.
+        config: Recipe: a name that comes with the package, or a YAML file.
+        run_arguments: Any flag of the command line, and the sections `vicreg` and `views` as dictionaries.
+
+    Raises:
+        InputError: A `ValueError` whose one line names the field, what was found and what to do.
+    """
+    name = os.fspath(data)
+    key = "train_dir" if _is_image_folder(name) else "dataset_name"
+    given = {"output_dir": os.fspath(out), key: name, "model": model, "config": config and os.fspath(config)}
+    return run_pretraining(resolve(given | run_arguments))
+
+
+def run_pretraining(config: RunConfig) -> PretrainResult:
+    """Run one pretraining from a resolved configuration.
+
+    Raises:
+        InputError: Bad input; nothing has been overwritten.
+    """
+    run = config.run
+    folder = Path(run.output_dir)
+    _refuse_foreign_folder(folder, resuming=run.resume_from_checkpoint is not None)
+    source, test = load_sources(
+        dataset_name=run.dataset_name,
+        dataset_config_name=run.dataset_config_name,
+        train_dir=run.train_dir,
+        train_split=run.train_split,
+        test_split=run.test_split,
+        image_column_name=run.image_column_name,
+        label_column_name=run.label_column_name,
+    )
+    bank = source.first(run.knn_train_samples)
+    source = source.first(run.max_train_samples)
+    _refuse_unreadable(source)
+
+    accelerator = build_accelerator(run.mixed_precision)
+    if run.per_device_train_batch_size is not None:
+        run.batch_size = run.per_device_train_batch_size * accelerator.num_processes
+        if run.batch_size < 2:
+            raise InputError("`per_device_train_batch_size`: expected at least 2 images in all for a covariance, got 1.")
+    set_seed(run.seed)
+    with as_input_error("model"):
+        density = attention_density(config)
+        model = VicRegForPreTraining(config.vicreg)
+    processor = build_processor(config)
+    probe = _Probe(bank, test, processor, model, accelerator, run.knn_neighbours, run.knn_test_samples)
+    trainer = Trainer(config, source, model, accelerator, probe.trained if probe.possible else None)
+    checkpoint = checkpoint_to_resume(run)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(config.to_recipe(), sort_keys=False))
+    accelerator.wait_for_everyone()
+    parameters = sum(one.numel() for one in trainer.unwrapped.encoder.parameters())
+    logger.info(
+        "%s images of %s, batch %d, %d steps; encoder of %.2f M parameters, attention density %.3f",
+        f"{len(source):,}",
+        source.name,
+        run.batch_size,
+        trainer.num_steps,
+        parameters / 1e6,
+        density,
+    )
+    knn = trainer.state.knn
+    if probe.possible and "untrained" not in knn:
+        knn |= {"raw_pixels": probe.raw_pixels(), "untrained": probe.trained()}
+    state = trainer.fit()
+    if probe.possible:
+        state.knn["trained"] = probe.trained()
+    if state.corrupt:
+        logger.warning("%d corrupt image(s) were replaced by the next readable one", len(state.corrupt))
+    results = {
+        "dataset": source.name,
+        "num_images": len(source),
+        "corrupt_images": len(state.corrupt),
+        "steps": state.step,
+        "skipped_steps": state.skipped_steps,
+        "training_seconds": round(state.training_seconds, 1),
+        "hardware": _hardware(accelerator),
+        "encoder_parameters": parameters,
+        "features": trainer.unwrapped.expander.in_features,
+        "attention_density": density,
+        "knn_neighbours": run.knn_neighbours,
+        "knn_train_samples": len(bank) if probe.possible else 0,
+        "knn_test_samples": probe.num_queries,
+        "knn_accuracy": state.knn,
+    }
+    encoder = trainer.unwrapped.encoder.eval()
+    if accelerator.is_main_process:
+        export_run(folder, trainer.unwrapped, processor, config.to_recipe(), results)
+        print(summary(folder, results))
+    accelerator.wait_for_everyone()
+    return PretrainResult(folder, encoder, processor, results)
+
+
+def attention_density(config: RunConfig) -> float:
+    """Return the mean density of the encoder's attention at its own image size; 1 for encoders without a pattern.
+
+    Raises:
+        ValueError: The image is smaller than one patch.
+    """
+    encoder = config.vicreg.encoder
+    if encoder.model_type != BigBirdViTModel.config_class.model_type:
+        return 1.0
+    with torch.device("meta"):
+        patterns = BigBirdViTModel(encoder).attention_patterns(*encoder.image_size_hw)
+    return sum(pattern.density for pattern in patterns) / len(patterns)
+
+
+def build_processor(config: RunConfig) -> BaseImageProcessor:
+    """Return the image processor saved with the encoder, at its image size."""
+    size = config.vicreg.encoder.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return BigBirdViTImageProcessor(size={"height": height, "width": width})
+
+
+def summary(folder: Path, results: dict[str, Any]) -> str:
+    """Return what a finished run says at its end: accuracies side by side and how to load it."""
+    knn = results["knn_accuracy"]
+    lines = [f"Trained in {results['training_seconds']:.0f} s; attention density {results['attention_density']:.3f}."]
+    if knn:
+        lines.append(
+            f"{results['knn_neighbours']}-NN accuracy, {results['knn_test_samples']} held-out images against "
+            f"{results['knn_train_samples']} labelled ones:"
+        )
+        for key, text in (
+            ("raw_pixels", "raw pixels"),
+            ("untrained", "untrained encoder"),
+            ("trained", "trained encoder"),
+        ):
+            lines.append(f"  {text:<18} {knn[key]:.3f}")
+    lines.append(f"\nThe encoder is in {folder}. To load it:\n")
+    lines.append(LOADING_SNIPPET.format(folder=folder, features=results["features"]))
+    return "\n" + "\n".join(lines)
+
+
+class _Probe:
+    """k-NN accuracy of pixels and of the encoder on a fixed bank and fixed queries."""
+
+    def __init__(
+        self,
+        bank: ImageSource,
+        test: ImageSource | None,
+        processor: BaseImageProcessor,
+        model: VicRegForPreTraining,
+        accelerator: Accelerator,
+        neighbours: int,
+        num_queries: int,
+    ):
+        self.bank, self.test = bank, None if test is None else test.first(num_queries)
+        self.processor, self.model, self.accelerator, self.neighbours = processor, model, accelerator, neighbours
+        self.possible = self.test is not None and bank.labels is not None and self.test.labels is not None
+        self.num_queries = len(self.test) if self.test is not None and self.possible else 0
+
+    def raw_pixels(self) -> float:
+        return self._accuracy(lambda pixel_values: pixel_values.flatten(1))
+
+    def trained(self) -> float:
+        return self._accuracy(model_encoder(self.model.encoder))
+
+    def _accuracy(self, encode_pixels) -> float:
+        """Every process encodes its share and all of them see the same number."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        both = []
+        for source in (self.bank, self.test):
+            assert source is not None
+            encoded = encode(source, self.processor, encode_pixels, share=(rank, processes))
+            shares = gather_object([encoded]) if processes > 1 else [encoded]
+            both += [torch.cat(parts) for parts in zip(*shares, strict=True)]
+        return knn_accuracy(*both, neighbours=self.neighbours)
+
+
+def _is_image_folder(name: str) -> bool:
+    """A folder whose top holds neither tables nor a saved dataset is a folder of images."""
+    if not os.path.isdir(name):
+        return False
+    tables = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar", ".zip")
+    return not any(entry.endswith(tables) for _, _, entries in os.walk(name) for entry in entries)
+
+
+def _refuse_foreign_folder(folder: Path, *, resuming: bool) -> None:
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"`output_dir`: expected a folder, got {folder}, which is a file.")
+    if present and not resuming:
+        remedy = "add --resume_from_checkpoint latest to continue it, or" if OWN_FILES & present else "please"
+        raise InputError(f"`output_dir`: expected a new or empty folder, {folder} is not; {remedy} choose another.")
+    if present and resuming and not OWN_FILES & present:
+        raise InputError(f"`output_dir`: expected the folder of a run to resume, {folder} holds something else.")
+
+
+def _refuse_unreadable(source: ImageSource) -> None:
+    """Fail before anything is written when not one of the first images can be read."""
+    tried = min(64, len(source))
+    if all(source.read(index) is None for index in range(tried)):
+        raise InputError(f"`{source.name}`: expected readable images, but the first {tried} are all corrupt; check them.")
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name()}"
+    cores = torch.get_num_threads() * accelerator.num_processes
+    return f"{cores} CPU cores ({platform.machine()})"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line; return the exit code, 2 for bad input."""
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_vicreg").setLevel(logging.INFO if main_process else logging.ERROR)
+    try:
+        run_pretraining(resolve(parse_flags(sys.argv[1:] if arguments is None else arguments)))
+    except InputError as error:
+        if main_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

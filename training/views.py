@@ -1,0 +1,151 @@
+"""Two views of an image: a crop on the CPU, colour on the device.
+
+A worker crops, resizes and flips one image at a time and draws the parameters of the colour operations; these then run
+batched on the device. All randomness comes from the generator handed in, so a view depends on its key alone.
+
+Deviations from torchvision's `ColorJitter`: the four operations come in one fixed order (brightness, contrast,
+saturation, hue) instead of a random one, so that a batch can be processed at once.
+"""
+
+import math
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from hf_vicreg.training.config import ViewsConfig
+
+# columns of the colour parameters
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, BLUR_SIGMA, SOLARIZE = range(7)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
+
+
+class ViewSampler:
+    """Draws one view: a uint8 crop and the parameters of its colour operations."""
+
+    def __init__(self, config: ViewsConfig, image_size: tuple[int, int]):
+        self.config = config
+        self.image_size = image_size
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> tuple[torch.Tensor, list[float]]:
+        """Return a crop `(3, height, width)` uint8 and its colour parameters."""
+        config = self.config
+        if config.rotation_degrees:
+            angle = rng.uniform(-config.rotation_degrees, config.rotation_degrees)
+            image = image.rotate(angle, Image.Resampling.BILINEAR)
+        left, top, width, height = crop_box(image.width, image.height, config.crop_min_ratio, rng)
+        pixels = torch.from_numpy(np.array(image)[top : top + height, left : left + width]).permute(2, 0, 1)
+        if (height, width) != self.image_size:
+            pixels = F.interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
+        if rng.random() < config.flip_probability:
+            pixels = pixels.flip(2)
+        return pixels.contiguous(), self._draw_colour(rng)
+
+    def _draw_colour(self, rng: random.Random) -> list[float]:
+        config = self.config
+        strengths = (config.brightness, config.contrast, config.saturation)
+        factors = [rng.uniform(1 - strength, 1 + strength) for strength in strengths]
+        hue = rng.uniform(-config.hue, config.hue)
+        if rng.random() >= config.jitter_probability:
+            factors, hue = [1.0, 1.0, 1.0], 0.0
+        grayscale = float(rng.random() < config.grayscale_probability)
+        sigma = rng.uniform(0.1, 2.0) * min(self.image_size) / 224
+        sigma = sigma if rng.random() < config.blur_probability else 0.0
+        solarize = float(rng.random() < config.solarize_probability)
+        return [*factors, hue, grayscale, sigma, solarize]
+
+
+def crop_box(width: int, height: int, min_ratio: float, rng: random.Random) -> tuple[int, int, int, int]:
+    """Return a random crop (left, top, width, height): area from `min_ratio` to 1, aspect from 3/4 to 4/3.
+
+    Source: Szegedy et al. 2014 (arXiv 1409.4842), as in torchvision's `RandomResizedCrop`, with its fallback to a
+    central crop for extreme shapes.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(min_ratio, 1.0)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = rng.randint(0, width - crop_width), rng.randint(0, height - crop_height)
+            return left, top, crop_width, crop_height
+    crop_width = min(width, max(1, round(height * 4 / 3)))
+    crop_height = min(height, max(1, round(width * 4 / 3)))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def finish_views(crops: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """Return views ready for the encoder: colour operations, then the image processor's normalisation.
+
+    Args:
+        crops: `(batch, 3, height, width)` uint8.
+        colours: `(batch, 7)` float32, as `ViewSampler` draws them.
+
+    Returns:
+        `(batch, 3, height, width)` float32.
+    """
+    images = crops.to(torch.float32) / 255
+    each = colours.to(images.device)[:, :, None, None, None].unbind(1)
+    images = (images * each[BRIGHTNESS]).clamp(0, 1)
+    mean_luma = luma(images).mean((2, 3), keepdim=True)
+    images = (mean_luma + (images - mean_luma) * each[CONTRAST]).clamp(0, 1)
+    gray = luma(images)
+    images = (gray + (images - gray) * each[SATURATION]).clamp(0, 1)
+    if colours[:, HUE].any():
+        images = shift_hue(images, each[HUE])
+    images = torch.where(each[GRAYSCALE] > 0, luma(images), images)
+    if colours[:, BLUR_SIGMA].any():
+        images = blur(images, colours[:, BLUR_SIGMA].to(images.device))
+    images = torch.where((each[SOLARIZE] > 0) & (images >= 0.5), 1 - images, images)
+    mean, std = (
+        torch.tensor(values, device=images.device)[:, None, None]
+        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    return (images - mean) / std
+
+
+def luma(images: torch.Tensor) -> torch.Tensor:
+    """Return the grayscale `(batch, 1, height, width)` of `(batch, 3, height, width)`."""
+    weights = torch.tensor(LUMA, dtype=images.dtype, device=images.device)
+    return torch.einsum("bchw,c->bhw", images, weights)[:, None]
+
+
+def shift_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Return RGB images with their HSV hue turned.
+
+    Args:
+        images: `(batch, 3, height, width)` in [0, 1].
+        turns: Broadcastable to `(batch, 1, height, width)`, in turns of the colour circle.
+    """
+    value, chroma_low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = value - chroma_low
+    safe = chroma.clamp(min=1e-12)
+    red, green, blue = images.split(1, dim=1)
+    sector = torch.where(
+        red == value,
+        (green - blue) / safe,
+        torch.where(green == value, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    sector = sector + 6 * turns
+    # the closed form of HSV to RGB: channel = V - C * max(0, min(k, 4 - k, 1)), k = (n + hue / 60 degrees) mod 6
+    shifts = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    place = (shifts + sector) % 6
+    return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
+
+
+def blur(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """Return images blurred by a Gaussian, each with its own sigma in pixels; 0 leaves an image as it is.
+
+    Separable, reflected at the border, cut off at three times the largest sigma, 2 pixels at 224 pixels of size.
+    """
+    batch, channels, height, width = images.shape
+    radius = max(1, min(math.ceil(6 * min(height, width) / 224), min(height, width) - 1))
+    offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
+    kernels = torch.exp(-0.5 * (offsets / sigmas.clamp(min=1e-3)[:, None]) ** 2)
+    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(channels, 0)
+    planes = F.pad(images, [radius] * 4, mode="reflect").reshape(1, batch * channels, height + 2 * radius, -1)
+    planes = F.conv2d(planes, kernels[:, None, None, :], groups=batch * channels)
+    planes = F.conv2d(planes, kernels[:, None, :, None], groups=batch * channels)
+    return torch.where((sigmas > 0)[:, None, None, None], planes.view_as(images), images)
