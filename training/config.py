@@ -29,6 +29,8 @@ class ViewsConfig:
     crop_min_ratio: float = _option(0.08, "Smallest crop, as a share of the image's area.")
     flip_probability: float = _option(0.5, "Horizontal flip.")
     rotation_degrees: float = _option(0.0, "Rotation by up to so many degrees either way, before the crop.")
+    translate_ratio: float = _option(0.0, "Shift by up to this share of the image each way, before the crop.")
+    zoom_ratio: float = _option(0.0, "Magnification drawn from 1 +- this, before the crop.")
     jitter_probability: float = _option(0.8, "Colour jitter.")
     brightness: float = _option(0.4, "Factor drawn from 1 +- this.")
     contrast: float = _option(0.4, "Factor drawn from 1 +- this.")
@@ -40,7 +42,7 @@ class ViewsConfig:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            low, high = (0, 180) if name == "rotation_degrees" else (0, 0.5) if name == "hue" else (0, 1)
+            low, high = {"rotation_degrees": (0, 180), "hue": (0, 0.5), "zoom_ratio": (0, 0.9)}.get(name, (0, 1))
             if not low <= value <= high:
                 raise InputError(f"`views.{name}`: expected a number from {low} to {high}, got {value}.")
 

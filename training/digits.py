@@ -12,7 +12,7 @@ from PIL import Image
 from hf_vicreg.training.errors import InputError
 
 FIELD_SIZE = 32
-DIGIT_SIZES = (14, 26)  # side of the digit in pixels, drawn uniformly
+DIGIT_SIZES = (16, 26)  # side of the digit in pixels, drawn uniformly
 ANGLE_DEGREES = 15
 NUM_TEST = 360
 DRAWING_SEED = 20220128

@@ -33,9 +33,10 @@ class ViewSampler:
     def __call__(self, image: Image.Image, rng: random.Random) -> tuple[torch.Tensor, list[float]]:
         """Return a crop `(3, height, width)` uint8 and its colour parameters."""
         config = self.config
-        if config.rotation_degrees:
-            angle = rng.uniform(-config.rotation_degrees, config.rotation_degrees)
-            image = image.rotate(angle, Image.Resampling.BILINEAR)
+        if config.rotation_degrees or config.translate_ratio or config.zoom_ratio:
+            image = image.transform(
+                image.size, Image.Transform.AFFINE, self._draw_affine(image, rng), Image.Resampling.BILINEAR
+            )
         left, top, width, height = crop_box(image.width, image.height, config.crop_min_ratio, rng)
         pixels = torch.from_numpy(np.array(image)[top : top + height, left : left + width]).permute(2, 0, 1)
         if (height, width) != self.image_size:
@@ -43,6 +44,26 @@ class ViewSampler:
         if rng.random() < config.flip_probability:
             pixels = pixels.flip(2)
         return pixels.contiguous(), self._draw_colour(rng)
+
+    def _draw_affine(self, image: Image.Image, rng: random.Random) -> tuple[float, ...]:
+        """Pillow's coefficients, output pixel to input pixel, of a turn, zoom and shift about the centre."""
+        config = self.config
+        angle = math.radians(rng.uniform(-config.rotation_degrees, config.rotation_degrees))
+        zoom = rng.uniform(1 - config.zoom_ratio, 1 + config.zoom_ratio)
+        shift_x, shift_y = (
+            rng.uniform(-config.translate_ratio, config.translate_ratio) * side for side in (image.width, image.height)
+        )
+        cosine, sine = math.cos(angle) / zoom, math.sin(angle) / zoom
+        centre_x, centre_y = image.width / 2, image.height / 2
+        from_x, from_y = centre_x + shift_x, centre_y + shift_y
+        return (
+            cosine,
+            sine,
+            centre_x - cosine * from_x - sine * from_y,
+            -sine,
+            cosine,
+            centre_y + sine * from_x - cosine * from_y,
+        )
 
     def _draw_colour(self, rng: random.Random) -> list[float]:
         config = self.config

@@ -1,0 +1,144 @@
+"""Fixtures shared by all tests: no network, few threads, real processes with hard time-outs."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# A model and a run small enough for a test, as flags and as a recipe.
+TINY_RECIPE = {
+    "batch_size": 32,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-3,
+    "knn_every_epochs": 0,
+    "checkpointing_steps": 100,
+    "logging_steps": 1,
+    "model": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "image_size": 32,
+        "patch_size": 8,
+        "pooling": "mean",
+        "tile_size": 1,
+        "num_random_blocks": 2,
+        "drop_path_rate": 0.2,
+    },
+    "vicreg": {"expander_sizes": [64, 64]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_recipe():
+    """The settings of a run that takes seconds, a fresh copy."""
+    import copy
+
+    return copy.deepcopy(TINY_RECIPE)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Returns a function that fills a folder with distinct PNG images and returns it."""
+
+    def make(count: int = 40, size: int = 36, name: str = "images") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        generator = torch.Generator().manual_seed(count)
+        for index in range(count):
+            pixels = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=generator).numpy()
+            Image.fromarray(pixels).save(folder / f"{index:04d}.png")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def free_port():
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """Environment of child processes: one thread, loopback only, this checkout first."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
+    return environment | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONWARNINGS": "default",
+        "COLUMNS": "200",
+        **extra,
+    }
+
+
+@pytest.fixture
+def run_process(tmp_path):
+    """Returns a function that runs a command to its end in its own process group; kills the group after `timeout_s`."""
+    started = []
+
+    def start(command: list[str], **extra: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=tmp_path,
+            env=child_environment(**extra),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    def run(command: list[str], timeout_s: float = 120, **extra: str) -> subprocess.CompletedProcess:
+        process = start(command, **extra)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout_s)
+        finally:
+            _kill_group(process)
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+    run.start = start
+    yield run
+    for process in started:
+        _kill_group(process)
+        process.communicate()
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+@pytest.fixture
+def torchrun(run_process, free_port):
+    """Returns a function that runs a script in several processes."""
+
+    def run(processes: int, script: Path, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
+        command += ["--master_addr", "127.0.0.1", "--master_port", free_port, script, *arguments]
+        return run_process(command, timeout_s=timeout_s)
+
+    return run
