@@ -30,7 +30,7 @@ class BigBirdViTConfig(PreTrainedConfig):
             makes patches overlap.
         num_channels: Channels of the image.
         num_register_tokens: Learned tokens beside CLS that carry no patch (Darcet et al. 2023, arXiv 2309.16588).
-        pooling: What `pooler_output` is: `"cls"`, or `"mean"` of the valid patch tokens.
+        pooling: What `pooler_output` is: the `"mean"` of the valid patch tokens, or the `"cls"` token.
         rope_theta: Base of the rotary frequencies; coordinates run from -1 to 1 over the image.
         attention_type: `"block_sparse"`, or `"original_full"` for dense attention (BigBird's own words).
         tile_size: Tile of the 2-D pattern in patches, `int` or `(height, width)`. One tile is BigBird's block.
@@ -58,7 +58,7 @@ class BigBirdViTConfig(PreTrainedConfig):
     patch_stride: int | list[int] | tuple[int, int] | None = None
     num_channels: int = 3
     num_register_tokens: int = 0
-    pooling: Literal["cls", "mean"] = "cls"
+    pooling: Literal["cls", "mean"] = "mean"
     rope_theta: float | int = 100.0
     attention_type: Literal["block_sparse", "original_full"] = "block_sparse"
     tile_size: int | list[int] | tuple[int, int] = 8

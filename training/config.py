@@ -39,6 +39,7 @@ class ViewsConfig:
     grayscale_probability: float = _option(0.2, "Grayscale.")
     blur_probability: float = _option(0.5, "Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels.")
     solarize_probability: float = _option(0.1, "Solarisation above one half.")
+    noise_std: float = _option(0.0, "Gaussian noise on the pixels, as a share of their range.")
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -252,8 +253,8 @@ def _check_ranges(run: PretrainArguments) -> None:
         raise InputError(f"`mixed_precision`: expected 'auto', 'bf16' or 'no', got {run.mixed_precision!r}.")
     if not run.output_dir:
         raise InputError("`output_dir`: expected a folder for the run, got none; add --output_dir FOLDER.")
-    if (run.dataset_name is None) == (run.train_dir is None):
-        found = "none" if run.dataset_name is None else "both"
+    if bool(run.dataset_name) == bool(run.train_dir):
+        found = "both" if run.dataset_name else "none"
         raise InputError(f"`dataset_name`, `train_dir`: expected one of the two, got {found}.")
 
 

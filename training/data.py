@@ -126,7 +126,12 @@ def _folder_source(folder: str) -> ImageSource:
         )
     relative = "\n".join(os.path.relpath(path, root) for path in paths)
     digest = hashlib.sha256(relative.encode(errors="surrogateescape")).hexdigest()[:16]
-    return ImageSource(root.resolve().name, len(paths), lambda index: Image.open(paths[index]), f"folder/{digest}")
+    return ImageSource(root.resolve().name, len(paths), lambda index: _open(paths[index]), f"folder/{digest}")
+
+
+def _open(path: str) -> Image.Image:
+    # whole file first: Pillow leaves a file open that it cannot identify
+    return Image.open(BytesIO(Path(path).read_bytes()))
 
 
 def _load_splits(name: str, config: str | None) -> dict[str, Any]:
@@ -187,7 +192,7 @@ def _dataset_source(name: str, dataset: Any, image_column: str | None, label_col
         entry = encoded[index][image_column]
         if entry is None:
             raise ValueError("no image in this row")
-        return Image.open(BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"])
+        return Image.open(BytesIO(entry["bytes"])) if entry["bytes"] is not None else _open(entry["path"])
 
     source = os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
     logger.info("dataset %s: image column %r, label column %r", source, image_column, label_column)

@@ -184,6 +184,8 @@ class Trainer:
             ),
             num_workers=workers,
             collate_fn=collate,
+            # its own generator: the loader draws a seed when it starts, which would shift a resumed run's randomness
+            generator=torch.Generator().manual_seed(run.seed),
             pin_memory=accelerator.device.type == "cuda",
             persistent_workers=False,
         )

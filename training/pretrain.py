@@ -28,7 +28,7 @@ from hf_vicreg.training.evaluation.knn import encode, knn_accuracy, model_encode
 from hf_vicreg.training.export import LOADING_SNIPPET, export_run
 from hf_vicreg.training.loop import Trainer, checkpoint_to_resume
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
 
 OWN_FILES = {"checkpoints", "log.jsonl", "recipe.yaml"}
 
@@ -107,6 +107,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     with as_input_error("model"):
         density = attention_density(config)
         model = VicRegForPreTraining(config.vicreg)
+    set_seed(run.seed + accelerator.process_index)  # one set of weights, but every process drops paths of its own
     processor = build_processor(config)
     probe = _Probe(bank, test, processor, model, accelerator, run.knn_neighbours, run.knn_test_samples)
     trainer = Trainer(config, source, model, accelerator, probe.trained if probe.possible else None)

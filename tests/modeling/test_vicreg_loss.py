@@ -1,0 +1,97 @@
+"""The loss against the authors' formula, written out, in value and gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_vicreg import vicreg_loss
+
+SHAPES = [(8, 32), (33, 16), (64, 64), (256, 2048), (2, 3), (5, 1)]
+
+
+def official(z_a, z_b, *, gamma=1.0, eps=1e-4):
+    """Bardes et al. 2022 as in facebookresearch/vicreg: MSE, halved hinge, off-diagonal squares over D."""
+    num_samples, dimensions = z_a.shape
+    invariance = F.mse_loss(z_a, z_b)
+    centred = [z - z.mean(0) for z in (z_a, z_b)]
+    variance = sum(F.relu(gamma - (z.var(0) + eps).sqrt()).mean() for z in centred) / 2
+    covariance = 0
+    for z in centred:
+        matrix = z.T @ z / (num_samples - 1)
+        covariance = covariance + (matrix - matrix.diagonal().diag()).square().sum() / dimensions
+    return invariance, variance, covariance
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0], ids=["collapsing", "unit", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(("num_samples", "dimensions"), SHAPES, ids=lambda value: str(value))
+def test_equals_the_official_formula(num_samples, dimensions, dtype, scale):
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    # correlated dimensions with different means, and views that are alike, as in training
+    base = torch.randn(num_samples, dimensions, dtype=torch.float64) @ torch.randn(dimensions, dimensions, dtype=torch.float64)
+    base = scale * base / dimensions**0.5 + torch.randn(dimensions, dtype=torch.float64)
+    leaves = [
+        (base + 0.3 * scale * torch.randn_like(base)).to(dtype).requires_grad_() for _ in range(2)
+    ]
+    parts = vicreg_loss(*leaves, covariance_weight=0.7)
+    reference = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = official(*reference)
+    for name, one in zip(("invariance", "variance", "covariance"), expected, strict=True):
+        found = getattr(parts, name).double()
+        assert (found - one).abs() <= tolerance * max(one.abs().item(), 1e-3), name
+    total = 25 * expected[0] + 25 * expected[1] + 0.7 * expected[2]
+    assert parts.loss.double().item() == pytest.approx(total.item(), rel=tolerance)
+    found = torch.cat(torch.autograd.grad(parts.loss, leaves)).double()
+    wanted = torch.cat(torch.autograd.grad(total, reference))
+    assert (found - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("part", ["invariance", "variance", "covariance"])
+def test_each_part_has_its_own_gradient(part):
+    for shape in ((6, 20), (20, 6)):
+        leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        assert torch.autograd.gradcheck(lambda *z: getattr(vicreg_loss(*z, gamma=1.5), part), leaves)  # noqa: B023
+
+
+def test_loss_is_float32_under_autocast():
+    z_a, z_b = (50 * torch.randn(64, 96) for _ in range(2))
+    expected = vicreg_loss(z_a, z_b)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = vicreg_loss(z_a, z_b)
+    assert found.loss.dtype == torch.float32
+    assert torch.equal(found.loss, expected.loss)
+    halves = vicreg_loss(z_a.bfloat16(), z_b.bfloat16())
+    same = vicreg_loss(z_a.bfloat16().float(), z_b.bfloat16().float())
+    assert torch.equal(halves.loss, same.loss)
+    assert halves.loss.isfinite()
+
+
+def test_gradient_under_autocast_equals_the_one_without():
+    leaf = torch.randn(16, 40, requires_grad=True)
+    other = torch.randn(16, 40)
+    (expected,) = torch.autograd.grad(vicreg_loss(leaf, other).loss, leaf)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(vicreg_loss(leaf, other).loss, leaf)
+    assert torch.equal(found, expected)
+
+
+def test_non_finite_values_are_returned():
+    z = torch.randn(4, 8)
+    z[1, 2] = float("nan")
+    assert vicreg_loss(z, torch.randn(4, 8)).loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.zeros(1, 4), torch.zeros(1, 4)), {}, "at least 2 samples for a covariance, got a batch of 1"),
+        ((torch.zeros(4, 4), torch.zeros(4, 5)), {}, r"one shape .* got \(4, 4\) and \(4, 5\)"),
+        ((torch.zeros(4), torch.zeros(4)), {}, "expected two tensors"),
+        ((torch.zeros(4, 4, dtype=torch.int64),) * 2, {}, "floating point tensor, got torch.int64"),
+        ((torch.zeros(4, 4),) * 2, {"variance_weight": -1.0}, "`variance_weight`: expected a number of at least 0"),
+    ],
+    ids=["one-sample", "shapes", "not-a-matrix", "integers", "negative-weight"],
+)
+def test_bad_inputs_are_named(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        vicreg_loss(*arguments, **options)

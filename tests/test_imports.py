@@ -1,0 +1,61 @@
+"""The direction of imports: modeling knows nothing of training, and importing the package stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODELING = sorted((REPOSITORY / "modeling").glob("*.py"))
+ALLOWED = {"torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
+
+
+def imports_of(path):
+    """(level, module) of every import, anywhere in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module
+
+
+@pytest.mark.parametrize("path", MODELING, ids=lambda path: path.stem)
+def test_modeling_is_flat_and_stands_alone(path):
+    # the Hub's custom code: siblings as `from .name import ...`, else only what a user of transformers has anyway
+    for level, module in imports_of(path):
+        if level:
+            assert level == 1, f"{path.name}: only siblings"
+            assert module is not None, f"{path.name}: `from . import x` is not copied to the Hub"
+            assert (path.parent / f"{module}.py").exists(), f"{path.name}: .{module} is not a sibling"
+        else:
+            assert module.split(".")[0] in ALLOWED, f"{path.name}: {module}"
+    assert "hf_vicreg" not in path.read_text(), f"{path.name}: the package's name breaks the copy on the Hub"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "training").rglob("*.py")), ids=lambda path: path.stem)
+def test_training_imports_modeling_and_itself_only(path):
+    for level, module in imports_of(path):
+        assert level == 0, f"{path.name}: absolute imports"
+        if module.split(".")[0] == "hf_vicreg":
+            assert module.split(".")[1] in ("modeling", "training"), f"{path.name}: {module}"
+
+
+def test_importing_the_package_loads_no_training():
+    code = (
+        "import sys, hf_vicreg\n"
+        "loaded = [name for name in ('datasets', 'hf_vicreg.training', 'sklearn') if name in sys.modules]\n"
+        "sys.exit(f'loaded: {loaded}' if loaded else 0)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_public_names():
+    import hf_vicreg
+
+    for name in hf_vicreg.__all__:
+        assert getattr(hf_vicreg, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        hf_vicreg.nothing  # noqa: B018

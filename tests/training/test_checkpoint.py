@@ -1,0 +1,121 @@
+"""Checkpoints on a real disk: complete or absent, and the same when they come back."""
+
+import json
+
+import pytest
+import torch
+
+from hf_vicreg.training.checkpoint import (
+    RunState,
+    find_checkpoint,
+    find_damage,
+    list_checkpoints,
+    load_state,
+    load_tensors,
+    local_rng_states,
+    save_checkpoint,
+)
+from hf_vicreg.training.errors import InputError
+
+
+def trained(steps=3):
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(folder, step, keep=2):
+    model, optimizer = trained()
+    return save_checkpoint(folder, RunState(step=step, recipe={"a": 1}), model, optimizer, local_rng_states(0), keep)
+
+
+def test_everything_comes_back(tmp_path):
+    path = save(tmp_path, 7)
+    model, optimizer = trained()
+    expected = torch.rand(3)
+    save_checkpoint(tmp_path, RunState(step=8), model, optimizer, local_rng_states(0), 2)
+    following = torch.rand(3)
+
+    other, other_optimizer = trained(steps=1)
+    assert load_state(path).step == 7
+    load_tensors(tmp_path / "step_00000008", other, other_optimizer, rank=0)
+    assert torch.equal(torch.rand(3), following)
+    assert not torch.equal(expected, following)
+    for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    for model_, optimizer_ in ((model, optimizer), (other, other_optimizer)):
+        torch.manual_seed(1)
+        model_(torch.randn(8, 4)).square().sum().backward()
+        optimizer_.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_newest_are_kept(tmp_path):
+    for step in (1, 2, 10, 3):
+        save(tmp_path, step, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000003", "step_00000010"]
+    assert find_checkpoint(tmp_path, "latest").name == "step_00000010"
+    assert find_checkpoint(tmp_path, "step_00000003").name == "step_00000003"
+    assert find_checkpoint(tmp_path / "nothing", "latest") is None
+
+
+@pytest.mark.parametrize("damage", ["flipped-byte", "truncated", "missing-file", "no-manifest", "garbled-manifest"])
+def test_damaged_checkpoints_are_passed_over(tmp_path, damage, caplog):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if damage == "flipped-byte":
+        content[-3] ^= 1
+        weights.write_bytes(content)
+    elif damage == "truncated":
+        weights.write_bytes(content[:-5])
+    elif damage == "missing-file":
+        weights.unlink()
+    elif damage == "no-manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    assert find_damage(newest)
+    assert find_checkpoint(tmp_path, "latest").name == "step_00000001"
+    assert "step_00000002 is damaged" in caplog.text
+    with pytest.raises(InputError, match="is damaged"):
+        find_checkpoint(tmp_path, "step_00000002")
+
+
+def test_a_half_written_folder_is_no_checkpoint(tmp_path):
+    save(tmp_path, 1)
+    stale = tmp_path / ".writing_step_00000002"
+    stale.mkdir()
+    (stale / "model.safetensors").write_bytes(b"half")
+    assert find_checkpoint(tmp_path, "latest").name == "step_00000001"
+    save(tmp_path, 2)  # a later attempt replaces it
+    assert not stale.exists()
+    assert find_damage(tmp_path / "step_00000002") is None
+
+
+def test_failing_to_write_leaves_older_ones(tmp_path):
+    save(tmp_path, 1, keep=1)
+    model, optimizer = trained()
+    state = RunState(step=2, recipe={"not json": {1, 2}})
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path, state, model, optimizer, local_rng_states(0), 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert find_damage(tmp_path / "step_00000001") is None
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(InputError, match="expected 'latest' or a folder"):
+        find_checkpoint(tmp_path, "step_00000009")
+
+
+def test_no_pickles(tmp_path):
+    files = {path.name for path in save(tmp_path, 1).iterdir()}
+    assert files == {"manifest.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
+    assert json.loads((tmp_path / "step_00000001" / "state.json").read_text())["step"] == 1

@@ -1,0 +1,113 @@
+"""Recipes, flags and their errors."""
+
+import pytest
+import yaml
+
+from hf_vicreg import BigBirdViTConfig
+from hf_vicreg.training.config import parse_flags, read_recipe, recipe_names, resolve
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.pretrain import attention_density
+
+NEEDED = {"output_dir": "somewhere", "dataset_name": "digits"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_resolves_and_is_sparse(name):
+    config = resolve(NEEDED | {"config": name})
+    assert attention_density(config) <= 0.6
+
+
+def test_recipes_that_come_with_the_package():
+    assert recipe_names() == ["cifar10_cpu", "digits", "imagenet_small_patch16"]
+
+
+def test_flags_override_the_recipe_which_overrides_defaults():
+    given = parse_flags(
+        ["--config", "digits", "--learning_rate", "1e-3", "--model.tile_size=2", "--views.hue", "0.2", "--output_dir", "x"]
+    )
+    config = resolve(given)
+    assert config.run.learning_rate == 1e-3
+    assert config.vicreg.encoder.tile_size == 2
+    assert config.views.hue == 0.2
+    assert config.run.dataset_name == "digits"  # the recipe's
+    assert config.vicreg.encoder.hidden_size == 128
+    assert config.run.weight_decay == 0.05  # the default
+
+
+def test_resolved_configuration_reads_back_as_itself(tmp_path):
+    first = resolve(NEEDED | {"config": "cifar10_cpu", "model": {"tile_size": [2, 4]}})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(first.to_recipe()))
+    second = resolve({"config": str(path)})
+    assert second.to_recipe() == first.to_recipe()
+    assert second.vicreg.to_dict() == first.vicreg.to_dict()
+
+
+def test_model_may_be_a_configuration_object():
+    config = resolve(NEEDED | {"model": BigBirdViTConfig(hidden_size=64, num_attention_heads=4, tile_size=2)})
+    assert config.vicreg.encoder.hidden_size == 64
+    assert config.vicreg.encoder.tile_size == 2
+
+
+def test_another_encoder_by_its_model_type():
+    config = resolve(NEEDED | {"model": {"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1]}})
+    assert config.vicreg.encoder.model_type == "resnet"
+
+
+def test_yaml_reads_exponents_without_a_dot_as_text_and_we_do_not(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("learning_rate: 1e-3\n")
+    assert resolve(NEEDED | {"config": str(path)}).run.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rat": 1}, "`learning_rat`: unknown key in arguments; did you mean `learning_rate`?"),
+        ({"model": {"tile_sise": 1}}, "`model.tile_sise`: unknown key; did you mean `tile_size`?"),
+        ({"vicreg": {"expander": [1]}}, "`vicreg.expander`: unknown key"),
+        ({"views": {"blurr": 1}}, "`views.blurr`: unknown key"),
+        ({"views": {"hue": 0.7}}, "`views.hue`: expected a number from 0 to 0.5, got 0.7"),
+        ({"model": {"hidden_size": "wide"}}, "hidden_size"),
+        ({"model": {"window_size": 2}}, "`window_size`: expected an odd number"),
+        ({"model": 3}, "`model`: expected a mapping"),
+        ({"batch_size": 1}, "`batch_size`: expected at least 2 images for a covariance, got 1"),
+        ({"batch_size": 2.5}, "`batch_size`: expected int, got 2.5"),
+        ({"batch_size": "many"}, "`batch_size`: expected int, got 'many'"),
+        ({"num_train_epochs": 0}, "`num_train_epochs`: expected at least 1, got 0"),
+        ({"mixed_precision": "fp8"}, "`mixed_precision`"),
+        ({"config": "no_such_recipe"}, "`config`: expected a YAML file or one of"),
+        ({"train_dir": "x"}, "expected one of the two, got both"),
+        ({"dataset_name": ""}, "expected one of the two, got none"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_settings_are_named(given, message):
+    with pytest.raises(InputError) as error:
+        resolve(NEEDED | given)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_recipe_files_are_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for text, message in (
+        ("- a list", "expected a mapping"),
+        ("key: [", "is not YAML"),
+        ("epochs: 3", "`epochs`: unknown key in recipe"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            resolve(NEEDED | {"config": str(path)})
+    assert read_recipe("digits")["dataset_name"] == "digits"
+
+
+@pytest.mark.parametrize("flags", [["--no_such_flag", "1"], ["stray"], ["--model.tile_size"], ["--other.key", "1"]])
+def test_bad_flags_are_named(flags):
+    with pytest.raises(InputError, match=flags[0].lstrip("-")):
+        parse_flags(["--config", "digits", *flags])
+
+
+def test_missing_output_dir_is_named():
+    with pytest.raises(InputError, match="`output_dir`: expected a folder"):
+        resolve({"config": "digits"})

@@ -1,0 +1,48 @@
+"""k-NN against scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from hf_vicreg.training.data import ImageSource
+from hf_vicreg.training.evaluation.knn import encode, knn_accuracy
+
+
+@pytest.mark.parametrize("neighbours", [1, 5, 20])
+def test_equals_scikit_learn(neighbours):
+    generator = torch.Generator().manual_seed(neighbours)
+    centres = torch.randn(4, 8, generator=generator)
+    labels = torch.randint(0, 4, (500,), generator=generator)
+    features = centres[labels] + 1.2 * torch.randn(500, 8, generator=generator)
+    bank, queries, bank_labels, query_labels = features[:300], features[300:], labels[:300], labels[300:]
+    found = knn_accuracy(bank, bank_labels, queries, query_labels, neighbours=neighbours, temperature=0.07)
+    reference = KNeighborsClassifier(
+        neighbours, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(bank.double(), bank_labels)
+    expected = reference.score(queries.double(), query_labels)
+    assert found == pytest.approx(expected, abs=1 / 200)
+    assert 0.5 < found < 1
+
+
+def test_small_bank_is_used_whole():
+    bank, labels = torch.eye(3), torch.tensor([0, 1, 2])
+    assert knn_accuracy(bank, labels, bank, labels, neighbours=20) == 1.0
+
+
+def test_encoding_skips_unreadable_images_and_shares_the_work():
+    def read(index):
+        if index == 3:
+            raise OSError("broken")
+        return Image.new("RGB", (2, 2), (index, 0, 0))
+
+    def processor(images, return_tensors):
+        return {"pixel_values": torch.tensor([image.getpixel((0, 0))[0] for image in images])[:, None]}
+
+    source = ImageSource("few", 7, read, "few", labels=[10, 11, 12, 13, 14, 15, 16])
+    features, labels = encode(source, processor, lambda pixels: pixels)
+    assert features.flatten().tolist() == [0, 1, 2, 4, 5, 6]
+    assert labels.tolist() == [10, 11, 12, 14, 15, 16]
+    shares = [encode(source, processor, lambda pixels: pixels, share=(rank, 2)) for rank in range(2)]
+    assert sorted(torch.cat([labels for _, labels in shares]).tolist()) == labels.tolist()

@@ -1,0 +1,163 @@
+"""A run in this process: what it leaves, what it refuses."""
+
+import json
+import logging
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+
+from hf_vicreg import BigBirdViTConfig, pretrain
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.pretrain import main
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """A run sets the threads of its process; give them back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def recipe_file(tmp_path, tiny_recipe):
+    """Returns a function that writes the tiny recipe, changed, and returns its path."""
+
+    def write(**changes):
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(tiny_recipe | changes))
+        return str(path)
+
+    return write
+
+
+def test_a_run_leaves_a_folder_that_loads(tmp_path, tiny_recipe, caplog, capsys):
+    out = tmp_path / "run"
+    with caplog.at_level(logging.INFO, logger="hf_vicreg"):
+        result = pretrain(out=out, data="digits", max_train_samples=96, **tiny_recipe | {"knn_every_epochs": 1, "num_train_epochs": 2})
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "checkpoints",
+        "config.json",
+        "log.jsonl",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "pretraining",
+        "recipe.yaml",
+        "results.json",
+    }
+    results = json.loads((out / "results.json").read_text())
+    assert results == result.results
+    assert results["steps"] == 6
+    assert set(results["knn_accuracy"]) == {"raw_pixels", "untrained", "trained"}
+    assert all(0 < value < 1 for value in results["knn_accuracy"].values())
+    assert f"attention density {results['attention_density']:.3f}" in caplog.text
+    assert "threads each" in caplog.text
+
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in lines if "knn_accuracy" in line] == [1]
+    parts = lines[0]
+    weighted = 25 * parts["invariance"] + 25 * parts["variance"] + parts["covariance"]
+    assert parts["loss"] == pytest.approx(weighted, rel=1e-5)
+    assert parts["images_per_second"] > 0
+
+    processor, model = AutoImageProcessor.from_pretrained(out), AutoModel.from_pretrained(out)
+    images = [Image.new("RGB", (40, 30), (10 * index, 5, 200)) for index in range(3)]
+    pixels = processor(images, return_tensors="pt")
+    assert torch.equal(pixels["pixel_values"], result.processor(images, return_tensors="pt")["pixel_values"])
+    assert torch.equal(model(**pixels).pooler_output, result.encoder(**pixels).pooler_output)
+    wrapper = AutoModelForPreTraining.from_pretrained(out, subfolder="pretraining")
+    assert torch.equal(wrapper.encoder(**pixels).pooler_output, model(**pixels).pooler_output)
+
+    card = (out / "README.md").read_text()
+    assert f"| {results['knn_accuracy']['trained']:.3f} |" in card
+    assert "$" not in card
+    assert str(tmp_path) not in card  # no paths of this machine
+    printed = capsys.readouterr().out
+    assert "raw pixels" in printed
+    assert "AutoModel.from_pretrained" in printed
+    # the same run again touches nothing
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="--resume_from_checkpoint latest to continue it"):
+        pretrain(out=out, data="digits", **tiny_recipe)
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_unlabelled_folder_with_corrupt_images(tmp_path, tiny_recipe, image_folder, caplog):
+    folder = image_folder(64)
+    for index in (3, 17):
+        (folder / f"{index:04d}.png").write_bytes(b"broken")
+    result = pretrain(out=tmp_path / "run", data=folder, model=BigBirdViTConfig(**tiny_recipe.pop("model")), **tiny_recipe)
+    assert result.results["corrupt_images"] == 2
+    assert "2 corrupt image(s)" in caplog.text
+    assert result.results["knn_accuracy"] == {}
+    assert "not measured" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_recipe, image_folder):
+    folder = image_folder(64)
+    first = pretrain(out=tmp_path / "run", data=folder, **tiny_recipe)
+    again = pretrain(out=tmp_path / "run", data=folder, resume_from_checkpoint="latest", **tiny_recipe)
+    for one, other in zip(first.encoder.parameters(), again.encoder.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_checkpoint_of_another_configuration_is_refused(tmp_path, tiny_recipe, image_folder, recipe_file, capsys):
+    folder, out = image_folder(64), tmp_path / "run"
+    pretrain(out=out, data=folder, **tiny_recipe)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    arguments = ["--config", recipe_file(), "--train_dir", str(folder), "--output_dir", str(out)]
+    arguments += ["--resume_from_checkpoint", "latest"]
+    for change, named in ((["--learning_rate", "0.5"], "`learning_rate` is 0.5"), (["--model.tile_size", "2"], "`model`")):
+        capsys.readouterr()
+        assert main([*arguments, *change]) == 2
+        assert named in capsys.readouterr().err
+    (folder / "0000.png").unlink()
+    assert main(arguments) == 2
+    assert "the images are not the ones" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_non_finite_steps_are_skipped_and_the_run_stops_with_advice(tmp_path, tiny_recipe, image_folder):
+    settings = tiny_recipe | {"learning_rate": 1e30, "num_train_epochs": 40}
+    with pytest.raises(InputError, match="`learning_rate`: loss or gradient was not finite"):
+        pretrain(out=tmp_path / "run", data=image_folder(64), **settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_dir", "{empty}"], "`train_dir`"),
+        (["--train_dir", "{missing}"], "`train_dir`"),
+        (["--dataset_name", "{images}/nothing"], "`dataset_name`"),
+        (["--train_dir", "{images}", "--batch_size", "1"], "at least 2 images for a covariance"),
+        (["--train_dir", "{images}", "--per_device_train_batch_size", "1"], "at least 2 images"),
+        (["--train_dir", "{images}", "--batch_size", "65"], "`batch_size`: expected at most the 64 images"),
+        (["--train_dir", "{images}", "--model.image_size", "4"], "at least one patch"),
+        (["--train_dir", "{images}", "--model.no_such_key", "4"], "unknown key"),
+        (["--train_dir", "{corrupt}"], "all corrupt"),
+        (["--train_dir", "{images}", "--output_dir", "{images}"], "`output_dir`: expected a new or empty folder"),
+        (["--train_dir", "{images}", "--resume_from_checkpoint", "step_7"], "`resume_from_checkpoint`"),
+        (["--train_dir", "{images}", "--no_such_flag", "1"], "`--no_such_flag`: unknown flag"),
+    ],
+    ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, image_folder, recipe_file, capsys):
+    folders = {"images": image_folder(64), "empty": tmp_path / "empty", "missing": tmp_path / "missing"}
+    folders["empty"].mkdir()
+    folders["corrupt"] = tmp_path / "corrupt"
+    folders["corrupt"].mkdir()
+    (folders["corrupt"] / "one.jpg").write_bytes(b"not a picture")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["--config", recipe_file(), "--output_dir", str(tmp_path / "run")]
+    code = main(arguments + [flag.format(**folders) for flag in flags])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in error
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "tiny.yaml") == before
