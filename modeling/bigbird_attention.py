@@ -1,11 +1,12 @@
 """One attention function over a block pattern, in several implementations that compute the same numbers.
 
-Shapes: B batch, H heads, N tokens (global ones first, then patches in tile-major order), D head size, T tiles, S patches
+Shapes: B batch, H heads, N tokens (global ones first, then patches in tile-major order), D head size, T tiles, S
+    patches
 in a full tile, K tiles that a tile sees, G global tokens.
 
 - `eager`: dense scores with the pattern as a mask. The oracle; the only one that returns probabilities.
-- `sdpa`: torch's scaled dot product attention, either dense with a mask or over gathered blocks, whichever costs less at
-  that size. The choice is a pure function of the pattern, so it is the same in training and inference.
+- `sdpa`: torch's scaled dot product attention, either dense with a mask or over gathered blocks, whichever costs
+  less at that size. The choice is a pure function of the pattern, so it is the same in training and inference.
 
 Source: Zaheer et al. 2020 (arXiv 2007.14062), appendix D, for gathering blocks of keys.
 """
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 
 from .bigbird_pattern import BlockPattern
 
-# Measured on 2 CPU cores, forward and backward, 6 heads of 64: gathered blocks win from about this many tokens, and only
-# while they skip at least half of the pairs, for they copy keys and values once per tile that sees them.
+# Measured on 2 CPU cores, forward and backward, 6 heads of 64: gathered blocks win from about this many tokens, and
+# only while they skip at least half of the pairs, for they copy keys and values once per tile that sees them.
 BLOCKS_MIN_TOKENS = 2048
 BLOCKS_MAX_DENSITY = 0.5
 
@@ -139,7 +140,8 @@ def _block_tables(
         `patch_at_slot` `(T * S,)`: position of the patch in each slot of the padded tiles, 0 in empty slots; None when
             every tile is full, so that tiles are a view.
         `slot_of_patch` `(patches,)`: where each patch sits among the slots.
-        `blocks` `(H * T * K,)`: the tiles that each head's tile sees, as indices into `H * T`; any tile in unused places.
+        `blocks` `(H * T * K,)`: the tiles that each head's tile sees, as indices into `H * T`; any tile in unused
+            places.
         `key_exists` `(H or 1, T, K, S)` bool: false for unused places and empty slots; None when there are none.
     """
     with torch.inference_mode(False):

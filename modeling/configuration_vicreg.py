@@ -1,6 +1,6 @@
 """Configuration of VICReg pretraining: an encoder, an expander and the weights of the loss."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -27,7 +27,7 @@ class VicRegConfig(PreTrainedConfig):
     model_type = "vicreg"
     sub_configs = {"encoder": AutoConfig}  # noqa: RUF012  transformers' own form
 
-    encoder: PreTrainedConfig | dict | None = None
+    encoder: Any = None
     expander_sizes: list[int] | tuple[int, ...] = (8192, 8192, 8192)
     expander_norm: Literal["batch", "layer"] = "batch"
     invariance_weight: float | int = 25.0
@@ -49,6 +49,8 @@ class VicRegConfig(PreTrainedConfig):
         Raises:
             ValueError: A field out of range, with the field, the expectation and the value found.
         """
+        if not isinstance(self.encoder, PreTrainedConfig):
+            raise ValueError(f"`encoder`: expected a configuration or its fields, got {type(self.encoder).__name__}.")
         if not self.expander_sizes or min(self.expander_sizes) < 1:
             raise ValueError(f"`expander_sizes`: expected at least one positive width, got {self.expander_sizes}.")
         for name in ("invariance_weight", "variance_weight", "covariance_weight", "eps"):

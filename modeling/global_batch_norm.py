@@ -1,7 +1,7 @@
 """Batch normalisation over the batch of all processes, on any device.
 
-`torch.nn.SyncBatchNorm` refuses to run on CPUs once a process group exists. VICReg's expander normalises over the batch,
-and statistics of one process's share would make the loss depend on how many processes there are.
+`torch.nn.SyncBatchNorm` refuses to run on CPUs once a process group exists. VICReg's expander normalises over the
+batch, and statistics of one process's share would make the loss depend on how many processes there are.
 """
 
 import torch
@@ -14,6 +14,11 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
 
     Without a group, and in evaluation, it is `nn.BatchNorm1d`.
     """
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    momentum: float
 
     def forward(self, hidden_states: torch.Tensor, process_group: dist.ProcessGroup | None = None) -> torch.Tensor:
         """Return `(batch, features)` normalised.

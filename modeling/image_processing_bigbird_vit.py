@@ -5,7 +5,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 class BigBirdViTImageProcessor(TorchvisionBackend):
-    """Turns images into `pixel_values` `(batch, channels, height, width)`: RGB, resized, scaled to [0, 1], normalised."""
+    """Turns images into `pixel_values` `(batch, 3, height, width)`: RGB, resized, scaled to [0, 1], normalised."""
 
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN

@@ -1,7 +1,7 @@
 """BigBird vision transformer: a ViT whose patches attend globally, locally and at random.
 
-The layers work on tokens in tile-major order (see `bigbird_pattern.py`). Tokens are permuted once before the first layer
-and put back once after the last: everything a caller sees is in raster order, CLS and registers first.
+The layers work on tokens in tile-major order (see `bigbird_pattern.py`). Tokens are permuted once before the first
+layer and put back once after the last: everything a caller sees is in raster order, CLS and registers first.
 """
 
 import math
@@ -60,8 +60,8 @@ class BigBirdViTEmbeddings(nn.Module):
 def rotary_tables(config: BigBirdViTConfig, valid: torch.Tensor | None, rows: int, columns: int, device: torch.device):
     """Return cosines and sines of the rotary positions.
 
-    Coordinates are patch centres scaled to (-1, 1) over the image, or over each image's valid area when some patches are
-    padding. The first half of the frequencies turns with the row, the second with the column.
+    Coordinates are patch centres scaled to (-1, 1) over the image, or over each image's valid area when some patches
+    are padding. The first half of the frequencies turns with the row, the second with the column.
 
     Source: Siméoni et al. 2025, DINOv3 (arXiv 2508.10104), section 3.2: axial RoPE on normalised coordinates. Without
     the training-time jitter of coordinates.
@@ -131,7 +131,7 @@ class BigBirdViTAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return `(batch, tokens, hidden_size)` and, from `eager` alone, probabilities `(batch, heads, tokens, tokens)`."""
+        """Return `(batch, tokens, hidden_size)` and, from `eager`, probabilities `(batch, heads, tokens, tokens)`."""
         batch, tokens, _ = hidden_states.shape
 
         def heads(projection: nn.Linear) -> torch.Tensor:
@@ -354,9 +354,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
 
         to_raster = None
         if order is not None:
-            to_raster = torch.cat(
-                [torch.arange(num_global, device=order.device), order.argsort() + num_global]
-            )
+            to_raster = torch.cat([torch.arange(num_global, device=order.device), order.argsort() + num_global])
         last_hidden_state = self.layernorm(_reorder(encoded.last_hidden_state, to_raster, 1))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ class VicRegExpander(nn.Module):
         self.in_features = in_features
         widths = [in_features, *config.expander_sizes]
         normalisation = GlobalBatchNorm1d if config.expander_norm == "batch" else nn.LayerNorm
-        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths[:-2], widths[1:-1], strict=True))
+        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths[:-1]))
         self.norm = nn.ModuleList(normalisation(width) for width in widths[1:-1])
         self.output = nn.Linear(widths[-2], widths[-1], bias=False)
 

@@ -1,8 +1,8 @@
 """VICReg loss: invariance, variance, covariance; one function of the global batch, however many processes hold it.
 
-Source: Bardes, Ponce, LeCun, "VICReg", ICLR 2022 (arXiv 2105.04906), equations 1 to 6, in the convention of the authors'
-code (facebookresearch/vicreg, `main_vicreg.py`): invariance averaged over dimensions, variance averaged over the two
-branches, covariance summed over them.
+Source: Bardes, Ponce, LeCun, "VICReg", ICLR 2022 (arXiv 2105.04906), equations 1 to 6, in the convention of the
+authors' code (facebookresearch/vicreg, `main_vicreg.py`): invariance averaged over dimensions, variance averaged over
+the two branches, covariance summed over them.
 
 Symbols: Z and Z' are the embeddings of two views, N the global batch, n one process's share of it, D the width.
 Invariance `s = mean (Z - Z')^2`. Variance `v(Z) = mean_j max(0, gamma - sqrt(Var(Z_j) + eps))`. Covariance
@@ -51,9 +51,9 @@ def vicreg_loss(
         covariance_weight: Nu.
         gamma: Target of each dimension's standard deviation.
         eps: Added to the variance under the root.
-        process_group: Processes whose batches, of equal size, together make the global batch. Each gets the loss of the
-            global batch, and gradients multiplied by the number of processes, so that the mean over processes that
-            DistributedDataParallel takes is the gradient of one process with the joined batch. All of them must call.
+        process_group: Processes whose batches, of equal size, together make the global batch. Each gets the loss of
+            the global batch, and gradients multiplied by the number of processes, so that the mean over processes
+            that DistributedDataParallel takes is the gradient of one process with the joined batch. All must call.
 
     Raises:
         ValueError: Wrong shape or type, fewer than two samples in the global batch, a negative weight, or batches of

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -94,7 +95,7 @@ def child_environment(**extra: str) -> dict[str, str]:
 
 @pytest.fixture
 def run_process(tmp_path):
-    """Returns a function that runs a command to its end in its own process group; kills the group after `timeout_s`."""
+    """Returns a function that runs a command in its own process group, and kills the group after `timeout_s`."""
     started = []
 
     def start(command: list[str], **extra: str) -> subprocess.Popen:
@@ -126,10 +127,8 @@ def run_process(tmp_path):
 
 
 def _kill_group(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 @pytest.fixture

@@ -117,7 +117,11 @@ class RunConfig:
         sections["vicreg"].pop("encoder", None)
         sections["vicreg"].pop("model_type", None)
         recipe = dataclasses.asdict(self.run)
-        return recipe | {"model": _plain(model), "vicreg": _plain(sections["vicreg"]), "views": dataclasses.asdict(self.views)}
+        return recipe | {
+            "model": _plain(model),
+            "vicreg": _plain(sections["vicreg"]),
+            "views": dataclasses.asdict(self.views),
+        }
 
 
 def recipe_names() -> list[str]:
@@ -268,7 +272,7 @@ def _check_keys(settings: dict[str, Any], config: PreTrainedConfig, section: str
 def _typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Check and convert plain values to the types of a dataclass's fields; YAML reads 1e-3 as a string, for one."""
     hints = typing.get_type_hints(kind)
-    typed = {}
+    typed: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in hints:
             raise InputError(f"`{prefix}{key}`: unknown key{_hint(key, list(hints))}.")

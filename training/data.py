@@ -104,9 +104,9 @@ def load_sources(
     elif test_split not in splits:
         raise InputError(f"`test_split`: expected one of {sorted(splits)} in {dataset_name}, got {test_split!r}.")
     columns = (image_column_name, label_column_name)
-    train = _dataset_source(dataset_name, splits[train_split], *columns)
-    test = None if test_split is None else _dataset_source(dataset_name, splits[test_split], *columns)
-    return train, test
+    source = _dataset_source(dataset_name, splits[train_split], *columns)
+    held_out = None if test_split is None else _dataset_source(dataset_name, splits[test_split], *columns)
+    return source, held_out
 
 
 def _folder_source(folder: str) -> ImageSource:
@@ -243,8 +243,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 class StepSampler(Sampler):
     """Yields this process's (epoch, index) keys, step after step, from any step on.
 
-    Every epoch is a new permutation that depends on (seed, epoch) alone; the last, short batch is dropped. Process r of
-    W takes the r-th of W equal runs of each batch, so the batch is the same set of images whatever W is.
+    Every epoch is a new permutation that depends on (seed, epoch) alone; the last, short batch is dropped. Process r
+    of W takes the r-th of W equal runs of each batch, so the batch is the same set of images whatever W is.
     """
 
     def __init__(

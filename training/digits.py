@@ -1,7 +1,8 @@
 """The built-in data set: scikit-learn's scanned digits on a larger field. No download.
 
-Each of the 1,797 digits (8x8 pixels, Alpaydin and Kaynak 1998) is drawn once, at a random place, angle and size on a black
-field of 32x32, so that pixels alone do not already tell the class. The drawing depends on a fixed seed, not on the run's.
+Each of the 1,797 digits (8x8 pixels, Alpaydin and Kaynak 1998) is drawn once, at a random place, angle and size on a
+black field of 32x32, so that pixels alone do not already tell the class. The drawing depends on a fixed seed, not on
+the run's.
 """
 
 import random
@@ -47,6 +48,6 @@ def _draw(pixels: np.ndarray, rng: random.Random) -> Image.Image:
     digit = digit.resize((size, size), Image.Resampling.BICUBIC)
     digit = digit.rotate(rng.uniform(-ANGLE_DEGREES, ANGLE_DEGREES), Image.Resampling.BICUBIC, expand=True)
     field = Image.new("L", (FIELD_SIZE, FIELD_SIZE))
-    place = [rng.randint(min(0, FIELD_SIZE - side), max(0, FIELD_SIZE - side)) for side in digit.size]
-    field.paste(digit, tuple(place))
+    left, top = (rng.randint(min(0, FIELD_SIZE - side), max(0, FIELD_SIZE - side)) for side in digit.size)
+    field.paste(digit, (left, top))
     return field.convert("RGB")

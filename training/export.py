@@ -47,7 +47,9 @@ def model_card(name: str, recipe: dict[str, Any], results: dict[str, Any]) -> st
     """Return the model card in Markdown; what was not measured reads "not measured"."""
     template = (resources.files("hf_vicreg.model_cards") / "template.md").read_text()
     knn = results.get("knn_accuracy", {})
-    measured = {key: f"{knn[key]:.3f}" if key in knn else "not measured" for key in ("raw_pixels", "untrained", "trained")}
+    measured = {
+        key: f"{knn[key]:.3f}" if key in knn else "not measured" for key in ("raw_pixels", "untrained", "trained")
+    }
     return string.Template(template).substitute(
         measured,
         name=name,

@@ -70,7 +70,7 @@ class Trainer:
             )
         if run.batch_size % accelerator.num_processes:
             raise InputError(
-                f"`batch_size`: expected a multiple of the {accelerator.num_processes} processes, got {run.batch_size}."
+                f"`batch_size`: expected a multiple of {accelerator.num_processes} processes, got {run.batch_size}."
             )
         self.steps_per_epoch = len(source) // run.batch_size
         self.num_steps = run.max_steps or run.num_train_epochs * self.steps_per_epoch
@@ -101,7 +101,7 @@ class Trainer:
         """Train to the last step and return where the run stands; every process must call.
 
         Raises:
-            InputError: No readable image where one was needed, or loss and gradient not finite for many steps in a row.
+            InputError: No readable image where one was needed, or loss or gradient not finite many times in a row.
         """
         run, state = self.run, self.state
         loader = self._loader(state.step)
@@ -121,7 +121,7 @@ class Trainer:
             self.corrupt.update(batch["corrupt"])
             if batch["views"] is None:
                 raise InputError(
-                    f"`{self.source.name}`: expected readable images, found {len(self.corrupt)} corrupt ones in a row; "
+                    f"`{self.source.name}`: expected readable images, found {len(self.corrupt)} corrupt in a row; "
                     "check the data."
                 )
             outputs, grad_norm, learning_rate = self._step(batch)
@@ -134,10 +134,7 @@ class Trainer:
                 record = {
                     "step": state.step,
                     "epoch": state.step / self.steps_per_epoch,
-                    "loss": outputs.loss.item(),
-                    "invariance": outputs.invariance.item(),
-                    "variance": outputs.variance.item(),
-                    "covariance": outputs.covariance.item(),
+                    **{part: outputs[part].item() for part in ("loss", "invariance", "variance", "covariance")},
                     "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
                     "images_per_second": images / (now - window_started),
@@ -203,7 +200,7 @@ class Trainer:
         limit = run.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.encoder.parameters(), limit).item()
         # the loss is the global batch's and gradients are averaged already: every process sees the same two numbers
-        if math.isfinite(grad_norm) and math.isfinite(outputs.loss.item()):
+        if math.isfinite(grad_norm) and math.isfinite(outputs["loss"].item()):
             self.optimizer.step()
             self.skipped_in_a_row = 0
         else:

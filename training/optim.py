@@ -8,17 +8,18 @@ from torch import nn
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Return AdamW's groups: matrices and kernels decay; biases, norms, scales and learned tokens do not."""
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (exempt if parameter.ndim < 2 or name.endswith("_tokens") or name.endswith("_token") else decayed).append(
-                parameter
-            )
+            (exempt if parameter.ndim < 2 or name.endswith(("_token", "_tokens")) else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine to 0 (Loshchilov and Hutter, arXiv 1608.03983).
+    """Return the learning rate of a step: linear warm-up, then a cosine to 0.
+
+    Source: Loshchilov and Hutter 2016, SGDR (arXiv 1608.03983), without restarts.
 
     Args:
         step: From 0 to `num_steps` - 1.

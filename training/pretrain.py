@@ -102,7 +102,9 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     if run.per_device_train_batch_size is not None:
         run.batch_size = run.per_device_train_batch_size * accelerator.num_processes
         if run.batch_size < 2:
-            raise InputError("`per_device_train_batch_size`: expected at least 2 images in all for a covariance, got 1.")
+            raise InputError(
+                "`per_device_train_batch_size`: expected at least 2 images in all for a covariance, got 1."
+            )
     set_seed(run.seed)
     with as_input_error("model"):
         density = attention_density(config)
@@ -261,7 +263,9 @@ def _refuse_unreadable(source: ImageSource) -> None:
     """Fail before anything is written when not one of the first images can be read."""
     tried = min(64, len(source))
     if all(source.read(index) is None for index in range(tried)):
-        raise InputError(f"`{source.name}`: expected readable images, but the first {tried} are all corrupt; check them.")
+        raise InputError(
+            f"`{source.name}`: expected readable images, but the first {tried} are all corrupt; check them."
+        )
 
 
 def _hardware(accelerator: Accelerator) -> str:

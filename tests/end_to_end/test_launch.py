@@ -47,11 +47,8 @@ def test_one_and_two_processes_train_alike(tmp_path, tiny_recipe, command, run_p
     cores = len(os.sched_getaffinity(0))
     assert f"1 process(es), {cores} threads each" in one.stderr  # though the launcher sets one OpenMP thread
     assert "attention density" in one.stderr
-    two = run_process(
-        [*launcher(), "--multi_gpu", "--num_processes", 2, "--main_process_port", free_port]
-        + ["-m", MODULE, *command("two", **changes)],
-        ACCELERATE_USE_CPU="true",
-    )
+    several = ["--multi_gpu", "--num_processes", 2, "--main_process_port", free_port]
+    two = run_process([*launcher(), *several, "-m", MODULE, *command("two", **changes)], ACCELERATE_USE_CPU="true")
     assert two.returncode == 0, two.stderr
     assert "2 process(es)" in two.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
@@ -114,7 +111,17 @@ def test_a_fresh_python_gives_the_features_from_before_saving(tmp_path, tiny_rec
 
 def test_bad_input_ends_with_exit_code_2(tmp_path, run_process):
     finished = run_process(
-        [sys.executable, "-m", MODULE, "--config", "digits", "--model.window_size", "2", "--output_dir", tmp_path / "run"]
+        [
+            sys.executable,
+            "-m",
+            MODULE,
+            "--config",
+            "digits",
+            "--model.window_size",
+            "2",
+            "--output_dir",
+            tmp_path / "run",
+        ]
     )
     assert finished.returncode == 2
     assert finished.stderr.strip().splitlines() == [

@@ -78,7 +78,9 @@ def test_implementations_equal_the_oracle(grid, tile, num_random, num_global, pa
         return output.detach(), torch.autograd.grad(output.sum(), leaves)
 
     def eager(*tensors):
-        return eager_attention(torch.nn.Identity(), *tensors, key_valid, pattern=pattern, scaling=0.3)[0].transpose(1, 2)
+        return eager_attention(torch.nn.Identity(), *tensors, key_valid, pattern=pattern, scaling=0.3)[0].transpose(
+            1, 2
+        )
 
     expected, expected_gradients = run(lambda *tensors: oracle(*tensors, key_valid, pattern, 0.3))
     for name, function in {

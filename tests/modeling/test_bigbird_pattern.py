@@ -27,7 +27,9 @@ def mask_from_definition(height, width, tile, window, num_random, seed, layer):
 @pytest.mark.parametrize(("height", "width", "tile"), GRIDS)
 @pytest.mark.parametrize("num_random", [0, 3])
 def test_pattern_is_window_plus_random_tiles_plus_globals(height, width, tile, num_random):
-    pattern = tile_pattern(height, width, tile_size=tile, num_random_blocks=num_random, num_global_tokens=2, seed=5, layer=1)
+    pattern = tile_pattern(
+        height, width, tile_size=tile, num_random_blocks=num_random, num_global_tokens=2, seed=5, layer=1
+    )
     local, tile_of = mask_from_definition(height, width, tile, 3, num_random, 5, 1)
     seen = pattern.token_mask()[0]
     assert seen[:2].all()
@@ -58,13 +60,20 @@ def test_order_is_tile_major():
 def test_golden_table():
     # random links are part of the architecture: a change here changes every published model
     pattern = tile_pattern(8, 8, tile_size=(2, 2), num_random_blocks=2, seed=0, layer=0)
-    assert pattern.neighbours[0, :4].tolist() == [[0, 1, 4, 5, 14, 15, -1, -1, -1, -1, -1], [0, 1, 2, 3, 4, 5, 6, 14, -1, -1, -1], [0, 1, 2, 3, 5, 6, 7, 14, -1, -1, -1], [2, 3, 6, 7, 13, 14, -1, -1, -1, -1, -1]]
+    assert pattern.neighbours[0, :4].tolist() == [
+        [0, 1, 4, 5, 14, 15, -1, -1, -1, -1, -1],
+        [0, 1, 2, 3, 4, 5, 6, 14, -1, -1, -1],
+        [0, 1, 2, 3, 5, 6, 7, 14, -1, -1, -1],
+        [2, 3, 6, 7, 13, 14, -1, -1, -1, -1, -1],
+    ]
     assert random_tiles(7, 3, 1, 5, list(range(40)), 4) == [4, 9, 10, 28]
 
 
 def test_random_tiles_differ_by_layer_seed_and_row():
     draws = {
-        (seed, layer): tuple(tile_pattern(40, 40, tile_size=(4, 4), seed=seed, layer=layer).neighbours.flatten().tolist())
+        (seed, layer): tuple(
+            tile_pattern(40, 40, tile_size=(4, 4), seed=seed, layer=layer).neighbours.flatten().tolist()
+        )
         for seed in range(2)
         for layer in range(4)
     }

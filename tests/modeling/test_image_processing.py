@@ -30,7 +30,9 @@ def test_pixels_are_scaled_and_normalised():
     image = picture(32, 32)
     found = BigBirdViTImageProcessor(size={"height": 32, "width": 32})([image], return_tensors="pt")["pixel_values"][0]
     expected = torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
-    expected = (expected - torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]) / torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
+    expected = (expected - torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]) / torch.tensor(IMAGENET_DEFAULT_STD)[
+        :, None, None
+    ]
     torch.testing.assert_close(found, expected)
 
 

@@ -123,7 +123,9 @@ def test_rotary_attention_depends_on_relative_position_only():
 
 
 @pytest.mark.parametrize(
-    ("stride", "tokens"), [(None, 64), (4, 64), (3, 100), ((2, 4), 15 * 8)], ids=["none", "whole", "overlap", "rectangular"]
+    ("stride", "tokens"),
+    [(None, 64), (4, 64), (3, 100), ((2, 4), 15 * 8)],
+    ids=["none", "whole", "overlap", "rectangular"],
 )
 def test_patches_overlap_by_the_stride(stride, tokens):
     model = BigBirdViTModel(tiny_config(patch_stride=stride)).eval()
@@ -135,9 +137,10 @@ def test_overlapping_patches_see_shared_pixels():
     pixel_values = torch.zeros(1, 3, 32, 32)
     changed = pixel_values.clone()
     changed[..., 10, 10] = 1.0  # inside the patches that start at 4 and 8 in each direction
-    difference = model(changed, output_hidden_states=True).hidden_states[0] - model(
-        pixel_values, output_hidden_states=True
-    ).hidden_states[0]
+    difference = (
+        model(changed, output_hidden_states=True).hidden_states[0]
+        - model(pixel_values, output_hidden_states=True).hidden_states[0]
+    )
     moved = difference[0, 3:].abs().sum(-1).view(7, 7) > 0
     assert moved.nonzero().tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
 

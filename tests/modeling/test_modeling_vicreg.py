@@ -19,11 +19,18 @@ ENCODERS = [
     pytest.param(TINY, id="bigbird-vit"),
     pytest.param(
         ViTConfig(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=48,
+            image_size=32,
+            patch_size=8,
         ),
         id="vit",
     ),
-    pytest.param(ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"), id="resnet"),
+    pytest.param(
+        ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"), id="resnet"
+    ),
 ]
 
 
@@ -84,7 +91,11 @@ def test_bad_inputs_are_named(pixel_values, message):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"expander_sizes": []}, "expander_sizes"), ({"variance_weight": -1.0}, "`variance_weight`"), ({"expander_norm": "x"}, "expander_norm")],
+    [
+        ({"expander_sizes": []}, "expander_sizes"),
+        ({"variance_weight": -1.0}, "`variance_weight`"),
+        ({"expander_norm": "x"}, "expander_norm"),
+    ],
     ids=["no-expander", "negative-weight", "unknown-norm"],
 )
 def test_bad_configurations_are_named(changes, message):

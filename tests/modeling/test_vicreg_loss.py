@@ -28,11 +28,11 @@ def official(z_a, z_b, *, gamma=1.0, eps=1e-4):
 def test_equals_the_official_formula(num_samples, dimensions, dtype, scale):
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     # correlated dimensions with different means, and views that are alike, as in training
-    base = torch.randn(num_samples, dimensions, dtype=torch.float64) @ torch.randn(dimensions, dimensions, dtype=torch.float64)
+    base = torch.randn(num_samples, dimensions, dtype=torch.float64) @ torch.randn(
+        dimensions, dimensions, dtype=torch.float64
+    )
     base = scale * base / dimensions**0.5 + torch.randn(dimensions, dtype=torch.float64)
-    leaves = [
-        (base + 0.3 * scale * torch.randn_like(base)).to(dtype).requires_grad_() for _ in range(2)
-    ]
+    leaves = [(base + 0.3 * scale * torch.randn_like(base)).to(dtype).requires_grad_() for _ in range(2)]
     parts = vicreg_loss(*leaves, covariance_weight=0.7)
     reference = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = official(*reference)
@@ -50,7 +50,7 @@ def test_equals_the_official_formula(num_samples, dimensions, dtype, scale):
 def test_each_part_has_its_own_gradient(part):
     for shape in ((6, 20), (20, 6)):
         leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-        assert torch.autograd.gradcheck(lambda *z: getattr(vicreg_loss(*z, gamma=1.5), part), leaves)  # noqa: B023
+        assert torch.autograd.gradcheck(lambda *z: getattr(vicreg_loss(*z, gamma=1.5), part), leaves)
 
 
 def test_loss_is_float32_under_autocast():

@@ -78,7 +78,9 @@ def main():
             results[f"{key}_gradient"] = flat_gradient(model)
             results[f"{key}_loss"] = outputs.loss.detach()
             if norm == "batch":
-                results[f"{key}_running"] = torch.cat([model.expander.norm[0].running_mean, model.expander.norm[0].running_var])
+                results[f"{key}_running"] = torch.cat(
+                    [model.expander.norm[0].running_mean, model.expander.norm[0].running_var]
+                )
 
     # a loss computed on one rank alone must not wait for the others
     if rank == 0:

@@ -23,7 +23,17 @@ def test_recipes_that_come_with_the_package():
 
 def test_flags_override_the_recipe_which_overrides_defaults():
     given = parse_flags(
-        ["--config", "digits", "--learning_rate", "1e-3", "--model.tile_size=2", "--views.hue", "0.2", "--output_dir", "x"]
+        [
+            "--config",
+            "digits",
+            "--learning_rate",
+            "1e-3",
+            "--model.tile_size=2",
+            "--views.hue",
+            "0.2",
+            "--output_dir",
+            "x",
+        ]
     )
     config = resolve(given)
     assert config.run.learning_rate == 1e-3

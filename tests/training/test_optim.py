@@ -1,5 +1,7 @@
 """Parameter groups and the learning rate."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(1.0)
     assert 0 < rates[99] < 0.002
-    assert all(later <= earlier for earlier, later in zip(rates[10:-1], rates[11:], strict=True))
+    assert all(later <= earlier for earlier, later in pairwise(rates[10:]))
     assert learning_rate_at(0, 1, 1.0, 0.0) == 1.0
 
 

@@ -37,7 +37,12 @@ def recipe_file(tmp_path, tiny_recipe):
 def test_a_run_leaves_a_folder_that_loads(tmp_path, tiny_recipe, caplog, capsys):
     out = tmp_path / "run"
     with caplog.at_level(logging.INFO, logger="hf_vicreg"):
-        result = pretrain(out=out, data="digits", max_train_samples=96, **tiny_recipe | {"knn_every_epochs": 1, "num_train_epochs": 2})
+        result = pretrain(
+            out=out,
+            data="digits",
+            max_train_samples=96,
+            **tiny_recipe | {"knn_every_epochs": 1, "num_train_epochs": 2},
+        )
     assert {path.name for path in out.iterdir()} == {
         "README.md",
         "checkpoints",
@@ -91,7 +96,9 @@ def test_unlabelled_folder_with_corrupt_images(tmp_path, tiny_recipe, image_fold
     folder = image_folder(64)
     for index in (3, 17):
         (folder / f"{index:04d}.png").write_bytes(b"broken")
-    result = pretrain(out=tmp_path / "run", data=folder, model=BigBirdViTConfig(**tiny_recipe.pop("model")), **tiny_recipe)
+    result = pretrain(
+        out=tmp_path / "run", data=folder, model=BigBirdViTConfig(**tiny_recipe.pop("model")), **tiny_recipe
+    )
     assert result.results["corrupt_images"] == 2
     assert "2 corrupt image(s)" in caplog.text
     assert result.results["knn_accuracy"] == {}
@@ -112,7 +119,10 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path, tiny_recipe, i
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     arguments = ["--config", recipe_file(), "--train_dir", str(folder), "--output_dir", str(out)]
     arguments += ["--resume_from_checkpoint", "latest"]
-    for change, named in ((["--learning_rate", "0.5"], "`learning_rate` is 0.5"), (["--model.tile_size", "2"], "`model`")):
+    for change, named in (
+        (["--learning_rate", "0.5"], "`learning_rate` is 0.5"),
+        (["--model.tile_size", "2"], "`model`"),
+    ):
         capsys.readouterr()
         assert main([*arguments, *change]) == 2
         assert named in capsys.readouterr().err

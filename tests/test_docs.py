@@ -1,0 +1,84 @@
+"""The README and the guides are run as written: Python blocks are executed, commands are parsed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_vicreg import pretrain
+from hf_vicreg.training.config import parse_flags, recipe_names, resolve
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "guides").glob("*.md"))]
+BLOCK = re.compile(r"^(<!-- not run by the tests: .*? -->\n)?```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, language):
+    return [code for skipped, kind, code in BLOCK.findall(page.read_text()) if kind == language and not skipped]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, request):
+    """A folder where `my_images` are and `runs/mine` is a finished run."""
+    conftest = request.config.pluginmanager.get_plugin(str(REPOSITORY / "tests" / "conftest.py"))
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "my_images").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(64):
+        pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).save(folder / "my_images" / f"{index}.png")
+    threads = torch.get_num_threads()
+    pretrain(out=folder / "runs" / "mine", data=folder / "my_images", **conftest.TINY_RECIPE)
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks_run(page, workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    names = {"images": [Image.new("RGB", (40, 40), (200, 10, 30)) for _ in range(2)]}
+    found = blocks(page, "python")
+    assert found
+    for code in found:
+        exec(compile(code, page.name, "exec"), names)
+    assert names["model"] is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_have_known_flags(page):
+    text = "\n".join(re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+    commands = [line for line in text.replace("\\\n", " ").splitlines() if "hf_vicreg.training.pretrain" in line]
+    assert commands
+    for command in commands:
+        arguments = shlex.split(command.split("hf_vicreg.training.pretrain", 1)[1])
+        if "--help" not in arguments:
+            resolve(parse_flags(arguments))
+
+
+def test_every_recipe_is_named_in_the_guide():
+    guide = (REPOSITORY / "docs" / "guides" / "pretraining.md").read_text()
+    assert all(f"`{name}`" in guide for name in recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_commands_in_recipes_have_known_flags(name):
+    text = (REPOSITORY / "training" / "recipes" / f"{name}.yaml").read_text()
+    (command,) = (line for line in text.splitlines() if "hf_vicreg.training.pretrain" in line)
+    arguments = shlex.split(command.split("hf_vicreg.training.pretrain", 1)[1])
+    resolve(parse_flags(arguments))
+
+
+def test_the_tree_in_the_readme_exists():
+    tree = re.search(r"^```\n(hf_vicreg/.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    folder = ""
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            folder = line.split()[0]
+            assert (REPOSITORY / folder).is_dir(), folder
+        else:
+            names = re.findall(r"[\w/]+\.py|recipes/", line)
+            for name in names:
+                assert (REPOSITORY / folder / name).exists(), f"{folder}{name}"
