@@ -49,7 +49,7 @@ def test_python_blocks_run(page, workplace, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_have_known_flags(page):
-    text = "\n".join(re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+    text = "\n".join(blocks(page, "bash"))
     commands = [line for line in text.replace("\\\n", " ").splitlines() if "hf_vicreg.training.pretrain" in line]
     assert commands
     for command in commands:
