@@ -39,7 +39,6 @@ class ViewsConfig:
     grayscale_probability: float = _option(0.2, "Grayscale.")
     blur_probability: float = _option(0.5, "Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels.")
     solarize_probability: float = _option(0.1, "Solarisation above one half.")
-    noise_std: float = _option(0.0, "Gaussian noise on the pixels, as a share of their range.")
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

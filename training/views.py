@@ -43,11 +43,7 @@ class ViewSampler:
             pixels = F.interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
         if rng.random() < config.flip_probability:
             pixels = pixels.flip(2)
-        colour = self._draw_colour(rng)
-        if config.noise_std:
-            noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(pixels.shape, np.float32)
-            pixels = (pixels + torch.from_numpy(noise) * (255 * config.noise_std)).round().clamp(0, 255).byte()
-        return pixels.contiguous(), colour
+        return pixels.contiguous(), self._draw_colour(rng)
 
     def _draw_affine(self, image: Image.Image, rng: random.Random) -> tuple[float, ...]:
         """Pillow's coefficients, output pixel to input pixel, of a turn, zoom and shift about the centre."""
