@@ -34,7 +34,7 @@ class RunState:
         recipe: The resolved configuration, to refuse a checkpoint of another one.
         data_fingerprint: The same for the data.
         knn: Accuracies measured so far, by what they measure.
-        corrupt: Indices of unreadable images met so far.
+        unusable: Indices of corrupt or too small images met so far.
         training_seconds: Time spent, over all interruptions.
         skipped_steps: Steps left out because loss or gradient was not finite.
     """
@@ -43,7 +43,7 @@ class RunState:
     recipe: dict[str, Any] = field(default_factory=dict)
     data_fingerprint: str = ""
     knn: dict[str, float] = field(default_factory=dict)
-    corrupt: list[int] = field(default_factory=list)
+    unusable: list[int] = field(default_factory=list)
     training_seconds: float = 0.0
     skipped_steps: int = 0
 

@@ -106,6 +106,12 @@ class RunConfig:
     views: ViewsConfig
     vicreg: VicRegConfig  # holds the encoder's configuration
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Size of the views, (height, width) in pixels; 224 for encoders that name none."""
+        size = getattr(self.vicreg.encoder, "image_size", None) or 224
+        return (size, size) if isinstance(size, int) else tuple(size)
+
     def to_recipe(self) -> dict[str, Any]:
         """Return the plain, complete dictionary that `recipe.yaml` stores and `--config` reads again."""
         sections = {name: getattr(self, name).to_diff_dict() for name in ("vicreg",)}

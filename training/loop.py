@@ -25,10 +25,11 @@ from hf_vicreg.training.checkpoint import (
     save_checkpoint,
 )
 from hf_vicreg.training.config import RESUMABLE_CHANGES, RunConfig
-from hf_vicreg.training.data import ImageSource, StepSampler, ViewDataset, collate
+from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate
 from hf_vicreg.training.distributed import gather_sets
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.optim import build_optimizer, learning_rate_at
+from hf_vicreg.training.sources import ImageSource
 from hf_vicreg.training.views import ViewSampler, finish_views
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: VicRegForPreTraining = accelerator.unwrap_model(self.model)
         self.state = RunState(recipe=config.to_recipe(), data_fingerprint=source.fingerprint)
-        self.corrupt: set[int] = set()
+        self.unusable: set[int] = set()
         self.skipped_in_a_row = 0
 
     def resume(self, checkpoint: Path) -> None:
@@ -91,7 +92,7 @@ class Trainer:
         refuse_other_configuration(state, self.state)
         load_tensors(checkpoint, self.unwrapped, self.optimizer.optimizer, self.accelerator.process_index)
         recipe = self.state.recipe
-        self.state, self.corrupt = state, set(state.corrupt)
+        self.state, self.unusable = state, set(state.unusable)
         self.state.recipe = recipe
         if self.accelerator.is_main_process:
             _truncate_log(self.folder / "log.jsonl", state.step)
@@ -118,12 +119,16 @@ class Trainer:
         seconds_before, started = state.training_seconds, time.perf_counter()
         images, window_started = 0, started
         for batch in loader:
-            self.corrupt.update(batch["corrupt"])
+            self.unusable.update(batch["unusable"])
             if batch["views"] is None:
-                raise InputError(
-                    f"`{self.source.name}`: expected readable images, found {len(self.corrupt)} corrupt in a row; "
-                    "check the data."
+                last_one = self.source.describe(batch["unusable"][-1])
+                message = (
+                    f"`{self.source.name}`: expected usable images, found {min(MAX_SUBSTITUTES, len(self.source))} in "
+                    f"a row that are corrupt or smaller than a patch, the last of them {last_one}; check the data."
                 )
+                if not self.accelerator.is_main_process:
+                    logger.error(message)  # the others do not see this process's share
+                raise InputError(message)
             outputs, grad_norm, learning_rate = self._step(batch)
             state.step += 1
             images += run.batch_size
@@ -162,7 +167,7 @@ class Trainer:
 
     def _loader(self, first_step: int) -> DataLoader:
         run, accelerator = self.run, self.accelerator
-        sampler = ViewSampler(self.config.views, _image_size(self.unwrapped.encoder.config))
+        sampler = ViewSampler(self.config.views, self.config.image_size)
         workers = run.dataloader_num_workers
         if workers is None:
             workers = 0 if accelerator.device.type == "cpu" else min(8, max(1, torch.get_num_threads() - 1))
@@ -217,8 +222,8 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         accelerator = self.accelerator
-        self.corrupt = gather_sets(self.corrupt, accelerator)
-        self.state.corrupt = sorted(self.corrupt)
+        self.unusable = gather_sets(self.unusable, accelerator)
+        self.state.unusable = sorted(self.unusable)
         rng_states = local_rng_states(accelerator.process_index)
         if accelerator.num_processes > 1:
             rng_states = {key: one for states in gather_object([rng_states]) for key, one in states.items()}
@@ -263,11 +268,6 @@ def checkpoint_to_resume(run: Any) -> Path | None:
     if found is None:
         logger.info("no checkpoint in %s yet: starting at step 0", run.output_dir)
     return found
-
-
-def _image_size(config: Any) -> tuple[int, int]:
-    size = getattr(config, "image_size", None) or 224
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _truncate_log(path: Path, step: int) -> None:

@@ -21,12 +21,12 @@ from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProce
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.config import RunConfig, parse_flags, resolve
-from hf_vicreg.training.data import ImageSource, load_sources
 from hf_vicreg.training.distributed import build_accelerator
 from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.evaluation.knn import encode, knn_accuracy, model_encoder
 from hf_vicreg.training.export import LOADING_SNIPPET, export_run
 from hf_vicreg.training.loop import Trainer, checkpoint_to_resume
+from hf_vicreg.training.sources import ImageSource, is_image_folder, load_sources
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
 
@@ -71,7 +71,7 @@ def pretrain(
         InputError: A `ValueError` whose one line names the field, what was found and what to do.
     """
     name = os.fspath(data)
-    key = "train_dir" if _is_image_folder(name) else "dataset_name"
+    key = "train_dir" if is_image_folder(name) else "dataset_name"
     given = {"output_dir": os.fspath(out), key: name, "model": model, "config": config and os.fspath(config)}
     return run_pretraining(resolve(given | run_arguments))
 
@@ -94,9 +94,10 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         image_column_name=run.image_column_name,
         label_column_name=run.label_column_name,
     )
+    field = "train_dir" if run.train_dir else "dataset_name"
     bank = source.first(run.knn_train_samples)
-    source = source.first(run.max_train_samples)
-    _refuse_unreadable(source)
+    source = source.first(run.max_train_samples).at_least(*_patch_size(config.vicreg.encoder))
+    _refuse_unusable(source, field)
 
     accelerator = build_accelerator(run.mixed_precision)
     if run.per_device_train_batch_size is not None:
@@ -137,12 +138,16 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     state = trainer.fit()
     if probe.possible:
         state.knn["trained"] = probe.trained()
-    if state.corrupt:
-        logger.warning("%d corrupt image(s) were replaced by the next readable one", len(state.corrupt))
+    if state.unusable:
+        logger.warning(
+            "%d image(s) were corrupt or smaller than a patch, and replaced by the next usable one: %s",
+            len(state.unusable),
+            ", ".join(map(source.describe, state.unusable[:10])) + (", ..." if len(state.unusable) > 10 else ""),
+        )
     results = {
         "dataset": source.name,
         "num_images": len(source),
-        "corrupt_images": len(state.corrupt),
+        "unusable_images": len(state.unusable),
         "steps": state.step,
         "skipped_steps": state.skipped_steps,
         "training_seconds": round(state.training_seconds, 1),
@@ -179,8 +184,7 @@ def attention_density(config: RunConfig) -> float:
 
 def build_processor(config: RunConfig) -> BaseImageProcessor:
     """Return the image processor saved with the encoder, at its image size."""
-    size = config.vicreg.encoder.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = config.image_size
     return BigBirdViTImageProcessor(size={"height": height, "width": width})
 
 
@@ -240,12 +244,10 @@ class _Probe:
         return knn_accuracy(*both, neighbours=self.neighbours)
 
 
-def _is_image_folder(name: str) -> bool:
-    """A folder whose top holds neither tables nor a saved dataset is a folder of images."""
-    if not os.path.isdir(name):
-        return False
-    tables = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar", ".zip")
-    return not any(entry.endswith(tables) for _, _, entries in os.walk(name) for entry in entries)
+def _patch_size(encoder: PreTrainedConfig) -> tuple[int, int]:
+    """Return (height, width) in pixels; 1 for encoders without patches."""
+    size = getattr(encoder, "patch_size", None) or 1
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _refuse_foreign_folder(folder: Path, *, resuming: bool) -> None:
@@ -259,13 +261,25 @@ def _refuse_foreign_folder(folder: Path, *, resuming: bool) -> None:
         raise InputError(f"`output_dir`: expected the folder of a run to resume, {folder} holds something else.")
 
 
-def _refuse_unreadable(source: ImageSource) -> None:
-    """Fail before anything is written when not one of the first images can be read."""
-    tried = min(64, len(source))
-    if all(source.read(index) is None for index in range(tried)):
+def _refuse_unusable(source: ImageSource, field: str) -> None:
+    """Fail before anything is written when not one of the images looked at can be used."""
+    tried = source.sampled()
+    if any(source.read(index) is not None for index in tried):
+        return
+    readable = source.at_least(1, 1)
+    small = next((index for index in tried if readable.read(index) is not None), None)
+    if small is None:
         raise InputError(
-            f"`{source.name}`: expected readable images, but the first {tried} are all corrupt; check them."
+            f"`{field}`: expected readable images in {source.name}, found {len(tried)} of {len(tried)} corrupt, "
+            f"{source.describe(0)} among them; check them."
         )
+    image = readable.read(small)
+    assert image is not None
+    raise InputError(
+        f"`{field}`: expected images of at least one patch {source.min_size} (height, width) in pixels, found "
+        f"{(image.height, image.width)} in {source.describe(small)}; give larger images or a smaller "
+        "--model.patch_size."
+    )
 
 
 def _hardware(accelerator: Accelerator) -> str:

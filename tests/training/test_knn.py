@@ -1,13 +1,15 @@
 """k-NN against scikit-learn."""
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from hf_vicreg.training.data import ImageSource
 from hf_vicreg.training.evaluation.knn import encode, knn_accuracy
+from hf_vicreg.training.sources import ImageSource
 
 
 @pytest.mark.parametrize("neighbours", [1, 5, 20])
@@ -34,8 +36,10 @@ def test_small_bank_is_used_whole():
 def test_encoding_skips_unreadable_images_and_shares_the_work():
     def read(index):
         if index == 3:
-            raise OSError("broken")
-        return Image.new("RGB", (2, 2), (index, 0, 0))
+            return b"broken"
+        buffer = BytesIO()
+        Image.new("RGB", (2, 2), (index, 0, 0)).save(buffer, "PNG")
+        return buffer.getvalue()
 
     def processor(images, return_tensors):
         return {"pixel_values": torch.tensor([image.getpixel((0, 0))[0] for image in images])[:, None]}

@@ -99,8 +99,9 @@ def test_unlabelled_folder_with_corrupt_images(tmp_path, tiny_recipe, image_fold
     result = pretrain(
         out=tmp_path / "run", data=folder, model=BigBirdViTConfig(**tiny_recipe.pop("model")), **tiny_recipe
     )
-    assert result.results["corrupt_images"] == 2
-    assert "2 corrupt image(s)" in caplog.text
+    assert result.results["unusable_images"] == 2
+    assert "2 image(s) were corrupt or smaller than a patch" in caplog.text
+    assert "0003.png, 0017.png" in caplog.text
     assert result.results["knn_accuracy"] == {}
     assert "not measured" in (tmp_path / "run" / "README.md").read_text()
 
@@ -149,7 +150,11 @@ def test_non_finite_steps_are_skipped_and_the_run_stops_with_advice(tmp_path, ti
         (["--train_dir", "{images}", "--batch_size", "65"], "`batch_size`: expected at most the 64 images"),
         (["--train_dir", "{images}", "--model.image_size", "4"], "at least one patch"),
         (["--train_dir", "{images}", "--model.no_such_key", "4"], "unknown key"),
-        (["--train_dir", "{corrupt}"], "all corrupt"),
+        (
+            ["--train_dir", "{corrupt}"],
+            "readable images in corrupt, found 1 of 1 corrupt, one.jpg among them",
+        ),
+        (["--train_dir", "{small}"], "at least one patch (8, 8) (height, width) in pixels, found (8, 7) in dot.png"),
         (["--train_dir", "{images}", "--output_dir", "{images}"], "`output_dir`: expected a new or empty folder"),
         (["--train_dir", "{images}", "--resume_from_checkpoint", "step_7"], "`resume_from_checkpoint`"),
         (["--train_dir", "{images}", "--no_such_flag", "1"], "`--no_such_flag`: unknown flag"),
@@ -162,6 +167,9 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, image_f
     folders["corrupt"] = tmp_path / "corrupt"
     folders["corrupt"].mkdir()
     (folders["corrupt"] / "one.jpg").write_bytes(b"not a picture")
+    folders["small"] = tmp_path / "small"
+    folders["small"].mkdir()
+    Image.new("RGB", (7, 8)).save(folders["small"] / "dot.png")
     before = sorted(tmp_path.rglob("*"))
     arguments = ["--config", recipe_file(), "--output_dir", str(tmp_path / "run")]
     code = main(arguments + [flag.format(**folders) for flag in flags])

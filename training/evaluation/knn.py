@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from hf_vicreg.modeling.modeling_vicreg import pooled_features
-from hf_vicreg.training.data import ImageSource
+from hf_vicreg.training.sources import ImageSource
 
 TEMPERATURE = 0.07
 BATCH_SIZE = 256

@@ -1,0 +1,240 @@
+"""Where images come from: a folder of files, a `datasets` folder, a Hub id, or the built-in digits.
+
+An `ImageSource` gives decoded images by index, one at a time, and survives what is wrong with some of them.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from hf_vicreg.training.digits import digit_images
+from hf_vicreg.training.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+NUM_SAMPLED = 64
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images by index, with labels where there are any. Can be pickled, for loader processes.
+
+    Attributes:
+        name: What the images are called in logs and cards.
+        length: Number of images, readable or not.
+        read_bytes: Returns the encoded image of an index.
+        fingerprint: Changes when the images or their order do; a resumed run checks it.
+        labels: One class index from 0 on per image, or None.
+        file_names: One path per image, relative to the folder, or None where images are no files of their own.
+        min_size: Smallest usable image, (height, width) in pixels.
+    """
+
+    name: str
+    length: int
+    read_bytes: Callable[[int], bytes]
+    fingerprint: str
+    labels: list[int] | None = None
+    file_names: list[str] | None = None
+    min_size: tuple[int, int] = (1, 1)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, index: int) -> Image.Image | None:
+        """Return the decoded RGB image, upright, or None if it is corrupt or smaller than `min_size`."""
+        try:
+            image = ImageOps.exif_transpose(Image.open(BytesIO(self.read_bytes(index)))).convert("RGB")
+        except Exception:  # on broken files Pillow raises nearly anything, and none of them may end a long run
+            return None
+        return image if image.height >= self.min_size[0] and image.width >= self.min_size[1] else None
+
+    def first(self, count: int | None) -> "ImageSource":
+        """Return the first `count` images, all of them if `count` is None or larger."""
+        length = len(self) if count is None else min(count, len(self))
+        labels = None if self.labels is None else self.labels[:length]
+        return replace(self, length=length, labels=labels, fingerprint=f"{self.fingerprint}[:{length}]")
+
+    def at_least(self, height: int, width: int) -> "ImageSource":
+        """Return the same images, smaller ones being unusable from now on."""
+        return replace(self, min_size=(height, width))
+
+    def describe(self, index: int) -> str:
+        """Return what a user finds an image by."""
+        return f"row {index}" if self.file_names is None else self.file_names[index]
+
+    def sampled(self) -> range:
+        """Return the indices of up to 64 images spread evenly over all."""
+        return range(0, len(self), -(-len(self) // NUM_SAMPLED))
+
+
+def load_sources(
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_dir: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = None,
+    image_column_name: str | None = None,
+    label_column_name: str | None = None,
+) -> tuple[ImageSource, ImageSource | None]:
+    """Return the images to train on and, where there is a labelled split beside them, those to test on.
+
+    Raises:
+        InputError: Nothing to read there, no or several image columns, an unknown split or column.
+    """
+    if train_dir is not None:
+        return _folder_source(train_dir), None
+    assert dataset_name is not None
+    if dataset_name == "digits":
+        train, test = (
+            _source("digits", len(encoded), encoded.__getitem__, labels)
+            for encoded, labels in (_digits(split) for split in ("train", "test"))
+        )
+        return train, test
+    splits = _load_splits(dataset_name, dataset_config_name)
+    for flag, split in (("train_split", train_split), ("test_split", test_split)):
+        if split is not None and split not in splits:
+            raise InputError(f"`{flag}`: expected one of {sorted(splits)} in {dataset_name}, got {split!r}.")
+    columns = (image_column_name, label_column_name)
+    source = _dataset_source(dataset_name, splits[train_split], *columns)
+    if test_split is not None:
+        return source, _dataset_source(dataset_name, splits[test_split], *columns)
+    for split in ("test", "validation"):
+        if source.labels is not None and split in splits and split != train_split and len(splits[split]):
+            held_out = _dataset_source(dataset_name, splits[split], *columns)
+            if held_out.labels is not None:
+                return source, held_out
+    return source, None
+
+
+def is_image_folder(name: str) -> bool:
+    """Return whether a path is a folder of image files; one with parquet or arrow files is a `datasets` folder."""
+    suffixes = {os.path.splitext(entry)[1].lower() for _, _, entries in os.walk(name) for entry in entries}
+    return bool(suffixes & IMAGE_SUFFIXES) and not suffixes & {".parquet", ".arrow"}
+
+
+def _source(name: str, length: int, read_bytes: Callable[[int], bytes], labels: list[int] | None) -> ImageSource:
+    """Return a source whose fingerprint is of the contents, so that it outlives copying the data elsewhere."""
+    source = ImageSource(name, length, read_bytes, "", labels)
+    digest = hashlib.sha256(str(length).encode())
+    for index in source.sampled():
+        try:
+            digest.update(read_bytes(index))
+        except OSError as error:  # corrupt; it shall be as corrupt when the run is resumed
+            digest.update(type(error).__name__.encode())
+    return replace(source, fingerprint=digest.hexdigest()[:16])
+
+
+def _digits(split: str) -> tuple[list[bytes], list[int]]:
+    images, labels = digit_images()
+    encoded = []
+    for image in images[split]:
+        buffer = BytesIO()
+        image.save(buffer, "PNG", compress_level=0)
+        encoded.append(buffer.getvalue())
+    return encoded, labels[split]
+
+
+def _folder_source(folder: str) -> ImageSource:
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"`train_dir`: expected a folder of images, got {folder}, which is not a folder.")
+    paths = sorted(
+        os.path.join(where, name)
+        for where, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    )
+    if not paths:
+        raise InputError(
+            f"`train_dir`: expected image files ({', '.join(sorted(IMAGE_SUFFIXES))}) below {folder}, found none; "
+            "parquet files are read by --dataset_name."
+        )
+    source = _source(root.resolve().name, len(paths), partial(_read_file, paths), None)
+    names = [os.path.relpath(path, root) for path in paths]
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+    return replace(source, fingerprint=f"{digest}/{source.fingerprint}", file_names=names)
+
+
+def _read_file(paths: list[str], index: int) -> bytes:
+    return Path(paths[index]).read_bytes()
+
+
+def _load_splits(name: str, config: str | None) -> dict[str, Any]:
+    import datasets
+
+    if os.path.exists(name) and (not os.path.isdir(name) or not os.listdir(name)):
+        raise InputError(f"`dataset_name`: expected a folder with data files, got {name}, which is empty or a file.")
+    if os.path.sep in name and not os.path.exists(name) and name.count("/") != 1:
+        raise InputError(f"`dataset_name`: expected a Hub id or an existing folder, got {name}, which does not exist.")
+    try:
+        if os.path.isfile(os.path.join(name, "dataset_info.json")) or os.path.isfile(
+            os.path.join(name, "dataset_dict.json")
+        ):
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, config)
+    except Exception as error:  # the library raises dozens of kinds for what is all the same to a user
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"`dataset_name`: cannot load {name}: {type(error).__name__}: {reason}") from error
+    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _dataset_source(name: str, dataset: Any, image_column: str | None, label_column: str | None) -> ImageSource:
+    import datasets
+
+    image_columns = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if image_column is None:
+        if len(image_columns) != 1:
+            raise InputError(
+                f"`image_column_name`: expected one image column in {name}, found {image_columns or 'none'} among "
+                f"{sorted(dataset.features)}; name it with --image_column_name."
+            )
+        image_column = image_columns[0]
+    elif image_column not in image_columns:
+        raise InputError(
+            f"`image_column_name`: expected one of the image columns {image_columns} of {name}, got {image_column!r}."
+        )
+    if len(dataset) == 0:
+        raise InputError(f"`dataset_name`: expected images in {name}, found an empty split.")
+    labels = _labels(name, dataset, label_column)
+    # bytes, not decoded images: one corrupt file must not end the run
+    encoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    source = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
+    logger.info("dataset %s: image column %r, labels %s", source, image_column, "found" if labels else "not used")
+    return _source(source, len(dataset), partial(_read_row, encoded, image_column), labels)
+
+
+def _read_row(encoded: Any, column: str, index: int) -> bytes:
+    entry = encoded[index][column]
+    if entry is None:
+        raise OSError("no image in this row")
+    return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+
+
+def _labels(name: str, dataset: Any, column: str | None) -> list[int] | None:
+    """Return class indices, or None without a usable column; one that was asked for has to be usable."""
+    if column is None and "label" not in dataset.features:
+        return None
+    if column is not None and column not in dataset.features:
+        raise InputError(f"`label_column_name`: expected one of {sorted(dataset.features)} in {name}, got {column!r}.")
+    labels = list(dataset[column or "label"])
+    # hidden labels of a competition's test split are stored as -1
+    unusable = next((one for one in labels if not isinstance(one, int) or one < 0), 0)
+    if unusable == 0:
+        return labels
+    if column is not None:
+        raise InputError(
+            f"`label_column_name`: expected class indices from 0 on in column {column!r} of {name}, got {unusable!r}."
+        )
+    logger.info("dataset %s: column 'label' holds %r, no class index; it is not used for k-NN", name, unusable)
+    return None
