@@ -10,7 +10,6 @@ import contextlib
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -111,7 +110,7 @@ def run_process(tmp_path):
         started.append(process)
         return process
 
-    def run(command: list[str], timeout_s: float = 120, **extra: str) -> subprocess.CompletedProcess:
+    def run(command: list[str], timeout_s: float = 240, **extra: str) -> subprocess.CompletedProcess:
         process = start(command, **extra)
         try:
             stdout, stderr = process.communicate(timeout=timeout_s)
@@ -129,15 +128,3 @@ def run_process(tmp_path):
 def _kill_group(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def torchrun(run_process, free_port):
-    """Returns a function that runs a script in several processes."""
-
-    def run(processes: int, script: Path, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
-        command += ["--master_addr", "127.0.0.1", "--master_port", free_port, script, *arguments]
-        return run_process(command, timeout_s=timeout_s)
-
-    return run

@@ -157,8 +157,18 @@ def find_damage(path: Path) -> str | None:
 
 
 def load_state(path: Path) -> RunState:
-    """Return where the run stood."""
-    return RunState(**json.loads((path / "state.json").read_text()))
+    """Return where the run stood.
+
+    Raises:
+        InputError: A version of the package with other fields wrote it.
+    """
+    try:
+        return RunState(**json.loads((path / "state.json").read_text()))
+    except TypeError as error:
+        raise InputError(
+            f"`resume_from_checkpoint`: {path} was written by another version of this package ({error}); "
+            "resume with that version or start in a new folder."
+        ) from error
 
 
 def load_tensors(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:

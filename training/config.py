@@ -8,7 +8,7 @@ import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
@@ -160,13 +160,24 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     return recipe
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help.")  # one line, without the usage text
+
+
 def parse_flags(arguments: list[str]) -> dict[str, Any]:
     """Return the explicit flags of a command line as a nested dictionary, `config` among them if given.
 
     Raises:
         InputError: An unknown flag, or a dotted flag without a value.
     """
-    parser = HfArgumentParser([PretrainArguments], prog="hf_vicreg.training.pretrain", allow_abbrev=False)
+    parser = _Parser(
+        [PretrainArguments],
+        prog="hf_vicreg.training.pretrain",
+        description="Pretrain an encoder by VICReg. Sections of a recipe have dotted flags: --model.KEY (encoder), "
+        "--vicreg.KEY (expander and loss), --views.KEY (augmentation); for example --model.tile_size 4.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", help=f"Recipe: a YAML file or one of {', '.join(recipe_names())}.")
     for action in parser._actions:  # only what was typed counts: defaults come after the recipe
         action.default = argparse.SUPPRESS
@@ -182,7 +193,10 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
             if not rest:
                 raise InputError(f"`{flag}`: expected a value, got none.")
             value = rest.pop(0)
-        given.setdefault(section, {})[key] = yaml.safe_load(value)
+        try:
+            given.setdefault(section, {})[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"`{flag}`: expected a YAML value, got {value!r}.") from error
     return given
 
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
 from hf_vicreg.training.checkpoint import (
@@ -29,6 +27,7 @@ from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler, ViewDataset, c
 from hf_vicreg.training.distributed import gather_sets
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.optim import build_optimizer, learning_rate_at
+from hf_vicreg.training.progress import Progress
 from hf_vicreg.training.sources import ImageSource
 from hf_vicreg.training.views import ViewSampler, finish_views
 
@@ -107,15 +106,7 @@ class Trainer:
         run, state = self.run, self.state
         loader = self._loader(state.step)
         self.model.train()
-        progress = tqdm(
-            total=self.num_steps,
-            initial=state.step,
-            desc="pretraining",
-            unit="step",
-            disable=not self.accelerator.is_local_main_process,
-            mininterval=0.5 if os.isatty(2) else 20,
-            dynamic_ncols=True,
-        )
+        progress = Progress(self.num_steps, state.step, shown=self.accelerator.is_local_main_process)
         seconds_before, started = state.training_seconds, time.perf_counter()
         images, window_started = 0, started
         for batch in loader:
@@ -146,12 +137,11 @@ class Trainer:
                 }
                 images, window_started = 0, now
                 self._log(record)
-                progress.set_postfix_str(
+                progress.describe(
                     "loss {loss:.2f} inv {invariance:.3f} var {variance:.3f} cov {covariance:.2f} "
-                    "{images_per_second:.0f} img/s".format(**record),
-                    refresh=False,
+                    "{images_per_second:.0f} img/s".format(**record)
                 )
-            progress.update()
+            progress.update(state.step)
             epoch = state.step // self.steps_per_epoch
             if self.measure and epoch_done and not last and run.knn_every_epochs and epoch % run.knn_every_epochs == 0:
                 pause = time.perf_counter()

@@ -32,7 +32,7 @@ def results(request, tmp_path_factory):
         env=from_conftest.child_environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]

@@ -110,6 +110,14 @@ def test_failing_to_write_leaves_older_ones(tmp_path):
     assert find_damage(tmp_path / "step_00000001") is None
 
 
+def test_checkpoint_of_another_version_is_named(tmp_path):
+    path = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"phase": 3}))
+    with pytest.raises(InputError, match=r"written by another version .*'phase'"):
+        load_state(path)
+
+
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(InputError, match="expected 'latest' or a folder"):
         find_checkpoint(tmp_path, "step_00000009")

@@ -112,7 +112,18 @@ def test_bad_recipe_files_are_named(tmp_path):
     assert read_recipe("digits")["dataset_name"] == "digits"
 
 
-@pytest.mark.parametrize("flags", [["--no_such_flag", "1"], ["stray"], ["--model.tile_size"], ["--other.key", "1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--no_such_flag", "1"],
+        ["stray"],
+        ["--model.tile_size"],
+        ["--other.key", "1"],
+        ["--batch_size", "many"],
+        ["--model.tile_size", "[2"],
+        ["--seed"],
+    ],
+)
 def test_bad_flags_are_named(flags):
     with pytest.raises(InputError, match=flags[0].lstrip("-")):
         parse_flags(["--config", "digits", *flags])

@@ -106,6 +106,20 @@ def test_unlabelled_folder_with_corrupt_images(tmp_path, tiny_recipe, image_fold
     assert "not measured" in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_another_encoder_is_trained_and_loads(tmp_path, tiny_recipe, image_folder):
+    resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    settings = tiny_recipe | {"model": resnet | {"layer_type": "basic"}}
+    result = pretrain(out=tmp_path / "run", data=image_folder(32), **settings)
+    assert result.results["features"] == 16
+    processor, model = (
+        AutoImageProcessor.from_pretrained(tmp_path / "run"),
+        AutoModel.from_pretrained(tmp_path / "run"),
+    )
+    pixels = processor([Image.new("RGB", (50, 40), (9, 80, 200))], return_tensors="pt")
+    assert pixels["pixel_values"].shape[-2:] == (224, 224)  # for its configuration names no size
+    assert torch.equal(model(**pixels).pooler_output, result.encoder(**pixels).pooler_output)
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_recipe, image_folder):
     folder = image_folder(64)
     first = pretrain(out=tmp_path / "run", data=folder, **tiny_recipe)
