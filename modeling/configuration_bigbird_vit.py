@@ -4,6 +4,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 @strict
@@ -92,6 +93,8 @@ class BigBirdViTConfig(PreTrainedConfig):
                 "`hidden_size`: expected a multiple of 4 * `num_attention_heads` "
                 f"({4 * self.num_attention_heads}), got {self.hidden_size}."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act`: expected an activation transformers knows, got {self.hidden_act!r}.")
         if self.window_size < 1 or self.window_size % 2 == 0:
             raise ValueError(f"`window_size`: expected an odd number of tiles, at least 1, got {self.window_size}.")
         for name in ("image_size", "patch_size", "patch_stride", "tile_size"):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -96,6 +97,9 @@ RESUMABLE_CHANGES = {
 }
 
 SECTIONS = ("model", "vicreg", "views")
+# How a model is called or stored is not the run's to set, and the encoder has a section of its own.
+RESERVED = {"return_dict", "output_hidden_states", "dtype", "encoder"}
+MAX_SEED = 2**32 - 1001  # every process adds its rank, and numpy takes 32 bits
 
 
 @dataclass
@@ -148,12 +152,15 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     if name_or_path in recipe_names():
         text = (resources.files("hf_vicreg.training") / "recipes" / f"{name_or_path}.yaml").read_text()
     elif path.is_file():
-        text = path.read_text()
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError as error:
+            raise InputError(f"`config`: expected a YAML file, {name_or_path} is not text.") from error
     else:
         raise InputError(f"`config`: expected a YAML file or one of {recipe_names()}, got {name_or_path!r}.")
     try:
         recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a bare ValueError
         raise InputError(f"`config`: {name_or_path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise InputError(f"`config`: expected a mapping of keys in {name_or_path}, got {type(recipe).__name__}.")
@@ -195,7 +202,7 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
             value = rest.pop(0)
         try:
             given.setdefault(section, {})[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise InputError(f"`{flag}`: expected a YAML value, got {value!r}.") from error
     return given
 
@@ -220,7 +227,8 @@ def resolve(given: dict[str, Any]) -> RunConfig:
                 raise InputError(f"`{key}`: unknown key in {origin}{_hint(key, [*known, *SECTIONS])}.")
             if key in SECTIONS:
                 if isinstance(value, PreTrainedConfig):
-                    value = value.to_diff_dict() | {"model_type": value.model_type}
+                    fields = {name: one for name, one in value.to_diff_dict().items() if name not in RESERVED}
+                    value = fields | {"model_type": value.model_type}
                 if not isinstance(value, dict):
                     raise InputError(f"`{key}`: expected a mapping in {origin}, got {value!r}.")
                 merged.setdefault(key, {}).update(value)
@@ -236,6 +244,8 @@ def resolve(given: dict[str, Any]) -> RunConfig:
             encoder = encoder_config({"model_type": model_type})
         _check_keys(sections["model"], encoder, "model")
         encoder = encoder_config(sections["model"])
+        if getattr(encoder, "num_channels", 3) != 3:
+            raise InputError(f"`model.num_channels`: expected 3, images are read as RGB, got {encoder.num_channels}.")
     with as_input_error("vicreg"):
         _check_keys(sections["vicreg"], VicRegConfig(), "vicreg")
         vicreg = VicRegConfig(encoder=encoder, **sections["vicreg"])
@@ -269,6 +279,12 @@ def _check_ranges(run: PretrainArguments) -> None:
         value = getattr(run, name)
         if value is not None and value < (2 if name == "batch_size" else 1):
             raise InputError(f"`{name}`: expected at least 2 images for a covariance, got {value}; raise it.")
+    if run.learning_rate == math.inf:
+        raise InputError("`learning_rate`: expected a finite number, got inf.")
+    if run.warmup_ratio > 1:
+        raise InputError(f"`warmup_ratio`: expected a share of the steps from 0 to 1, got {run.warmup_ratio}.")
+    if not 0 <= run.seed <= MAX_SEED:
+        raise InputError(f"`seed`: expected an integer from 0 to {MAX_SEED}, got {run.seed}.")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(run, name) < 1:
             raise InputError(f"`{name}`: expected a number in [0, 1), got {getattr(run, name)}.")
@@ -282,7 +298,7 @@ def _check_ranges(run: PretrainArguments) -> None:
 
 
 def _check_keys(settings: dict[str, Any], config: PreTrainedConfig, section: str) -> None:
-    known = [name for name in config.to_dict() if not name.startswith("_")]
+    known = [name for name in config.to_dict() if not name.startswith("_") and name not in RESERVED]
     for key in settings:
         if key not in known and key != "model_type":
             raise InputError(f"`{section}.{key}`: unknown key{_hint(key, known)}.")
@@ -301,20 +317,20 @@ def _typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
             if value is None and type(None) in accepted:
                 typed[key] = None
             elif expected is str:
-                typed[key] = str(value)
+                typed[key] = "no" if value is False else str(value)  # YAML reads a bare `no` as false
             elif isinstance(value, bool) or value is None:
                 raise ValueError
             else:
                 typed[key] = expected(value)
                 if typed[key] != float(value):
                     raise ValueError
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"`{prefix}{key}`: expected {expected.__name__}, got {value!r}.") from error
     return typed
 
 
-def _hint(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
+def _hint(key: object, known: list[str]) -> str:
+    close = difflib.get_close_matches(str(key), known, n=1)
     return f"; did you mean `{close[0]}`?" if close else ""
 
 

@@ -119,7 +119,10 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         trainer.resume(checkpoint)
 
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"`output_dir`: expected a folder to write to, cannot make {folder}: {error}.") from error
         (folder / "recipe.yaml").write_text(yaml.safe_dump(config.to_recipe(), sort_keys=False))
     accelerator.wait_for_everyone()
     parameters = sum(one.numel() for one in trainer.unwrapped.encoder.parameters())

@@ -59,6 +59,12 @@ def test_model_may_be_a_configuration_object():
     assert config.vicreg.encoder.tile_size == 2
 
 
+def test_model_may_be_the_configuration_of_an_earlier_run(tmp_path):
+    BigBirdViTConfig(hidden_size=64, num_attention_heads=4, tile_size=2, dtype="float32").save_pretrained(tmp_path)
+    config = resolve(NEEDED | {"model": BigBirdViTConfig.from_pretrained(tmp_path)})
+    assert config.vicreg.encoder.hidden_size == 64
+
+
 def test_another_encoder_by_its_model_type():
     config = resolve(NEEDED | {"model": {"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1]}})
     assert config.vicreg.encoder.model_type == "resnet"
@@ -86,11 +92,19 @@ def test_yaml_reads_exponents_without_a_dot_as_text_and_we_do_not(tmp_path):
         ({"batch_size": "many"}, "`batch_size`: expected int, got 'many'"),
         ({"num_train_epochs": 0}, "`num_train_epochs`: expected at least 1, got 0"),
         ({"mixed_precision": "fp8"}, "`mixed_precision`"),
+        ({"seed": -1}, "`seed`: expected an integer from 0 to"),
+        ({"warmup_ratio": 5}, "`warmup_ratio`: expected a share of the steps from 0 to 1, got 5.0"),
+        ({"learning_rate": float("inf")}, "`learning_rate`: expected"),
+        ({"batch_size": float("inf")}, "`batch_size`: expected int, got inf"),
+        ({"model": {"hidden_act": "foo"}}, "`hidden_act`: expected an activation"),
+        ({"model": {"num_channels": 1}}, "`model.num_channels`: expected 3"),
+        ({"model": {"return_dict": False}}, "`model.return_dict`: unknown key"),
+        ({"views": {1: 2}}, "`views.1`: unknown key"),
         ({"config": "no_such_recipe"}, "`config`: expected a YAML file or one of"),
         ({"train_dir": "x"}, "expected one of the two, got both"),
         ({"dataset_name": ""}, "expected one of the two, got none"),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
 def test_bad_settings_are_named(given, message):
     with pytest.raises(InputError) as error:
@@ -104,6 +118,8 @@ def test_bad_recipe_files_are_named(tmp_path):
     for text, message in (
         ("- a list", "expected a mapping"),
         ("key: [", "is not YAML"),
+        ("seed: 2001-99-99", "is not YAML"),
+        ("3: 4", "`3`: unknown key"),
         ("epochs: 3", "`epochs`: unknown key in recipe"),
     ):
         path.write_text(text)
