@@ -93,7 +93,11 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[:-keep]:
+    # later steps than this one are left from before the run went back to an earlier checkpoint: they go first
+    others = [path for path in list_checkpoints(folder) if path != final]
+    stale = [path for path in others if path.name > final.name]
+    earlier = [path for path in others if path.name < final.name]
+    for old in stale + earlier[: max(0, len(earlier) - (keep - 1))]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -87,6 +87,8 @@ class PretrainArguments:
 # What may differ when a run is resumed: where and how it is watched, never what is computed.
 RESUMABLE_CHANGES = {
     "output_dir",
+    "train_dir",  # the same images may lie elsewhere: their contents are compared
+    "dataset_name",
     "dataloader_num_workers",
     "logging_steps",
     "checkpointing_steps",
@@ -337,5 +339,5 @@ def _hint(key: object, known: list[str]) -> str:
 def _plain(value: Any) -> Any:
     """Tuples as lists, so that YAML and JSON give back what was stored."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {str(key): _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -29,13 +29,15 @@ class ViewDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """Return `views` `(2, 3, size, size)` uint8, `colours` `(2, parameters)` float32 and `unusable` indices.
 
-        An unusable image is replaced by the next usable one, the same in every run, so that batches keep their size.
+        An unusable image is replaced by another one drawn at random, the same in every run: batches keep their size.
         `views` is None when too many in a row are unusable.
         """
         epoch, wanted = key
         unusable: list[int] = []
-        for offset in range(min(MAX_SUBSTITUTES, len(self.source))):
-            index = (wanted + offset) % len(self.source)
+        # drawn from everywhere: neighbours in a folder tend to be broken together
+        substitutes = random.Random(f"{self.seed}/{epoch}/{wanted}/substitute")
+        for attempt in range(MAX_SUBSTITUTES):
+            index = substitutes.randrange(len(self.source)) if attempt else wanted
             image = self.source.read(index)
             if image is not None:
                 drawn = [

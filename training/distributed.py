@@ -17,7 +17,9 @@ def build_accelerator(mixed_precision: str) -> Accelerator:
         mixed_precision: `auto` is bf16 where a CUDA device has it, else full precision.
     """
     if mixed_precision == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        has_cuda = torch.cuda.is_available() and not use_cpu
+        has_bf16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         mixed_precision = "bf16" if has_bf16 else "no"
     accelerator = Accelerator(mixed_precision=mixed_precision)
     threads = set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 
+PATHS = {"output_dir", "train_dir", "dataset_name"}  # of the machine it ran on; the card names the data itself
 LOADING_SNIPPET = """\
 import hf_vicreg; from transformers import AutoImageProcessor, AutoModel
 processor, model = AutoImageProcessor.from_pretrained("{folder}"), AutoModel.from_pretrained("{folder}")
@@ -61,5 +62,5 @@ def model_card(name: str, recipe: dict[str, Any], results: dict[str, Any]) -> st
         hardware=results["hardware"],
         neighbours=results["knn_neighbours"],
         snippet=LOADING_SNIPPET.format(folder=name, features=results["features"]),
-        recipe=yaml.safe_dump({key: value for key, value in recipe.items() if key != "output_dir"}, sort_keys=False),
+        recipe=yaml.safe_dump({key: value for key, value in recipe.items() if key not in PATHS}, sort_keys=False),
     )

@@ -93,8 +93,6 @@ class Trainer:
         recipe = self.state.recipe
         self.state, self.unusable = state, set(state.unusable)
         self.state.recipe = recipe
-        if self.accelerator.is_main_process:
-            _truncate_log(self.folder / "log.jsonl", state.step)
         logger.info("resumed from %s at step %d of %d", checkpoint.name, state.step, self.num_steps)
 
     def fit(self) -> RunState:
@@ -104,6 +102,8 @@ class Trainer:
             InputError: No readable image where one was needed, or loss or gradient not finite many times in a row.
         """
         run, state = self.run, self.state
+        if self.accelerator.is_main_process:
+            _truncate_log(self.folder / "log.jsonl", state.step)
         loader = self._loader(state.step)
         self.model.train()
         progress = Progress(self.num_steps, state.step, shown=self.accelerator.is_local_main_process)
@@ -114,7 +114,7 @@ class Trainer:
             if batch["views"] is None:
                 last_one = self.source.describe(batch["unusable"][-1])
                 message = (
-                    f"`{self.source.name}`: expected usable images, found {min(MAX_SUBSTITUTES, len(self.source))} in "
+                    f"`{self.source.name}`: expected usable images, found {MAX_SUBSTITUTES} drawn in "
                     f"a row that are corrupt or smaller than a patch, the last of them {last_one}; check the data."
                 )
                 if not self.accelerator.is_main_process:
@@ -256,6 +256,11 @@ def checkpoint_to_resume(run: Any) -> Path | None:
         return None
     found = find_checkpoint(Path(run.output_dir) / "checkpoints", run.resume_from_checkpoint)
     if found is None:
+        if (Path(run.output_dir) / "model.safetensors").exists():
+            raise InputError(
+                f"`resume_from_checkpoint`: {run.output_dir} holds an encoder but no checkpoint to go on "
+                "from; choose another `output_dir`."
+            )
         logger.info("no checkpoint in %s yet: starting at step 0", run.output_dir)
     return found
 

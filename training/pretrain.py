@@ -30,7 +30,7 @@ from hf_vicreg.training.sources import ImageSource, is_image_folder, load_source
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
 
-OWN_FILES = {"checkpoints", "log.jsonl", "recipe.yaml"}
+OWN_FILE = "recipe.yaml"  # what a folder has to hold to be taken for a run of ours
 
 
 @dataclass
@@ -143,7 +143,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         state.knn["trained"] = probe.trained()
     if state.unusable:
         logger.warning(
-            "%d image(s) were corrupt or smaller than a patch, and replaced by the next usable one: %s",
+            "%d image(s) were corrupt or smaller than a patch, and replaced by others: %s",
             len(state.unusable),
             ", ".join(map(source.describe, state.unusable[:10])) + (", ..." if len(state.unusable) > 10 else ""),
         )
@@ -258,9 +258,9 @@ def _refuse_foreign_folder(folder: Path, *, resuming: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`output_dir`: expected a folder, got {folder}, which is a file.")
     if present and not resuming:
-        remedy = "add --resume_from_checkpoint latest to continue it, or" if OWN_FILES & present else "please"
+        remedy = "add --resume_from_checkpoint latest to continue it, or" if OWN_FILE in present else "please"
         raise InputError(f"`output_dir`: expected a new or empty folder, {folder} is not; {remedy} choose another.")
-    if present and resuming and not OWN_FILES & present:
+    if present and resuming and OWN_FILE not in present:
         raise InputError(f"`output_dir`: expected the folder of a run to resume, {folder} holds something else.")
 
 

@@ -6,7 +6,7 @@ An `ImageSource` gives decoded images by index, one at a time, and survives what
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -118,8 +118,21 @@ def load_sources(
 
 def is_image_folder(name: str) -> bool:
     """Return whether a path is a folder of image files; one with parquet or arrow files is a `datasets` folder."""
-    suffixes = {os.path.splitext(entry)[1].lower() for _, _, entries in os.walk(name) for entry in entries}
+    suffixes = {os.path.splitext(path)[1].lower() for path in _files(name)}
     return bool(suffixes & IMAGE_SUFFIXES) and not suffixes & {".parquet", ".arrow"}
+
+
+def _files(folder: str) -> Iterator[str]:
+    """Yield every file below a folder; linked folders are followed, but none is entered twice."""
+    entered = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort()
+        yield from (os.path.join(where, name) for name in names)
 
 
 def _source(name: str, length: int, read_bytes: Callable[[int], bytes], labels: list[int] | None) -> ImageSource:
@@ -148,12 +161,7 @@ def _folder_source(folder: str) -> ImageSource:
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"`train_dir`: expected a folder of images, got {folder}, which is not a folder.")
-    paths = sorted(
-        os.path.join(where, name)
-        for where, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-    )
+    paths = sorted(path for path in _files(folder) if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES)
     if not paths:
         raise InputError(
             f"`train_dir`: expected image files ({', '.join(sorted(IMAGE_SUFFIXES))}) below {folder}, found none; "
@@ -229,9 +237,9 @@ def _labels(name: str, dataset: Any, column: str | None) -> list[int] | None:
         raise InputError(f"`label_column_name`: expected one of {sorted(dataset.features)} in {name}, got {column!r}.")
     labels = list(dataset[column or "label"])
     # hidden labels of a competition's test split are stored as -1
-    unusable = next((one for one in labels if not isinstance(one, int) or one < 0), 0)
-    if unusable == 0:
+    if all(isinstance(one, int) and one >= 0 for one in labels):
         return labels
+    unusable = next(one for one in labels if not (isinstance(one, int) and one >= 0))
     if column is not None:
         raise InputError(
             f"`label_column_name`: expected class indices from 0 on in column {column!r} of {name}, got {unusable!r}."

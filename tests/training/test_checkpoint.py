@@ -57,7 +57,7 @@ def test_everything_comes_back(tmp_path):
 
 
 def test_newest_are_kept(tmp_path):
-    for step in (1, 2, 10, 3):
+    for step in (1, 2, 3, 10):
         save(tmp_path, step, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000003", "step_00000010"]
     assert find_checkpoint(tmp_path, "latest").name == "step_00000010"
@@ -108,6 +108,14 @@ def test_failing_to_write_leaves_older_ones(tmp_path):
         save_checkpoint(tmp_path, state, model, optimizer, local_rng_states(0), 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert find_damage(tmp_path / "step_00000001") is None
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [7]), (2, [5, 7])])
+def test_the_checkpoint_just_written_stays(tmp_path, keep, left):
+    for step in (3, 5, 10, 15):
+        save(tmp_path, step, keep=4)
+    save(tmp_path, 7, keep=keep)  # after going back to an earlier one
+    assert [int(path.name.removeprefix("step_")) for path in list_checkpoints(tmp_path)] == left
 
 
 def test_checkpoint_of_another_version_is_named(tmp_path):

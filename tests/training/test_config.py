@@ -1,5 +1,7 @@
 """Recipes, flags and their errors."""
 
+import json
+
 import pytest
 import yaml
 
@@ -63,6 +65,12 @@ def test_model_may_be_the_configuration_of_an_earlier_run(tmp_path):
     BigBirdViTConfig(hidden_size=64, num_attention_heads=4, tile_size=2, dtype="float32").save_pretrained(tmp_path)
     config = resolve(NEEDED | {"model": BigBirdViTConfig.from_pretrained(tmp_path)})
     assert config.vicreg.encoder.hidden_size == 64
+
+
+def test_recipe_survives_json():
+    resnet = {"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1], "id2label": {0: "a", 1: "b", 2: "c"}}
+    recipe = resolve(NEEDED | {"model": resnet}).to_recipe()
+    assert json.loads(json.dumps(recipe)) == recipe
 
 
 def test_another_encoder_by_its_model_type():

@@ -58,6 +58,15 @@ def test_corrupt_images_are_replaced_and_counted(image_folder):
     assert all(batch["views"].shape == (10, 2, 3, 16, 16) for batch in batches)
 
 
+def test_many_broken_neighbours_do_not_end_a_run(image_folder):
+    folder = image_folder(100)
+    for index in range(20, 95):
+        (folder / f"{index:04d}.png").write_bytes(b"broken")
+    source, _ = load_sources(train_dir=str(folder))
+    batches = views_of(source, steps=10, batch_size=10)
+    assert all(batch["views"] is not None for batch in batches)
+
+
 def test_all_corrupt_gives_no_views(tmp_path):
     for index in range(3):
         (tmp_path / f"{index}.jpg").write_bytes(b"x")

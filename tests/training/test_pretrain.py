@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -81,7 +82,6 @@ def test_a_run_leaves_a_folder_that_loads(tmp_path, tiny_recipe, caplog, capsys)
     card = (out / "README.md").read_text()
     assert f"| {results['knn_accuracy']['trained']:.3f} |" in card
     assert "$" not in card
-    assert str(tmp_path) not in card  # no paths of this machine
     printed = capsys.readouterr().out
     assert "raw pixels" in printed
     assert "AutoModel.from_pretrained" in printed
@@ -103,6 +103,7 @@ def test_unlabelled_folder_with_corrupt_images(tmp_path, tiny_recipe, image_fold
     assert "2 image(s) were corrupt or smaller than a patch" in caplog.text
     assert "0003.png, 0017.png" in caplog.text
     assert result.results["knn_accuracy"] == {}
+    assert str(tmp_path) not in (tmp_path / "run" / "README.md").read_text()  # no paths of this machine
     assert "not measured" in (tmp_path / "run" / "README.md").read_text()
 
 
@@ -126,6 +127,31 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_recipe, image_fo
     again = pretrain(out=tmp_path / "run", data=folder, resume_from_checkpoint="latest", **tiny_recipe)
     for one, other in zip(first.encoder.parameters(), again.encoder.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_resuming_never_overwrites_what_it_cannot_continue(tmp_path, tiny_recipe, image_folder):
+    folder, out = image_folder(64), tmp_path / "run"
+    pretrain(out=out, data=folder, **tiny_recipe)
+    weights = (out / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(InputError, match="holds an encoder but no checkpoint"):
+        pretrain(out=out, data=folder, resume_from_checkpoint="latest", **tiny_recipe | {"seed": 3})
+    assert (out / "model.safetensors").read_bytes() == weights
+    foreign = tmp_path / "foreign"
+    (foreign / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds something else"):
+        pretrain(out=foreign, data=folder, resume_from_checkpoint="latest", **tiny_recipe)
+
+
+def test_restart_without_a_checkpoint_starts_the_log_anew(tmp_path, tiny_recipe, image_folder):
+    folder, out = image_folder(64), tmp_path / "run"
+    pretrain(out=out, data=folder, **tiny_recipe)
+    shutil.rmtree(out / "checkpoints")
+    (out / "model.safetensors").unlink()  # as if killed before the first checkpoint, in the middle of a line
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "ep')
+    pretrain(out=out, data=folder, resume_from_checkpoint="latest", **tiny_recipe)
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path, tiny_recipe, image_folder, recipe_file, capsys):

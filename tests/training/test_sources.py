@@ -91,6 +91,17 @@ def test_small_and_broken_images_are_unusable(image_folder):
     assert source.describe(3) == "0003.png"
 
 
+def test_linked_folders_are_entered_once(tmp_path, image_folder):
+    folder = image_folder(2)
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "one.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    (folder / "another").symlink_to(folder)
+    source, _ = load_sources(train_dir=str(folder))
+    assert source.file_names == ["0000.png", "0001.png", "linked/one.png"]
+
+
 def test_sampled_indices_span_the_source(image_folder):
     source, _ = load_sources(train_dir=str(image_folder(3)))
     assert list(source.sampled()) == [0, 1, 2]
