@@ -29,9 +29,12 @@ def prefers_blocks(pattern: BlockPattern) -> bool:
     return pattern.num_tokens >= BLOCKS_MIN_TOKENS and pattern.density <= BLOCKS_MAX_DENSITY
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=24)
 def _dense_bias(pattern: BlockPattern, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """Additive mask `(1, H or 1, N, N)` of 0 and -inf; None for a full pattern. Cached: building it is not free."""
+    """Additive mask `(1, H or 1, N, N)` of 0 and -inf; None for a full pattern.
+
+    Cached, for building it is not free; the 24 latest, one per layer and grid, stay for the life of the process.
+    """
     if pattern.is_full:
         return None
     with torch.inference_mode(False):
@@ -144,7 +147,7 @@ def _block_tables(
             places.
         `key_exists` `(H or 1, T, K, S)` bool: false for unused places and empty slots; None when there are none.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), pattern.order.device:  # the tables' own device, whatever the default is
         sizes, neighbours = pattern.tile_sizes, pattern.neighbours
         num_tiles, largest = pattern.num_tiles, int(sizes.max())
         starts = sizes.cumsum(0) - sizes

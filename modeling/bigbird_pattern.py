@@ -63,7 +63,7 @@ class BlockPattern:
         """`(heads or 1, tiles, tiles)` bool, true where the row's tile sees the column's."""
         heads, tiles, _ = self.neighbours.shape
         # one column more takes the unused slots, and is dropped
-        mask = torch.zeros(heads, tiles, tiles + 1, dtype=torch.bool)
+        mask = torch.zeros(heads, tiles, tiles + 1, dtype=torch.bool, device=self.neighbours.device)
         mask.scatter_(2, self.neighbours.where(self.neighbours >= 0, tiles), True)
         return mask[..., :tiles]
 
@@ -75,7 +75,7 @@ class BlockPattern:
     @cached_property
     def is_raster(self) -> bool:
         """Whether tile-major order and raster order are the same."""
-        return bool((self.order == torch.arange(len(self.order))).all())
+        return bool((self.order == torch.arange(len(self.order), device=self.order.device)).all())
 
     @cached_property
     def density(self) -> float:

@@ -93,6 +93,8 @@ class BigBirdViTConfig(PreTrainedConfig):
                 "`hidden_size`: expected a multiple of 4 * `num_attention_heads` "
                 f"({4 * self.num_attention_heads}), got {self.hidden_size}."
             )
+        if not self.rope_theta > 0:
+            raise ValueError(f"`rope_theta`: expected a number above 0, got {self.rope_theta}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act`: expected an activation transformers knows, got {self.hidden_act!r}.")
         if self.window_size < 1 or self.window_size % 2 == 0:

@@ -41,6 +41,8 @@ class VicRegConfig(PreTrainedConfig):
             self.encoder = BigBirdViTConfig()
         elif isinstance(self.encoder, dict):
             self.encoder = encoder_config(self.encoder)
+        if not isinstance(self.encoder, PreTrainedConfig):
+            raise ValueError(f"`encoder`: expected a configuration or its fields, got {type(self.encoder).__name__}.")
         super().__post_init__(**kwargs)
 
     def validate_vicreg(self):
@@ -49,11 +51,13 @@ class VicRegConfig(PreTrainedConfig):
         Raises:
             ValueError: A field out of range, with the field, the expectation and the value found.
         """
-        if not isinstance(self.encoder, PreTrainedConfig):
-            raise ValueError(f"`encoder`: expected a configuration or its fields, got {type(self.encoder).__name__}.")
         if not self.expander_sizes or min(self.expander_sizes) < 1:
             raise ValueError(f"`expander_sizes`: expected at least one positive width, got {self.expander_sizes}.")
-        for name in ("invariance_weight", "variance_weight", "covariance_weight", "eps"):
+        if not self.eps > 0:
+            raise ValueError(
+                f"`eps`: expected a number above 0, got {self.eps}; a constant dimension has no gradient."
+            )
+        for name in ("invariance_weight", "variance_weight", "covariance_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}`: expected a number of at least 0, got {getattr(self, name)}.")
 

@@ -54,7 +54,7 @@ class _Normalise(torch.autograd.Function):
         mean = x.mean(0)
         local = torch.cat([x.new_tensor([len(x)]), mean, (x - mean).square().sum(0)])
         shares = local.new_empty(dist.get_world_size(group), len(local))
-        dist.all_gather_into_tensor(shares, local[None], group=group)
+        dist.all_gather(list(shares.unbind()), local, group=group)
         counts, (means, squares) = shares[:, :1], shares[:, 1:].chunk(2, dim=1)
         count = counts.sum()
         if count < 2:

@@ -79,17 +79,8 @@ def rotary_tables(config: BigBirdViTConfig, valid: torch.Tensor | None, rows: in
     num_frequencies = config.head_dim // 4
     exponents = torch.arange(num_frequencies, dtype=torch.float32, device=device) / num_frequencies
     frequencies = 2 * math.pi * config.rope_theta**-exponents
-    row_centres = torch.arange(rows, dtype=torch.float32, device=device) + 0.5
-    column_centres = torch.arange(columns, dtype=torch.float32, device=device) + 0.5
-    if valid is None:
-        row_extent = torch.full((1, 1), rows, dtype=torch.float32, device=device)
-        column_extent = torch.full((1, 1), columns, dtype=torch.float32, device=device)
-    else:
-        # the valid area reaches to the last row and column with a valid patch; an image of padding alone has extent 1
-        row_extent = ((row_centres + 0.5) * valid.any(2)).amax(1, keepdim=True).clamp(min=1)
-        column_extent = ((column_centres + 0.5) * valid.any(1)).amax(1, keepdim=True).clamp(min=1)
-    row_angles = (2 * row_centres / row_extent - 1)[..., None] * frequencies
-    column_angles = (2 * column_centres / column_extent - 1)[..., None] * frequencies
+    row_angles = _coordinates(None if valid is None else valid.any(2), rows, device)[..., None] * frequencies
+    column_angles = _coordinates(None if valid is None else valid.any(1), columns, device)[..., None] * frequencies
     angles = torch.cat(
         [
             row_angles[:, :, None].expand(-1, -1, columns, -1),
@@ -99,6 +90,17 @@ def rotary_tables(config: BigBirdViTConfig, valid: torch.Tensor | None, rows: in
     ).flatten(1, 2)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
+
+
+def _coordinates(valid: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
+    """`(batch or 1, count)` centres of rows or columns, from -1 to 1 over those that hold a valid patch."""
+    lines = torch.arange(count, dtype=torch.float32, device=device)[None]
+    if valid is None:
+        return 2 * (lines + 0.5) / count - 1
+    first = lines.where(valid, float(count)).amin(1, keepdim=True)
+    end = (lines + 1).where(valid, 0.0).amax(1, keepdim=True)
+    # an image of padding alone has extent 1
+    return 2 * (lines + 0.5 - first) / (end - first).clamp(min=1) - 1
 
 
 def rotate(tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -350,7 +352,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
 
         tokens = self.embeddings(pixel_values, order)
         rotary = (cos.to(tokens.dtype), sin.to(tokens.dtype))
-        encoded = self.encoder(tokens, key_valid, patterns, rotary, **kwargs)
+        encoded = self.encoder(tokens, key_valid, patterns, rotary, **kwargs | {"return_dict": True})
 
         to_raster = None
         if order is not None:
@@ -370,8 +372,10 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             return cls[:, 0]
         if valid is None:
             return patches.mean(1)
-        weights = valid.flatten(1).to(patches.dtype)
-        return (patches * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+        dtype = torch.promote_types(patches.dtype, torch.float32)  # sums over thousands of patches overflow a half
+        weights = valid.flatten(1).to(dtype)
+        mean = (patches.to(dtype) * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+        return mean.to(patches.dtype)
 
     def _check_inputs(self, pixel_values, pixel_mask, kwargs) -> None:
         if pixel_values is None:
@@ -386,7 +390,10 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
                 "`pixel_mask`: expected (batch, height, width) "
                 f"{(pixel_values.shape[0], *pixel_values.shape[2:])}, got {tuple(pixel_mask.shape)}."
             )
-        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+        if (
+            kwargs.get("output_attentions", self.config.output_attentions)
+            and self.config._attn_implementation != "eager"
+        ):
             raise ValueError(
                 "`output_attentions`: expected `attn_implementation='eager'`, the only one with probabilities, got "
                 f"{self.config._attn_implementation!r}; call `model.set_attn_implementation('eager')`."

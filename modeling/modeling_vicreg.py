@@ -9,13 +9,15 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .configuration_vicreg import VicRegConfig
 from .global_batch_norm import GlobalBatchNorm1d
 from .modeling_bigbird_vit import BigBirdViTModel
 from .vicreg_loss import vicreg_loss
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -82,6 +84,9 @@ class VicRegForPreTraining(PreTrainedModel):
         is_default = encoder.model_type == BigBirdViTConfig.model_type
         self.encoder = BigBirdViTModel(encoder) if is_default else AutoModel.from_config(encoder)
         self.expander = VicRegExpander(representation_size(encoder), config)
+        self.encoder_has_batch_norm = any(
+            isinstance(one, nn.modules.batchnorm._BatchNorm) for one in self.encoder.modules()
+        )
         self.post_init()
 
     @torch.no_grad()
@@ -98,8 +103,10 @@ class VicRegForPreTraining(PreTrainedModel):
         """Return the loss of a batch of pairs of views.
 
         In training under a process group, loss and statistics are those of the global batch and every process must
-        call; in evaluation they are this process's own. Each view goes through encoder and expander by itself, so that
-        BatchNorm statistics are those of one view, as in the authors' code.
+        call; in evaluation they are this process's own. An encoder with batch norms of its own (ResNet) still
+        normalises over each process's share, so that the result depends on the number of processes: a warning says so.
+        Each view goes through encoder and expander by itself, so that BatchNorm statistics are those of one view, as
+        in the authors' code.
 
         Args:
             pixel_values: `(batch, 2, channels, height, width)`, two views of each image.
@@ -113,6 +120,11 @@ class VicRegForPreTraining(PreTrainedModel):
             raise ValueError(f"`pixel_values`: expected (batch, 2 views, channels, height, width), got {found}.")
         in_group = self.training and dist.is_available() and dist.is_initialized()
         group = dist.group.WORLD if in_group else None
+        if in_group and self.encoder_has_batch_norm and dist.get_world_size() > 1:
+            logger.warning_once(
+                "The encoder's own batch norms see one process's share of the batch: "
+                "the result depends on the number of processes."
+            )
         if len(pixel_values) * (dist.get_world_size() if in_group else 1) < 2:
             raise ValueError(
                 f"`pixel_values`: expected at least 2 samples for a covariance, got {len(pixel_values)}; "

@@ -106,6 +106,14 @@ def test_tables_made_in_inference_mode_serve_training():
     assert not pattern.neighbours.is_inference()
 
 
+def test_tables_do_not_follow_the_default_device():
+    with torch.device("meta"):
+        pattern = tile_pattern(9, 12, tile_size=(2, 2), seed=4321)
+        assert pattern.tile_mask.device.type == "cpu"
+        assert not pattern.is_raster
+        assert 0 < pattern.density < 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -6,7 +6,8 @@ from transformers import AutoModel
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTModel
 from hf_vicreg.modeling import bigbird_attention
-from hf_vicreg.modeling.modeling_bigbird_vit import rotary_tables
+from hf_vicreg.modeling.bigbird_pattern import tile_pattern
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTDropPath, rotary_tables
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -48,7 +49,7 @@ def test_eager_and_sdpa_agree(grid, training, padded, path, dtype, monkeypatch):
         pixel_mask = torch.ones(2, height, width, dtype=torch.int64)
         pixel_mask[0, -9:] = 0
         pixel_mask[1, :, -6:] = 0
-        valid[0, -2:] = False  # a patch with one valid row of pixels still counts
+        valid[0, -2:] = False  # nine rows of pixels: two of patches, and a third that still counts
         valid[1, :, -1:] = False
     shown = torch.cat([torch.ones(2, 3, dtype=torch.bool), valid.flatten(1)], dim=1)
     weight = torch.randn(2, shown.shape[1], 48, dtype=dtype) * shown[..., None]
@@ -96,18 +97,80 @@ def test_everything_returned_is_in_raster_order(implementation):
     torch.testing.assert_close(found.hidden_states[0][:, 3:], patches)
 
 
-def test_padding_changes_nothing_for_the_image():
+@pytest.mark.parametrize(("top", "left"), [(0, 0), (4, 8), (8, 0)], ids=["after", "around", "above"])
+def test_padding_changes_nothing_for_the_image(top, left):
     # an image padded to a larger batch gives the features it has alone, for positions follow its valid area
-    model = BigBirdViTModel(tiny_config(attention_type="original_full", pooling="mean")).double().eval()
+    settings = {"attention_type": "original_full", "pooling": "mean", "initializer_range": 0.2}
+    model = BigBirdViTModel(tiny_config(**settings)).double().eval()
     image = torch.randn(1, 3, 24, 40, dtype=torch.float64)
     canvas = torch.randn(1, 3, 32, 48, dtype=torch.float64)
-    canvas[..., :24, :40] = image
+    canvas[..., top : top + 24, left : left + 40] = image
     mask = torch.zeros(1, 32, 48)
-    mask[..., :24, :40] = 1
+    mask[..., top : top + 24, left : left + 40] = 1
     alone, padded = model(image), model(canvas, pixel_mask=mask)
     torch.testing.assert_close(padded.pooler_output, alone.pooler_output)
-    grid = padded.last_hidden_state[:, 3:].view(1, 8, 12, -1)[:, :6, :10]
+    grid = padded.last_hidden_state[:, 3:].view(1, 8, 12, -1)
+    grid = grid[:, top // 4 : top // 4 + 6, left // 4 : left // 4 + 10]
     torch.testing.assert_close(grid.flatten(1, 2), alone.last_hidden_state[:, 3:])
+
+
+def test_a_patch_is_valid_if_any_of_its_pixels_is():
+    embeddings = BigBirdViTModel(tiny_config()).embeddings
+    mask = torch.zeros(1, 32, 32)
+    mask[0, 13, 6] = 1
+    assert embeddings.valid_patches(mask).nonzero().tolist() == [[0, 3, 1]]
+
+
+def test_masked_mean_holds_in_half_precision():
+    model = BigBirdViTModel(tiny_config(pooling="mean"))
+    patches = torch.full((1, 60 * 41, 48), 30.0, dtype=torch.float16)
+    pooled = model._pool(patches[:, :1], patches, torch.ones(1, 60, 41, dtype=torch.bool))
+    assert torch.equal(pooled, torch.full((1, 48), 30.0, dtype=torch.float16))
+
+
+def test_patterns_follow_the_seed_and_the_layer():
+    model = BigBirdViTModel(tiny_config(attention_seed=11))
+    patterns = model.attention_patterns(28, 52)
+    expected = [
+        tile_pattern(7, 13, tile_size=(2, 2), num_random_blocks=2, num_global_tokens=3, seed=11, layer=layer)
+        for layer in range(3)
+    ]
+    assert all(torch.equal(one.neighbours, other.neighbours) for one, other in zip(patterns, expected, strict=True))
+    assert not torch.equal(patterns[0].neighbours, patterns[1].neighbours)
+
+
+def test_configuration_reaches_the_modules():
+    assert BigBirdViTModel(tiny_config(qkv_bias=False)).encoder.layer[0].attention.k_proj.bias is None
+    near, far = (rotary_tables(tiny_config(rope_theta=theta), None, 4, 4, torch.device("cpu")) for theta in (10, 1000))
+    assert not torch.equal(near[0], far[0])
+    model = BigBirdViTModel(tiny_config(initializer_range=0.5, num_register_tokens=8))
+    assert model.embeddings.cls_token.std() > 0.2
+    assert model.embeddings.register_tokens.std() > 0.2
+
+
+@pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_acts_in_training_only(name):
+    model = BigBirdViTModel(tiny_config(**{name: 0.5}))
+    pixel_values = torch.randn(2, 3, 32, 32)
+    model.eval()
+    assert torch.equal(model(pixel_values).pooler_output, model(pixel_values).pooler_output)
+    model.train()
+    assert not torch.equal(model(pixel_values).pooler_output, model(pixel_values).pooler_output)
+
+
+def test_drop_path_keeps_the_mean_sample_by_sample():
+    states = torch.randn(64, 5, 3)
+    dropped = BigBirdViTDropPath(0.75).train()(states)
+    kept = dropped.abs().sum((1, 2)) > 0
+    assert 4 <= kept.sum() <= 30
+    torch.testing.assert_close(dropped[kept], states[kept] * 4)
+
+
+def test_outputs_are_named_whatever_the_configuration_says():
+    model = BigBirdViTModel(tiny_config(return_dict=False)).eval()
+    assert len(model(torch.randn(1, 3, 32, 32))) == 2
+    with pytest.raises(ValueError, match="`output_attentions`"):
+        BigBirdViTModel(tiny_config(output_attentions=True))(torch.zeros(1, 3, 32, 32))
 
 
 def test_rotary_attention_depends_on_relative_position_only():
@@ -221,6 +284,8 @@ def test_other_attention_implementations_are_refused():
         ({"drop_path_rate": 1.0}, "`drop_path_rate`: expected a probability"),
         ({"num_random_blocks": -1}, "`num_random_blocks`: expected at least 0"),
         ({"tile_size": 0}, "`tile_size`: expected a positive"),
+        ({"rope_theta": 0}, "`rope_theta`: expected a number above 0"),
+        ({"hidden_act": "foo"}, "`hidden_act`: expected an activation"),
         ({"pooling": "max"}, "pooling"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

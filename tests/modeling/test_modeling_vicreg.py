@@ -63,6 +63,25 @@ def test_expander_is_the_papers():
     assert [type(one).__name__ for one in expander.norm] == ["GlobalBatchNorm1d"] * 2
 
 
+def test_weights_of_the_loss_are_the_configurations():
+    weights = {
+        "invariance_weight": 3.0,
+        "variance_weight": 5.0,
+        "covariance_weight": 0.5,
+        "gamma": 2.0,
+        "eps": 1e-2,
+    }
+    model = VicRegForPreTraining(VicRegConfig(encoder=TINY, expander_sizes=[24, 40], **weights)).train()
+    outputs = model(pixel_values=torch.randn(6, 2, 3, 32, 32))
+    assert torch.equal(outputs.loss, vicreg_loss(*outputs.embeddings.unbind(1), **weights).loss)
+
+
+def test_expander_starts_from_torchs_default_and_the_encoder_from_its_own():
+    model = VicRegForPreTraining(VicRegConfig(encoder=TINY | {"initializer_range": 0.06}, expander_sizes=[512, 512]))
+    assert model.expander.output.weight.std().item() == pytest.approx((1 / (3 * 512)) ** 0.5, rel=0.02)
+    assert model.encoder.encoder.layer[0].mlp.fc1.weight.std().item() == pytest.approx(0.06, rel=0.15)
+
+
 def test_views_are_normalised_apart():
     # BatchNorm statistics of the two views joined would differ where the views differ
     model = VicRegForPreTraining(VicRegConfig(encoder=TINY, expander_sizes=[24, 40])).train()
@@ -95,9 +114,11 @@ def test_bad_inputs_are_named(pixel_values, message):
         ({"expander_sizes": []}, "expander_sizes"),
         ({"variance_weight": -1.0}, "`variance_weight`"),
         ({"expander_norm": "x"}, "expander_norm"),
+        ({"eps": 0.0}, "`eps`: expected a number above 0"),
+        ({"encoder": 3}, "`encoder`: expected a configuration or its fields, got int"),
     ],
-    ids=["no-expander", "negative-weight", "unknown-norm"],
+    ids=["no-expander", "negative-weight", "unknown-norm", "no-eps", "no-encoder"],
 )
 def test_bad_configurations_are_named(changes, message):
     with pytest.raises(Exception, match=message):
-        VicRegConfig(encoder=TINY, **changes)
+        VicRegConfig(**{"encoder": TINY} | changes)

@@ -46,6 +46,17 @@ def test_equals_the_official_formula(num_samples, dimensions, dtype, scale):
     assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.mark.parametrize(("num_samples", "dimensions"), [(64, 512), (512, 64)], ids=["gram", "moments"])
+def test_gradient_survives_a_collapse_far_from_zero(num_samples, dimensions):
+    # where the spread is small beside the mean, centring once leaves the mean's rounding error in the gradient
+    leaves = [(10 + 1e-3 * torch.randn(num_samples, dimensions)).requires_grad_() for _ in range(2)]
+    reference = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    found = torch.cat(torch.autograd.grad(vicreg_loss(*leaves).loss, leaves)).double()
+    invariance, variance, covariance = official(*reference)
+    wanted = torch.cat(torch.autograd.grad(25 * invariance + 25 * variance + covariance, reference))
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
 @pytest.mark.parametrize("part", ["invariance", "variance", "covariance"])
 def test_each_part_has_its_own_gradient(part):
     for shape in ((6, 20), (20, 6)):

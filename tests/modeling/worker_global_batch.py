@@ -4,6 +4,7 @@ Usage: worker_global_batch.py EXPECTED_WORLD_SIZE OUTPUT_FILE
 """
 
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,7 @@ def flat_gradient(model):
 
 
 def main():
+    warnings.filterwarnings("error", message=".*torch.distributed.*deprecated.*")
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size != int(sys.argv[1]):
