@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser, PreTrainedConfig
+from transformers import CONFIG_MAPPING, HfArgumentParser, PreTrainedConfig
 
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig, encoder_config
 from hf_vicreg.training.errors import InputError, as_input_error
@@ -221,6 +221,8 @@ def resolve(given: dict[str, Any]) -> RunConfig:
     given = {key: value for key, value in given.items() if value is not None}
     name = given.pop("config", None)
     recipe = read_recipe(str(name)) if name is not None else {}
+    if given.keys() & {"dataset_name", "train_dir"}:  # the recipe's data gives way, whichever of the two names it
+        recipe = {key: value for key, value in recipe.items() if key not in ("dataset_name", "train_dir")}
     merged: dict[str, Any] = {}
     for origin, settings in ((f"recipe {name}", recipe), ("arguments", given)):
         for key, value in settings.items():
@@ -242,6 +244,11 @@ def resolve(given: dict[str, Any]) -> RunConfig:
     with as_input_error("model"):
         encoder = encoder_config({})
         model_type = sections["model"].get("model_type", encoder.model_type)
+        if model_type != encoder.model_type and model_type not in CONFIG_MAPPING:
+            raise InputError(
+                f"`model.model_type`: expected a model type transformers knows, got {model_type!r}"
+                f"{_hint(model_type, list(CONFIG_MAPPING))}."
+            )
         if model_type != encoder.model_type:
             encoder = encoder_config({"model_type": model_type})
         _check_keys(sections["model"], encoder, "model")

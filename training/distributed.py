@@ -5,23 +5,27 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 logger = logging.getLogger(__name__)
 
 
-def build_accelerator(mixed_precision: str) -> Accelerator:
+def build_accelerator(mixed_precision: str, *, find_unused_parameters: bool = False) -> Accelerator:
     """Return the accelerator, with threads set and precision chosen, both logged.
 
     Args:
         mixed_precision: `auto` is bf16 where a CUDA device has it, else full precision.
+        find_unused_parameters: DistributedDataParallel's, at the price of a walk through the graph in each step.
     """
     if mixed_precision == "auto":
         use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         has_cuda = torch.cuda.is_available() and not use_cpu
         has_bf16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         mixed_precision = "bf16" if has_bf16 else "no"
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+    )
     threads = set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     logger.info(
         "device %s, %d process(es), %d threads each, mixed precision %s",

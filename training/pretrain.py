@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
@@ -30,6 +31,7 @@ from hf_vicreg.training.sources import ImageSource, is_image_folder, load_source
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
 
+PIXELS_SIDE = 32
 OWN_FILE = "recipe.yaml"  # what a folder has to hold to be taken for a run of ours
 
 
@@ -99,17 +101,23 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     source = source.first(run.max_train_samples).at_least(*_patch_size(config.vicreg.encoder))
     _refuse_unusable(source, field)
 
-    accelerator = build_accelerator(run.mixed_precision)
+    encoder_type = config.vicreg.encoder.model_type
+    # encoders of others may have parameters that no forward pass reaches (DINOv2's mask token)
+    all_used = encoder_type == BigBirdViTModel.config_class.model_type
+    accelerator = build_accelerator(run.mixed_precision, find_unused_parameters=not all_used)
     if run.per_device_train_batch_size is not None:
         run.batch_size = run.per_device_train_batch_size * accelerator.num_processes
         if run.batch_size < 2:
             raise InputError(
                 "`per_device_train_batch_size`: expected at least 2 images in all for a covariance, got 1."
             )
+        run.per_device_train_batch_size = None  # the stored recipe says it once
     set_seed(run.seed)
     with as_input_error("model"):
         density = attention_density(config)
         model = VicRegForPreTraining(config.vicreg)
+    if model.encoder.main_input_name != "pixel_values":
+        raise InputError(f"`model.model_type`: expected an encoder of images, got {encoder_type!r}.")
     set_seed(run.seed + accelerator.process_index)  # one set of weights, but every process drops paths of its own
     processor = build_processor(config)
     probe = _Probe(bank, test, processor, model, accelerator, run.knn_neighbours, run.knn_test_samples)
@@ -230,21 +238,38 @@ class _Probe:
         self.num_queries = len(self.test) if self.test is not None and self.possible else 0
 
     def raw_pixels(self) -> float:
-        return self._accuracy(lambda pixel_values: pixel_values.flatten(1))
+        return self._accuracy(_small_pixels)
 
     def trained(self) -> float:
         return self._accuracy(model_encoder(self.model.encoder))
 
     def _accuracy(self, encode_pixels) -> float:
-        """Every process encodes its share and all of them see the same number."""
+        """Every process encodes its share and all of them see the same number.
+
+        Raises:
+            InputError: No usable image in the bank or among the queries.
+        """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         both = []
         for source in (self.bank, self.test):
             assert source is not None
             encoded = encode(source, self.processor, encode_pixels, share=(rank, processes))
             shares = gather_object([encoded]) if processes > 1 else [encoded]
+            shares = [(features, labels) for features, labels in shares if len(labels)]
+            if not shares:
+                raise InputError(
+                    f"`test_split`: expected usable images for the k-NN accuracy, all {len(source)} of {source.name} "
+                    "looked at are corrupt or too small; name another split or mend them."
+                )
             both += [torch.cat(parts) for parts in zip(*shares, strict=True)]
         return knn_accuracy(*both, neighbours=self.neighbours)
+
+
+def _small_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return `(batch, features)` pixels, of a 32x32 image where it is larger: a bank of whole ones fills memories."""
+    if max(pixel_values.shape[-2:]) > PIXELS_SIDE:
+        pixel_values = F.interpolate(pixel_values, (PIXELS_SIDE, PIXELS_SIDE), mode="bilinear", antialias=True)
+    return pixel_values.flatten(1)
 
 
 def _patch_size(encoder: PreTrainedConfig) -> tuple[int, int]:

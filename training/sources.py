@@ -137,6 +137,8 @@ def _files(folder: str) -> Iterator[str]:
 
 def _source(name: str, length: int, read_bytes: Callable[[int], bytes], labels: list[int] | None) -> ImageSource:
     """Return a source whose fingerprint is of the contents, so that it outlives copying the data elsewhere."""
+    # a file system's name need not be text
+    name = name.encode(errors="replace").decode()
     source = ImageSource(name, length, read_bytes, "", labels)
     digest = hashlib.sha256(str(length).encode())
     for index in source.sampled():

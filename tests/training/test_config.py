@@ -67,6 +67,11 @@ def test_model_may_be_the_configuration_of_an_earlier_run(tmp_path):
     assert config.vicreg.encoder.hidden_size == 64
 
 
+def test_data_given_beside_a_recipe_replaces_the_recipes():
+    config = resolve({"output_dir": "x", "config": "digits", "train_dir": "images"})
+    assert (config.run.dataset_name, config.run.train_dir) == (None, "images")
+
+
 def test_recipe_survives_json():
     resnet = {"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1], "id2label": {0: "a", 1: "b", 2: "c"}}
     recipe = resolve(NEEDED | {"model": resnet}).to_recipe()
@@ -108,6 +113,7 @@ def test_yaml_reads_exponents_without_a_dot_as_text_and_we_do_not(tmp_path):
         ({"model": {"num_channels": 1}}, "`model.num_channels`: expected 3"),
         ({"model": {"return_dict": False}}, "`model.return_dict`: unknown key"),
         ({"views": {1: 2}}, "`views.1`: unknown key"),
+        ({"model": {"model_type": "resnett"}}, "got 'resnett'; did you mean `resnet`?"),
         ({"config": "no_such_recipe"}, "`config`: expected a YAML file or one of"),
         ({"train_dir": "x"}, "expected one of the two, got both"),
         ({"dataset_name": ""}, "expected one of the two, got none"),

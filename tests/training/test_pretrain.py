@@ -3,7 +3,9 @@
 import json
 import logging
 import shutil
+from io import BytesIO
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -12,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from hf_vicreg import BigBirdViTConfig, pretrain
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.pretrain import main
+from hf_vicreg.training.pretrain import _small_pixels, main
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,38 @@ def test_another_encoder_is_trained_and_loads(tmp_path, tiny_recipe, image_folde
     pixels = processor([Image.new("RGB", (50, 40), (9, 80, 200))], return_tensors="pt")
     assert pixels["pixel_values"].shape[-2:] == (224, 224)  # for its configuration names no size
     assert torch.equal(model(**pixels).pooler_output, result.encoder(**pixels).pooler_output)
+
+
+def test_encoder_of_text_is_refused(tmp_path, tiny_recipe, image_folder):
+    settings = tiny_recipe | {"model": {"model_type": "bert", "num_hidden_layers": 1}}
+    with pytest.raises(InputError, match=r"`model.model_type`: expected an encoder of images, got 'bert'"):
+        pretrain(out=tmp_path / "run", data=image_folder(32), **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_per_process_are_stored_as_the_batch(tmp_path, tiny_recipe, image_folder):
+    pretrain(out=tmp_path / "run", data=image_folder(32), per_device_train_batch_size=16, **tiny_recipe)
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (recipe["batch_size"], recipe["per_device_train_batch_size"]) == (16, None)
+
+
+def test_pixels_of_large_images_are_compared_small():
+    assert _small_pixels(torch.rand(2, 3, 32, 32)).shape == (2, 3 * 32 * 32)
+    assert _small_pixels(torch.rand(2, 3, 224, 100)).shape == (2, 3 * 32 * 32)
+
+
+def test_test_split_without_a_readable_image_is_named(tmp_path, tiny_recipe):
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+    folder = tmp_path / "set"
+    folder.mkdir()
+    buffer = BytesIO()
+    Image.new("RGB", (32, 32), (9, 9, 200)).save(buffer, "PNG")
+    for split, content in (("train", buffer.getvalue()), ("test", b"broken")):
+        rows = {"image": [{"bytes": content, "path": None}] * 32, "label": [0] * 32}
+        table = datasets.Dataset.from_dict(rows, features=features).cast_column("image", datasets.Image())
+        table.to_parquet(folder / f"{split}.parquet")
+    with pytest.raises(InputError, match="`test_split`: expected usable images"):
+        pretrain(out=tmp_path / "run", data=folder, **tiny_recipe)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_recipe, image_folder):
