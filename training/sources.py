@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from hf_vicreg.training.digits import digit_images
@@ -52,7 +53,10 @@ class ImageSource:
     def read(self, index: int) -> Image.Image | None:
         """Return the decoded RGB image, upright, or None if it is corrupt or smaller than `min_size`."""
         try:
-            image = ImageOps.exif_transpose(Image.open(BytesIO(self.read_bytes(index)))).convert("RGB")
+            image = ImageOps.exif_transpose(Image.open(BytesIO(self.read_bytes(index))))
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGB")
         except Exception:  # on broken files Pillow raises nearly anything, and none of them may end a long run
             return None
         return image if image.height >= self.min_size[0] and image.width >= self.min_size[1] else None

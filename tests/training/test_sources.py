@@ -4,6 +4,7 @@ import pickle
 import shutil
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -138,10 +139,24 @@ def test_folder_is_read_recursively_and_in_a_fixed_order(image_folder):
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "I;16", "LA"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     suffix = "jpg" if mode == "CMYK" else "png"
-    Image.new(mode, (20, 10)).save(tmp_path / f"image.{suffix}")
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 20).astype(np.uint8), (10, 1)))
+    if mode == "I;16":
+        ramp = Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257)
+    elif mode != "CMYK":
+        ramp = ramp.convert(mode)
+    else:
+        ramp = ramp.convert("RGB").convert(mode)
+    ramp.save(tmp_path / f"image.{suffix}")
     source, _ = load_sources(train_dir=str(tmp_path))
     image = source.read(0)
     assert (image.mode, image.size) == ("RGB", (20, 10))
+    greys = np.asarray(image)[5, :, 1].astype(int)
+    expected = np.linspace(0, 255, 20)
+    if mode == "1":  # dithered
+        assert set(greys) <= {0, 255}
+        assert abs(np.asarray(image).mean() - 127) < 20
+    else:
+        assert abs(greys - expected).max() < 12
 
 
 def test_parquet_folder_with_labels(tmp_path):
