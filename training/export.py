@@ -10,6 +10,7 @@ import yaml
 from transformers import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
+from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 
 PATHS = {"output_dir", "train_dir", "dataset_name"}  # of the machine it ran on; the card names the data itself
@@ -54,6 +55,7 @@ def model_card(name: str, recipe: dict[str, Any], results: dict[str, Any]) -> st
     return string.Template(template).substitute(
         measured,
         name=name,
+        model_type=recipe["model"].get("model_type", BigBirdViTConfig.model_type),
         dataset=results["dataset"],
         num_images=f"{results['num_images']:,}",
         parameters=f"{results['encoder_parameters'] / 1e6:.2f}",

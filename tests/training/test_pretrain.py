@@ -114,6 +114,7 @@ def test_another_encoder_is_trained_and_loads(tmp_path, tiny_recipe, image_folde
     settings = tiny_recipe | {"model": resnet | {"layer_type": "basic"}}
     result = pretrain(out=tmp_path / "run", data=image_folder(32), **settings)
     assert result.results["features"] == 16
+    assert "A `resnet` encoder" in (tmp_path / "run" / "README.md").read_text()
     processor, model = (
         AutoImageProcessor.from_pretrained(tmp_path / "run"),
         AutoModel.from_pretrained(tmp_path / "run"),
