@@ -1,8 +1,7 @@
 """One attention function over a block pattern, in several implementations that compute the same numbers.
 
 Shapes: B batch, H heads, N tokens (global ones first, then patches in tile-major order), D head size, T tiles, S
-    patches
-in a full tile, K tiles that a tile sees, G global tokens.
+patches in a full tile, K tiles that a tile sees, G global tokens.
 
 - `eager`: dense scores with the pattern as a mask. The oracle; the only one that returns probabilities.
 - `sdpa`: torch's scaled dot product attention, either dense with a mask or over gathered blocks, whichever costs

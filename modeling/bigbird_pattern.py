@@ -4,10 +4,10 @@ The pattern is data: index tables that follow from (seed, layer, grid) alone. Th
 model, and nothing here touches a random generator.
 
 Words: a *tile* is a rectangle of patches and plays the part of BigBird's block. *Global* tokens (CLS and registers)
-    stand
-before the patches; they see every token and every token sees them. Each tile sees the *window* of tiles around it
-and a few *random* tiles beyond. Patches are ordered tile-major: tile after tile in raster order, and in raster order
-within a tile, so that a tile's tokens are neighbours in memory. Tiles at the lower and right border may be partial.
+stand before the patches; they see every token and every token sees them. Each tile sees the *window* of tiles around
+it and a few *random* tiles beyond. Patches are ordered tile-major: tile after tile in raster order, and in raster
+order within a tile, so that a tile's tokens are neighbours in memory. Tiles at the lower and right border may be
+partial.
 
 Source: Zaheer et al. 2020, "Big Bird: Transformers for Longer Sequences" (arXiv 2007.14062), section 2; the 2-D window
 after Zhang et al. 2021, "Multi-Scale Vision Longformer" (arXiv 2103.15358). BigBird's blocks are 1-D runs of tokens;
