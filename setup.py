@@ -14,11 +14,12 @@ setup(
         f"hf_vicreg.{package}"
         for room in ROOMS
         for package in [room, *(f"{room}.{nested}" for nested in find_packages(room))]
-    ],
+    ]
+    + ["hf_vicreg.training.recipes"],  # data alone, but setuptools wants every folder named
     package_dir={"hf_vicreg": "hf_vicreg", **{f"hf_vicreg.{room}": room for room in ROOMS}},
     package_data={
         "hf_vicreg": ["py.typed"],
-        "hf_vicreg.training": ["recipes/*.yaml"],
+        "hf_vicreg.training.recipes": ["*.yaml"],
         "hf_vicreg.model_cards": ["*.md"],
     },
 )
