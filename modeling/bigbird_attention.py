@@ -17,9 +17,10 @@ import torch.nn.functional as F
 
 from .bigbird_pattern import BlockPattern
 
-# Measured on 2 CPU cores, forward and backward, 6 heads of 64: gathered blocks win from about this many tokens, and
-# only while they skip at least half of the pairs, for they copy keys and values once per tile that sees them.
-BLOCKS_MIN_TOKENS = 2048
+# Measured on 2 CPU cores, forward and backward, 6 heads of 64 (benchmarks/results/attention.json): gathered blocks are
+# about even at 2,305 tokens and win at 4,097, and only while they skip at least half of the pairs, for they copy keys
+# and values once per tile that sees them.
+BLOCKS_MIN_TOKENS = 3072
 BLOCKS_MAX_DENSITY = 0.5
 
 
