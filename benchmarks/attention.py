@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -61,11 +62,19 @@ def main() -> None:
         table.append(measure(*grid, repeats=arguments.repeats))
         print("  ".join(f"{key} {value}" for key, value in table[-1].items()), flush=True)
     if arguments.out:
-        machine = {"cpu_threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__}
+        result = {
+            "command": "python -m benchmarks.attention " + " ".join(sys.argv[1:]),
+            "machine": {
+                "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "heads": [NUM_HEADS, HEAD_DIM],
+            "rows": table,
+        }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(
-            json.dumps({"machine": machine, "heads": [NUM_HEADS, HEAD_DIM], "rows": table}, indent=1)
-        )
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

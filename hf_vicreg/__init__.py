@@ -1,8 +1,8 @@
 """Pretrain BigBird vision transformers on your own images with VICReg, the Hugging Face way.
 
 Importing the package registers its models with `AutoConfig`, `AutoModel`, `AutoModelForPreTraining` and
-`AutoImageProcessor`. Training is imported when first used: importing the package itself needs
-neither accelerate nor datasets.
+`AutoImageProcessor`. Training is imported when first used: importing the package itself needs neither accelerate nor
+datasets.
 """
 
 from typing import TYPE_CHECKING, Any

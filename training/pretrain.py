@@ -251,14 +251,14 @@ class _Probe:
         """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         both = []
-        for source in (self.bank, self.test):
+        for field, source in (("train_split", self.bank), ("test_split", self.test)):
             assert source is not None
             encoded = encode(source, self.processor, encode_pixels, share=(rank, processes))
             shares = gather_object([encoded]) if processes > 1 else [encoded]
             shares = [(features, labels) for features, labels in shares if len(labels)]
             if not shares:
                 raise InputError(
-                    f"`test_split`: expected usable images for the k-NN accuracy, all {len(source)} of {source.name} "
+                    f"`{field}`: expected usable images for the k-NN accuracy, all {len(source)} of {source.name} "
                     "looked at are corrupt or too small; name another split or mend them."
                 )
             both += [torch.cat(parts) for parts in zip(*shares, strict=True)]

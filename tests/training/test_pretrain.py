@@ -142,18 +142,23 @@ def test_pixels_of_large_images_are_compared_small():
     assert _small_pixels(torch.rand(2, 3, 224, 100)).shape == (2, 3 * 32 * 32)
 
 
-def test_test_split_without_a_readable_image_is_named(tmp_path, tiny_recipe):
+@pytest.mark.parametrize("broken", ["train_split", "test_split"])
+def test_split_without_a_readable_image_is_named(broken, tmp_path, tiny_recipe):
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
     folder = tmp_path / "set"
     folder.mkdir()
     buffer = BytesIO()
     Image.new("RGB", (32, 32), (9, 9, 200)).save(buffer, "PNG")
-    for split, content in (("train", buffer.getvalue()), ("test", b"broken")):
-        rows = {"image": [{"bytes": content, "path": None}] * 32, "label": [0] * 32}
+    for split in ("train", "test"):
+        contents = [buffer.getvalue()] * 32
+        if broken == f"{split}_split":
+            count = 8 if split == "train" else 32  # of the training images only those that the accuracy looks at
+            contents[:count] = [b"broken"] * count
+        rows = {"image": [{"bytes": content, "path": None} for content in contents], "label": [0] * 32}
         table = datasets.Dataset.from_dict(rows, features=features).cast_column("image", datasets.Image())
         table.to_parquet(folder / f"{split}.parquet")
-    with pytest.raises(InputError, match="`test_split`: expected usable images"):
-        pretrain(out=tmp_path / "run", data=folder, **tiny_recipe)
+    with pytest.raises(InputError, match=f"`{broken}`: expected usable images"):
+        pretrain(out=tmp_path / "run", data=folder, **tiny_recipe | {"knn_train_samples": 8})
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_recipe, image_folder):

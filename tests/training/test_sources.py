@@ -76,7 +76,7 @@ def test_sources_travel_to_loader_processes(tmp_path, image_folder):
         {"dataset_name": "digits"},
     ):
         source, _ = load_sources(**where)
-        again = pickle.loads(pickle.dumps(source))
+        again = pickle.loads(pickle.dumps(source))  # our own object and no file: what a loader process is handed
         assert again.read(2).tobytes() == source.read(2).tobytes()
 
 
