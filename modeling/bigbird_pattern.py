@@ -4,10 +4,14 @@ The pattern is data: index tables that follow from (seed, layer, grid) alone. Th
 model, and nothing here touches a random generator.
 
 Words: a *tile* is a rectangle of patches and plays the part of BigBird's block. *Global* tokens (CLS and registers)
-stand before the patches; they see every token and every token sees them. Each tile sees the *window* of tiles around
-it and a few *random* tiles beyond. Patches are ordered tile-major: tile after tile in raster order, and in raster
-order within a tile, so that a tile's tokens are neighbours in memory. Tiles at the lower and right border may be
-partial.
+stand before the patches; they see every token and every token sees them, and so do *global tiles*. Each other tile
+sees the *window* of tiles around it and a few *random* tiles beyond. Patches are ordered tile-major: tile after tile
+in raster order, and in raster order within a tile, so that a tile's tokens are neighbours in memory. Tiles at the
+lower and right border may be partial.
+
+Two layouts. `tiles`: rectangles on the grid, window of tiles in both directions, global tiles only if asked for.
+`raster`: BigBird's own ITC form, blocks of consecutive patches in raster order, the first and the last of them global,
+a window along the sequence. CLS and registers are no part of the blocks in either: they stand in front, as ETC's do.
 
 Source: Zaheer et al. 2020, "Big Bird: Transformers for Longer Sequences" (arXiv 2007.14062), section 2; the 2-D window
 after Zhang et al. 2021, "Multi-Scale Vision Longformer" (arXiv 2103.15358). BigBird's blocks are 1-D runs of tokens;
@@ -17,10 +21,36 @@ here they are 2-D tiles, because a run of 64 patches on a grid 64 wide is a stri
 import hashlib
 import heapq
 import struct
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, wraps
 
 import torch
+
+from .pattern_picture import svg_picture, text_picture
+
+LAYOUTS = ("tiles", "raster")
+_BY_NAME: dict[str, "BlockPattern"] = {}  # for the process: compiled graphs hold names, and names follow from contents
+
+
+def cached_tables(*, maxsize: int) -> Callable[[Callable], Callable]:
+    """Return a decorator for functions that make tables of tensors: a cache, and a thread of its own for each call.
+
+    Modes of torch's (inference, fake tensors of a trace, a default device) belong to a thread: whatever is on when a
+    table is first asked for, it becomes an ordinary tensor that serves training, inference and tracing alike.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @lru_cache(maxsize=maxsize)
+        @wraps(function)
+        def cached(*arguments):
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(function, *arguments).result()
+
+        return cached
+
+    return decorate
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +63,15 @@ class BlockPattern:
         num_global_tokens: Tokens in front of the patches that see and are seen by all.
         order: `(patches,)` int64, raster index of the patch at each tile-major position.
         tile_of_patch: `(patches,)` int64, tile of the patch at each tile-major position, ascending.
-        neighbours: `(heads or 1, tiles, slots)` int64, the tiles each tile sees, ascending; -1 fills unused slots.
+        neighbours: `(heads or 1, tiles, slots)` int64, the tiles each tile sees, ascending; -1 fills unused slots. The
+            rows of global tiles are not used: they see every tile.
+        global_tiles: Tiles that see and are seen by all, ascending; each is in every row of `neighbours`.
+        window_size: Side of the local window in tiles; for pictures alone.
+        tile_sizes: `(tiles,)` int64, patches in each tile.
+        density: Share of (query, key) pairs of tokens that attend, in (0, 1], global tokens included.
+        is_full: Whether every token sees every token.
+        is_raster: Whether tile-major order and raster order are the same.
+        name: A digest of the above, see `named_pattern`.
     """
 
     grid: tuple[int, int]
@@ -42,6 +80,65 @@ class BlockPattern:
     order: torch.Tensor
     tile_of_patch: torch.Tensor
     neighbours: torch.Tensor
+    global_tiles: tuple[int, ...] = ()
+    window_size: int = 1
+    tile_sizes: torch.Tensor = field(init=False, repr=False)
+    density: float = field(init=False)
+    is_full: bool = field(init=False)
+    is_raster: bool = field(init=False)
+    name: str = field(init=False)
+
+    def __post_init__(self):
+        sizes = torch.bincount(self.tile_of_patch, minlength=self.num_tiles)
+        seen = torch.nn.functional.pad(sizes, (0, 1))[self.neighbours].sum(-1)  # -1 is the column of zeros
+        seen[:, list(self.global_tiles)] = len(self.order)
+        patches, num_global = len(self.order), self.num_global_tokens
+        pairs = (seen * sizes).sum(-1).to(torch.float64).mean().item()
+        facts = {
+            "tile_sizes": sizes,
+            "density": (pairs + 2 * num_global * patches + num_global**2) / self.num_tokens**2,
+            "is_full": bool((seen == patches).all()),
+            "is_raster": bool((self.order == torch.arange(patches)).all()),
+            "name": self._digest(),
+        }
+        for name, fact in facts.items():
+            object.__setattr__(self, name, fact)
+        _BY_NAME[self.name] = self
+
+    def __setstate__(self, state: dict):
+        self.__dict__.update(state)  # unpickled and copied patterns have names too
+        _BY_NAME[self.name] = self
+
+    def _digest(self) -> str:
+        sizes = self.grid, self.tile_grid, self.num_global_tokens, self.global_tiles, tuple(self.neighbours.shape)
+        digest = hashlib.sha256(repr(sizes).encode())
+        for table in (self.order, self.tile_of_patch, self.neighbours):
+            digest.update(struct.pack(f"<{table.numel()}q", *table.flatten().tolist()))
+        return digest.hexdigest()[:32]
+
+    def with_neighbours(self, neighbours: torch.Tensor) -> "BlockPattern":
+        """Return this pattern with another table, for example a plan for each head.
+
+        Args:
+            neighbours: `(heads or 1, tiles, slots)` int64, tiles in any order, -1 in unused slots. Global tiles are
+                added where they are missing.
+
+        Raises:
+            ValueError: A table of another shape or type, with a tile that does not exist or comes twice in a row, or
+                with a tile that would see nothing.
+        """
+        if neighbours.ndim != 3 or neighbours.shape[1] != self.num_tiles or neighbours.dtype != torch.int64:
+            raise ValueError(
+                f"`neighbours`: expected int64 (heads or 1, {self.num_tiles} tiles, slots), got {neighbours.dtype} "
+                f"{tuple(neighbours.shape)}."
+            )
+        rows = [[[tile for tile in row if tile != -1] for row in head] for head in neighbours.tolist()]
+        if self.num_global_tokens + len(self.global_tiles) == 0 and not all(row for head in rows for row in head):
+            raise ValueError("`neighbours`: expected a tile for each to see, as nothing is global; got an empty row.")
+        for row in (row for head in rows for row in head):
+            if len(set(row)) < len(row) or not set(row) <= set(range(self.num_tiles)):
+                raise ValueError(f"`neighbours`: expected different tiles below {self.num_tiles}, got {row}.")
+        return replace(self, neighbours=_table([[{*row, *self.global_tiles} for row in head] for head in rows]))
 
     @property
     def num_tiles(self) -> int:
@@ -54,36 +151,89 @@ class BlockPattern:
         return self.num_global_tokens + self.grid[0] * self.grid[1]
 
     @cached_property
-    def tile_sizes(self) -> torch.Tensor:
-        """`(tiles,)` int64, patches in each tile."""
-        return torch.bincount(self.tile_of_patch, minlength=self.num_tiles)
-
-    @cached_property
     def tile_mask(self) -> torch.Tensor:
         """`(heads or 1, tiles, tiles)` bool, true where the row's tile sees the column's."""
         heads, tiles, _ = self.neighbours.shape
         # one column more takes the unused slots, and is dropped
         mask = torch.zeros(heads, tiles, tiles + 1, dtype=torch.bool, device=self.neighbours.device)
         mask.scatter_(2, self.neighbours.where(self.neighbours >= 0, tiles), True)
+        mask[:, list(self.global_tiles)] = True
         return mask[..., :tiles]
 
     @cached_property
-    def is_full(self) -> bool:
-        """Whether every token sees every token."""
-        return bool(self.tile_mask.all())
+    def runs(self) -> list[list[tuple[int, int, list[tuple[int, int]]]]]:
+        """For each head of the table, rows of queries and the keys they see as intervals of token positions.
 
-    @cached_property
-    def is_raster(self) -> bool:
-        """Whether tile-major order and raster order are the same."""
-        return bool((self.order == torch.arange(len(self.order), device=self.order.device)).all())
+        A row is (first query, end, [(first key, end), ...]). Neighbouring tiles lie one behind the other in memory, so
+        a window of 3x3 tiles is three intervals. The first row is that of the global tokens, if there are any.
+        """
+        ends = (self.num_global_tokens + self.tile_sizes.cumsum(0)).tolist()
+        bounds = list(zip([self.num_global_tokens, *ends[:-1]], ends, strict=True))
+        everything = [(0, self.num_tokens)]
+        heads = []
+        for table in self.neighbours.tolist():
+            rows = [(0, self.num_global_tokens, everything)] if self.num_global_tokens else []
+            for tile, seen in enumerate(table):
+                intervals = [(0, self.num_global_tokens)] if self.num_global_tokens else []
+                for start, end in (bounds[other] for other in seen if other >= 0):
+                    if intervals and intervals[-1][1] == start:
+                        intervals[-1] = (intervals[-1][0], end)
+                    else:
+                        intervals.append((start, end))
+                rows.append((*bounds[tile], everything if tile in self.global_tiles else intervals))
+            heads.append(rows)
+        return heads
 
-    @cached_property
-    def density(self) -> float:
-        """Share of (query, key) pairs of tokens that attend, in (0, 1], global tokens included."""
-        sizes = self.tile_sizes.to(torch.float64)
-        pairs = torch.einsum("htu,t,u->h", self.tile_mask.to(torch.float64), sizes, sizes).mean().item()
-        patches, num_global = len(self.order), self.num_global_tokens
-        return (pairs + 2 * num_global * patches + num_global**2) / self.num_tokens**2
+    def levels(self, tile: int, head: int = 0) -> list[str]:
+        """Return how a tile sees each: `"query"` itself, `"global"`, `"local"`, `"random"`, or `""` not at all."""
+        if not 0 <= tile < self.num_tiles:
+            raise ValueError(f"`tile`: expected 0 to {self.num_tiles - 1}, got {tile}.")
+        columns, reach = self.tile_grid[1], self.window_size // 2
+        found = []
+        for other, sees in enumerate(self.tile_mask[head % len(self.neighbours), tile].tolist()):
+            distance = max(abs(other // columns - tile // columns), abs(other % columns - tile % columns))
+            if other == tile:
+                found.append("query")
+            elif not sees:
+                found.append("")
+            elif other in self.global_tiles or tile in self.global_tiles:
+                found.append("global")
+            else:
+                found.append("local" if distance <= reach else "random")
+        return found
+
+    def picture(self, tile: int | None = None) -> str:
+        """Return a picture of what a tile sees, one character for each tile of the image.
+
+        `Q` is the tile that looks, by default the middle one, `G` a global tile, `#` one in its window, `r` a random
+        one, `.` one it does not see. Where heads have plans of their own, it is the first head's.
+        """
+        return text_picture(self.levels(self._middle if tile is None else tile), self.tile_grid[1])
+
+    def svg(self, tile: int | None = None) -> str:
+        """Return an SVG of what a tile sees, by default the middle one, and of which tile sees which."""
+        levels = self.levels(self._middle if tile is None else tile)
+        table = [self.levels(one) for one in range(self.num_tiles)]
+        return svg_picture(levels, self.tile_grid[1], table, self._title)
+
+    def _repr_svg_(self) -> str:
+        return self.svg()  # what a notebook shows
+
+    def __str__(self) -> str:
+        """Return the grid, the density and the picture of the middle tile."""
+        return f"{self._title}\n{self.picture()}"
+
+    @property
+    def _middle(self) -> int:
+        rows, columns = self.tile_grid
+        return (rows // 2) * columns + columns // 2
+
+    @property
+    def _title(self) -> str:
+        return (
+            f"{self.grid[0]}x{self.grid[1]} patches in {self.tile_grid[0]}x{self.tile_grid[1]} tiles, "
+            f"{self.num_global_tokens} global tokens, density {self.density:.3f}"
+        )
 
     def token_mask(self) -> torch.Tensor:
         """Return the dense mask of the pattern, the oracle of every implementation.
@@ -95,10 +245,12 @@ class BlockPattern:
         return torch.nn.functional.pad(patches, (self.num_global_tokens, 0, self.num_global_tokens, 0), value=True)
 
 
-def random_tiles(seed: int, layer: int, head: int, row: int, candidates: list[int], count: int) -> list[int]:
+def random_tiles(
+    seed: int, layer: int, head: int, row: int, excluded: set[int], num_tiles: int, count: int
+) -> list[int]:
     """Return the random tiles that one tile sees, the same on every machine and release.
 
-    Every tile gets a 64-bit score from SHAKE-128 of the key (seed, layer, head, row); the `count` candidates with the
+    Every tile gets a 64-bit score from SHAKE-128 of the key (seed, layer, head, row); the `count` tiles with the
     lowest scores win, ties going to the lower tile.
 
     Args:
@@ -106,40 +258,64 @@ def random_tiles(seed: int, layer: int, head: int, row: int, candidates: list[in
         layer: Index of the layer.
         head: Index of the head, 0 when all heads share a plan.
         row: The tile that looks.
-        candidates: Tiles to choose from, ascending.
-        count: How many to choose; all candidates if there are fewer.
+        excluded: Tiles it sees anyway.
+        num_tiles: Tiles in all.
+        count: How many to choose; all that are left if there are fewer.
 
     Returns:
         The chosen tiles, ascending.
     """
-    if count == 0 or not candidates:
+    if count == 0 or len(excluded) == num_tiles:
         return []
     key = f"bigbird_vit/{seed}/{layer}/{head}/{row}".encode()
-    num_scores = candidates[-1] + 1
-    scores = struct.unpack(f"<{num_scores}Q", hashlib.shake_128(key).digest(8 * num_scores))
-    return sorted(heapq.nsmallest(count, candidates, key=lambda tile: (scores[tile], tile)))
+    scores = struct.unpack(f"<{num_tiles}Q", hashlib.shake_128(key).digest(8 * num_tiles))
+    best = heapq.nsmallest(count + len(excluded), range(num_tiles), key=scores.__getitem__)
+    return sorted([tile for tile in best if tile not in excluded][:count])
 
 
-@lru_cache(maxsize=512)
-def tile_pattern(
+def named_pattern(name: str) -> BlockPattern:
+    """Return the pattern of that name.
+
+    Functions that `torch.compile` is to run once, while tracing, take a pattern's name: a string is a constant to it.
+
+    Raises:
+        ValueError: No such pattern has been made in this process.
+    """
+    if name not in _BY_NAME:
+        raise ValueError(
+            f"`pattern`: expected one that this process has made, got {name!r}; call the model's `attention_patterns` "
+            "for the image size that the graph was exported with."
+        )
+    return _BY_NAME[name]
+
+
+@torch.compiler.assume_constant_result
+def block_pattern(
     height: int,
     width: int,
     *,
+    layout: str = "tiles",
     tile_size: tuple[int, int] = (8, 8),
+    block_size: int = 64,
     window_size: int = 3,
     num_random_blocks: int = 3,
+    num_global_tiles: int = 0,
     num_global_tokens: int = 1,
     seed: int = 0,
     layer: int = 0,
 ) -> BlockPattern:
-    """Return the 2-D pattern of one layer, cached.
+    """Return the pattern of one layer, cached.
 
     Args:
         height: Rows of patches.
         width: Columns of patches.
-        tile_size: Tile in patches, (height, width).
+        layout: `"tiles"`, rectangles on the grid, or `"raster"`, runs of patches in raster order.
+        tile_size: Tile in patches, (height, width); `tiles` only.
+        block_size: Patches in a block; `raster` only.
         window_size: Side of the window in tiles, odd.
-        num_random_blocks: Random tiles for each tile, none of them in its window.
+        num_random_blocks: Random tiles for each tile, none of them in its window or global.
+        num_global_tiles: Tiles that see and are seen by all, spread evenly over the tiles; `tiles` only, for in
+            `raster` the first and the last block are global.
         num_global_tokens: CLS and registers, in front of the patches.
         seed: Seed of the random tiles.
         layer: Index of the layer; layers draw different random tiles.
@@ -151,44 +327,91 @@ def tile_pattern(
         ("height", height, 1),
         ("width", width, 1),
         ("tile_size", min(tile_size), 1),
+        ("block_size", block_size, 1),
         ("window_size", window_size, 1),
         ("num_random_blocks", num_random_blocks, 0),
+        ("num_global_tiles", num_global_tiles, 0),
         ("num_global_tokens", num_global_tokens, 0),
     ):
         if value < least:
             raise ValueError(f"`{name}`: expected at least {least}, got {value}.")
     if window_size % 2 == 0:
         raise ValueError(f"`window_size`: expected an odd number of tiles, got {window_size}.")
+    if layout not in LAYOUTS:
+        raise ValueError(f"`layout`: expected one of {LAYOUTS}, got {layout!r}.")
 
-    # the tables are made once and used in training and inference: never let them become inference tensors
-    with torch.inference_mode(False), torch.device("cpu"):
+    return _build_pattern(
+        height,
+        width,
+        layout,
+        tile_size,
+        block_size,
+        window_size,
+        num_random_blocks,
+        num_global_tiles,
+        num_global_tokens,
+        seed,
+        layer,
+    )
+
+
+@cached_tables(maxsize=512)
+def _build_pattern(
+    height: int,
+    width: int,
+    layout: str,
+    tile_size: tuple[int, int],
+    block_size: int,
+    window_size: int,
+    num_random_blocks: int,
+    num_global_tiles: int,
+    num_global_tokens: int,
+    seed: int,
+    layer: int,
+) -> BlockPattern:
+    raster = torch.arange(height * width)
+    if layout == "raster":
+        rows, columns = 1, -(-height * width // block_size)
+        tile_of_raster = raster.div(block_size, rounding_mode="floor")
+        global_tiles = sorted({0, columns - 1})
+    else:
         rows, columns = -(-height // tile_size[0]), -(-width // tile_size[1])
-        patch_rows = torch.arange(height).div(tile_size[0], rounding_mode="floor")
-        patch_columns = torch.arange(width).div(tile_size[1], rounding_mode="floor")
-        tile_of_raster = (patch_rows[:, None] * columns + patch_columns[None, :]).flatten()
-        order = torch.sort(tile_of_raster, stable=True).indices
+        tile_rows = raster.div(width * tile_size[0], rounding_mode="floor")
+        tile_columns = (raster % width).div(tile_size[1], rounding_mode="floor")
+        tile_of_raster = tile_rows * columns + tile_columns
+        wanted = min(num_global_tiles, rows * columns)
+        global_tiles = [(2 * index + 1) * rows * columns // (2 * wanted) for index in range(wanted)]
+    order = torch.sort(tile_of_raster, stable=True).indices
 
-        reach = window_size // 2
-        table = []
-        for tile in range(rows * columns):
-            row, column = divmod(tile, columns)
-            window = {
-                near_row * columns + near_column
-                for near_row in range(max(0, row - reach), min(rows, row + reach + 1))
-                for near_column in range(max(0, column - reach), min(columns, column + reach + 1))
-            }
-            beyond = [other for other in range(rows * columns) if other not in window]
-            table.append(sorted(window) + random_tiles(seed, layer, 0, tile, beyond, num_random_blocks))
-        slots = max(map(len, table))
-        neighbours = torch.tensor([sorted(seen) + [-1] * (slots - len(seen)) for seen in table])[None]
-        return BlockPattern(
-            grid=(height, width),
-            tile_grid=(rows, columns),
-            num_global_tokens=num_global_tokens,
-            order=order,
-            tile_of_patch=tile_of_raster[order],
-            neighbours=neighbours,
-        )
+    reach, num_tiles = window_size // 2, rows * columns
+    table = []
+    for tile in range(num_tiles):
+        row, column = divmod(tile, columns)
+        seen = {
+            near_row * columns + near_column
+            for near_row in range(max(0, row - reach), min(rows, row + reach + 1))
+            for near_column in range(max(0, column - reach), min(columns, column + reach + 1))
+        }
+        seen.update(global_tiles)
+        seen.update(random_tiles(seed, layer, 0, tile, seen, num_tiles, num_random_blocks))
+        table.append(seen)
+    return BlockPattern(
+        grid=(height, width),
+        tile_grid=(rows, columns),
+        num_global_tokens=num_global_tokens,
+        order=order,
+        tile_of_patch=tile_of_raster[order],
+        neighbours=_table([table]),
+        global_tiles=tuple(global_tiles),
+        window_size=window_size,
+    )
 
 
-__all__ = ["BlockPattern", "random_tiles", "tile_pattern"]
+def _table(heads: list[list[set[int]]]) -> torch.Tensor:
+    """`(heads, tiles, slots)` int64, rows ascending and -1 in unused slots."""
+    slots = max(1, *(len(row) for head in heads for row in head))
+    rows = [[sorted(row) + [-1] * (slots - len(row)) for row in head] for head in heads]
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+__all__ = ["LAYOUTS", "BlockPattern", "block_pattern", "cached_tables", "named_pattern", "random_tiles"]

@@ -34,9 +34,13 @@ class BigBirdViTConfig(PreTrainedConfig):
         pooling: What `pooler_output` is: the `"mean"` of the valid patch tokens, or the `"cls"` token.
         rope_theta: Base of the rotary frequencies; coordinates run from -1 to 1 over the image.
         attention_type: `"block_sparse"`, or `"original_full"` for dense attention (BigBird's own words).
-        tile_size: Tile of the 2-D pattern in patches, `int` or `(height, width)`. One tile is BigBird's block.
+        attention_layout: `"tiles"`, blocks that are rectangles of patches, or `"raster"`, BigBird's own blocks of
+            consecutive patches, the first and the last of them global.
+        tile_size: Tile of the `tiles` layout in patches, `int` or `(height, width)`. One tile is BigBird's block.
+        block_size: Patches in a block of the `raster` layout.
         window_size: Side of the local window in tiles, odd: 3 means the tile itself and its neighbours.
         num_random_blocks: Random tiles that each tile sees besides its window, drawn per layer.
+        num_global_tiles: Tiles of the `tiles` layout that see and are seen by all, spread evenly over the image.
         attention_seed: Seed of the random tiles; part of the architecture, so it is stored with the weights.
     """
 
@@ -62,9 +66,12 @@ class BigBirdViTConfig(PreTrainedConfig):
     pooling: Literal["cls", "mean"] = "mean"
     rope_theta: float | int = 100.0
     attention_type: Literal["block_sparse", "original_full"] = "block_sparse"
+    attention_layout: Literal["tiles", "raster"] = "tiles"
     tile_size: int | list[int] | tuple[int, int] = 8
+    block_size: int = 64
     window_size: int = 3
     num_random_blocks: int = 3
+    num_global_tiles: int = 0
     attention_seed: int = 0
 
     def validate_architecture(self):
@@ -80,7 +87,9 @@ class BigBirdViTConfig(PreTrainedConfig):
             "intermediate_size": 1,
             "num_channels": 1,
             "num_register_tokens": 0,
+            "block_size": 1,
             "num_random_blocks": 0,
+            "num_global_tiles": 0,
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:

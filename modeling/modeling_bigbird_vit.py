@@ -5,6 +5,7 @@ layer and put back once after the last: everything a caller sees is in raster or
 """
 
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,16 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .bigbird_attention import eager_attention, sdpa_attention
-from .bigbird_pattern import BlockPattern, tile_pattern
+from .bigbird_attention import eager_attention, flex_attention, sdpa_attention
+from .bigbird_pattern import BlockPattern, block_pattern, cached_tables, named_pattern
+from .block_sparse_attention import NAMESPACE
 from .configuration_bigbird_vit import BigBirdViTConfig
 
 # A registry of this module alone: the entries upstream know nothing of a block pattern and would attend densely.
-IMPLEMENTATIONS = ("eager", "sdpa")
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
+ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_attention
 
 
 class BigBirdViTEmbeddings(nn.Module):
@@ -103,13 +106,39 @@ def _coordinates(valid: torch.Tensor | None, count: int, device: torch.device) -
     return 2 * (lines + 0.5 - first) / (end - first).clamp(min=1) - 1
 
 
+def with_global_tokens(
+    tables: tuple[torch.Tensor, torch.Tensor], num_global: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rotary tables with `num_global` tokens in front that no rotation moves: cosine 1, sine 0."""
+    cos, sin = tables
+    return F.pad(cos, (0, 0, num_global, 0), value=1.0), F.pad(sin, (0, 0, num_global, 0))
+
+
 def rotate(tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return `(batch, heads, tokens, head_dim)` with the patches, the last tokens, rotated; global tokens stay."""
-    num_global = tokens.shape[2] - cos.shape[2]
-    patches = tokens[:, :, num_global:]
-    first, second = patches.chunk(2, dim=-1)
-    rotated = patches * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([tokens[:, :, :num_global], rotated], dim=2)
+    """Return `(batch, heads, tokens, head_dim)` rotated by tables `(batch or 1, 1, tokens, head_dim)`.
+
+    Under autocast the tables are fp32 and the tokens are not: the result has the tokens' type.
+    """
+    first, second = tokens.chunk(2, dim=-1)
+    return (tokens * cos + torch.cat([-second, first], dim=-1) * sin).to(tokens.dtype)
+
+
+def layer_pattern(config: BigBirdViTConfig, rows: int, columns: int, layer: int = 0) -> BlockPattern:
+    """Return the pattern that the configuration gives a layer on a grid of `rows` x `columns` patches, cached."""
+    full = config.attention_type == "original_full"
+    return block_pattern(
+        rows,
+        columns,
+        layout="tiles" if full else config.attention_layout,
+        tile_size=(rows, columns) if full else config.tile_size_hw,
+        block_size=config.block_size,
+        window_size=config.window_size,
+        num_random_blocks=0 if full else config.num_random_blocks,
+        num_global_tiles=0 if full else config.num_global_tiles,
+        num_global_tokens=1 + config.num_register_tokens,
+        seed=config.attention_seed,
+        layer=0 if full else layer,
+    )
 
 
 class BigBirdViTAttention(nn.Module):
@@ -238,6 +267,7 @@ class BigBirdViTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["BigBirdViTEmbeddings", "BigBirdViTLayer"]  # noqa: RUF012  transformers' own form
     _supports_sdpa = True
+    _supports_flex_attn = True
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": BigBirdViTLayer,
         "attentions": BigBirdViTAttention,
@@ -295,26 +325,25 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         Raises:
             ValueError: The image is smaller than one patch.
         """
-        config = self.config
-        rows, columns = config.grid_size(height, width)
-        full = config.attention_type == "original_full"
-        return [
-            tile_pattern(
-                rows,
-                columns,
-                tile_size=(rows, columns) if full else config.tile_size_hw,
-                window_size=config.window_size,
-                num_random_blocks=0 if full else config.num_random_blocks,
-                num_global_tokens=1 + config.num_register_tokens,
-                seed=config.attention_seed,
-                layer=0 if full else layer,
-            )
-            for layer in range(config.num_hidden_layers)
-        ]
+        # `index`: the grid is a constant to torch.compile, whatever sizes came before
+        rows, columns = (operator.index(side) for side in self.config.grid_size(height, width))
+        return [layer_pattern(self.config, rows, columns, layer) for layer in range(self.config.num_hidden_layers)]
+
+    def attention_pattern(self, height: int, width: int, layer: int = 0) -> BlockPattern:
+        """Return the pattern of one layer for an image of `height` x `width` pixels; print it to see it.
+
+        Raises:
+            ValueError: The image is smaller than one patch.
+        """
+        return self.attention_patterns(height, width)[layer]
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor | None = None, pixel_mask: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        attention_patterns: list[BlockPattern] | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
@@ -322,6 +351,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             pixel_values: `(batch, channels, height, width)`, normalised as the image processor does.
             pixel_mask: `(batch, height, width)`, 1 for pixels of the image, 0 for padding. A patch is valid if any of
                 its pixels is; other patches are seen by no token, and what is returned for them means nothing.
+            attention_patterns: A pattern for each layer in place of the model's own, all in the same order of patches.
             kwargs: `output_hidden_states`, `output_attentions` (with `attn_implementation="eager"`), `return_dict`.
 
         Returns:
@@ -336,9 +366,10 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         assert pixel_values is not None  # for the type checker; checked above
         height, width = pixel_values.shape[-2:]
         rows, columns = self.config.grid_size(height, width)
-        patterns = self.attention_patterns(height, width)
+        patterns = self.attention_patterns(height, width) if attention_patterns is None else attention_patterns
+        self._check_patterns(patterns, (rows, columns))
         # all layers of a grid share one order; a grid where it is raster order needs no permutation
-        order = None if patterns[0].is_raster else patterns[0].order.to(pixel_values.device)
+        order = None if _is_raster(patterns[0].name) else patch_order(patterns[0], pixel_values.device)
         num_global = patterns[0].num_global_tokens
 
         valid = None if pixel_mask is None else self.embeddings.valid_patches(pixel_mask)
@@ -351,7 +382,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             key_valid = F.pad(key_valid, (num_global, 0), value=True)
 
         tokens = self.embeddings(pixel_values, order)
-        rotary = (cos.to(tokens.dtype), sin.to(tokens.dtype))
+        rotary = with_global_tokens((cos.to(tokens.dtype), sin.to(tokens.dtype)), num_global)
         encoded = self.encoder(tokens, key_valid, patterns, rotary, **kwargs | {"return_dict": True})
 
         to_raster = None
@@ -377,6 +408,17 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         mean = (patches.to(dtype) * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
         return mean.to(patches.dtype)
 
+    def _check_patterns(self, patterns: list[BlockPattern], grid: tuple[int, int]) -> None:
+        num_global = 1 + self.config.num_register_tokens
+        found = [(one.grid, one.num_global_tokens) for one in patterns]
+        if found != [(grid, num_global)] * self.config.num_hidden_layers:
+            raise ValueError(
+                f"`attention_patterns`: expected {self.config.num_hidden_layers} patterns of grid {grid} with "
+                f"{num_global} global tokens, got {found}."
+            )
+        if not _share_order("/".join(one.name for one in patterns)):
+            raise ValueError("`attention_patterns`: expected one order of patches in all layers, got different tiles.")
+
     def _check_inputs(self, pixel_values, pixel_mask, kwargs) -> None:
         if pixel_values is None:
             raise ValueError("`pixel_values`: expected a tensor (batch, channels, height, width), got None.")
@@ -385,19 +427,56 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
                 f"`pixel_values`: expected (batch, {self.config.num_channels} channels, height, width), "
                 f"got {tuple(pixel_values.shape)}."
             )
-        if pixel_mask is not None and pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[2:]):
+        if pixel_mask is None:
+            pass
+        elif not isinstance(pixel_mask, torch.Tensor) or pixel_mask.dtype.is_complex:
+            found = getattr(pixel_mask, "dtype", type(pixel_mask).__name__)
+            raise ValueError(f"`pixel_mask`: expected a tensor of bool, integers or floats, got {found}.")
+        elif pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[2:]):
             raise ValueError(
                 "`pixel_mask`: expected (batch, height, width) "
                 f"{(pixel_values.shape[0], *pixel_values.shape[2:])}, got {tuple(pixel_mask.shape)}."
             )
         if (
-            kwargs.get("output_attentions", self.config.output_attentions)
-            and self.config._attn_implementation != "eager"
-        ):
+            self.config.output_attentions if kwargs.get("output_attentions") is None else kwargs["output_attentions"]
+        ) and self.config._attn_implementation != "eager":
             raise ValueError(
                 "`output_attentions`: expected `attn_implementation='eager'`, the only one with probabilities, got "
                 f"{self.config._attn_implementation!r}; call `model.set_attn_implementation('eager')`."
             )
+
+
+@torch.compiler.assume_constant_result
+def _share_order(names: str) -> bool:
+    first, *others = map(named_pattern, dict.fromkeys(names.split("/")))
+    return all(torch.equal(first.order, one.order) for one in others)
+
+
+@torch.compiler.assume_constant_result
+def _is_raster(name: str) -> bool:
+    return named_pattern(name).is_raster
+
+
+def patch_order(pattern: BlockPattern, device: torch.device) -> torch.Tensor:
+    """Return the pattern's `order` on the device."""
+    if torch.compiler.is_compiling():
+        return _patch_order(pattern.name, device)
+    return _cached_order(pattern, device)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::patch_order", mutates_args=())
+def _patch_order(name: str, device: torch.device) -> torch.Tensor:
+    return _cached_order(named_pattern(name), device).clone()  # a compiler may write over what an operator returns
+
+
+@_patch_order.register_fake
+def _patch_order_fake(name, device):
+    return torch.empty(len(named_pattern(name).order), dtype=torch.int64, device=device)
+
+
+@cached_tables(maxsize=64)
+def _cached_order(pattern: BlockPattern, device: torch.device) -> torch.Tensor:
+    return pattern.order.to(device)
 
 
 def _reorder(states: torch.Tensor, index: torch.Tensor | None, dim: int) -> torch.Tensor:

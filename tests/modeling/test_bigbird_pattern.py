@@ -1,9 +1,14 @@
 """The block pattern against its definition, and pinned for ever by a golden table."""
 
+import copy
+import pickle
+from xml.etree import ElementTree
+
 import pytest
 import torch
 
-from hf_vicreg.modeling.bigbird_pattern import random_tiles, tile_pattern
+from hf_vicreg.modeling.bigbird_pattern import LAYOUTS, block_pattern, named_pattern, random_tiles
+from hf_vicreg.modeling.pattern_picture import COLOURS
 
 GRIDS = [
     pytest.param(1, 1, (8, 8), id="1x1-t8"),
@@ -27,7 +32,7 @@ def mask_from_definition(height, width, tile, window, num_random, seed, layer):
 @pytest.mark.parametrize(("height", "width", "tile"), GRIDS)
 @pytest.mark.parametrize("num_random", [0, 3])
 def test_pattern_is_window_plus_random_tiles_plus_globals(height, width, tile, num_random):
-    pattern = tile_pattern(
+    pattern = block_pattern(
         height, width, tile_size=tile, num_random_blocks=num_random, num_global_tokens=2, seed=5, layer=1
     )
     local, tile_of = mask_from_definition(height, width, tile, 3, num_random, 5, 1)
@@ -50,29 +55,136 @@ def test_pattern_is_window_plus_random_tiles_plus_globals(height, width, tile, n
 
 
 def test_order_is_tile_major():
-    pattern = tile_pattern(3, 5, tile_size=(2, 2))
+    pattern = block_pattern(3, 5, tile_size=(2, 2))
     assert pattern.order.tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
     assert pattern.tile_sizes.tolist() == [4, 4, 2, 2, 2, 1]
     assert not pattern.is_raster
-    assert tile_pattern(3, 5, tile_size=(1, 1)).is_raster
+    assert block_pattern(3, 5, tile_size=(1, 1)).is_raster
+
+
+@pytest.mark.parametrize(("height", "width", "block", "num_random"), [(5, 13, 8, 2), (16, 16, 16, 3), (3, 4, 64, 1)])
+def test_raster_layout_is_the_papers(height, width, block, num_random):
+    pattern = block_pattern(height, width, layout="raster", block_size=block, num_random_blocks=num_random)
+    blocks = -(-height * width // block)
+    assert pattern.is_raster
+    assert pattern.global_tiles == tuple(sorted({0, blocks - 1}))
+    for row in range(blocks):
+        seen = set(pattern.tile_mask[0, row].nonzero()[:, 0].tolist())
+        if row in pattern.global_tiles:
+            assert seen == set(range(blocks))
+            continue
+        known = {0, row - 1, row, row + 1, blocks - 1}
+        assert known <= seen
+        assert len(seen) == min(len(known) + num_random, blocks)
+    assert pattern.density == pytest.approx(pattern.token_mask().double().mean().item(), abs=1e-12)
+
+
+def test_global_tiles_see_and_are_seen_by_all():
+    pattern = block_pattern(20, 12, tile_size=(4, 4), num_global_tiles=3, num_random_blocks=1)
+    assert pattern.global_tiles == (2, 7, 12)
+    assert pattern.tile_mask[:, [2, 7, 12]].all()
+    assert pattern.tile_mask[:, :, [2, 7, 12]].all()
+    assert not pattern.is_full
+    assert pattern.density == pytest.approx(pattern.token_mask().double().mean().item(), abs=1e-12)
+    assert block_pattern(4, 4, tile_size=(2, 2), num_global_tiles=9).global_tiles == (0, 1, 2, 3)
+
+
+def test_tables_can_be_injected():
+    pattern = block_pattern(4, 8, tile_size=(4, 2), num_global_tiles=1, num_global_tokens=0)
+    assert pattern.global_tiles == (2,)
+    table = torch.tensor([[[0, -1], [1, 0], [2, -1], [3, -1]], [[0, -1], [1, -1], [2, -1], [-1, 3]]])
+    injected = pattern.with_neighbours(table)
+    assert injected.neighbours.tolist() == [
+        [[0, 2, -1], [0, 1, 2], [2, -1, -1], [2, 3, -1]],
+        [[0, 2, -1], [1, 2, -1], [2, -1, -1], [2, 3, -1]],
+    ]
+    assert injected.density == pytest.approx(injected.token_mask().double().mean().item(), abs=1e-12)
+    assert pattern.neighbours.shape[0] == 1  # unchanged
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (torch.zeros(1, 3, 2, dtype=torch.int64), r"`neighbours`: expected int64 \(heads or 1, 4 tiles, slots\)"),
+        (torch.zeros(1, 4, 2), "got torch.float32"),
+        (torch.zeros(1, 4, 2, dtype=torch.int64), r"different tiles below 4, got \[0, 0\]"),
+        (torch.full((1, 4, 1), -1), "expected a tile for each to see, as nothing is global; got an empty row"),
+        (torch.full((1, 4, 1), 4), r"different tiles below 4, got \[4\]"),
+        (torch.full((1, 4, 1), -2), r"different tiles below 4, got \[-2\]"),
+    ],
+    ids=["tiles", "type", "twice", "empty", "too-high", "negative"],
+)
+def test_bad_tables_are_named(table, message):
+    with pytest.raises(ValueError, match=message):
+        block_pattern(4, 8, tile_size=(4, 2), num_global_tokens=0).with_neighbours(table)
+
+
+def test_tiles_may_see_global_tokens_alone():
+    pattern = block_pattern(4, 4, tile_size=(2, 2)).with_neighbours(torch.full((1, 4, 1), -1))
+    assert pattern.token_mask()[0, 1:].sum(-1).tolist() == [1] * 16
+
+
+def test_names_follow_from_contents_and_survive_copies():
+    pattern, same = (block_pattern(6, 6, tile_size=(2, 2), num_random_blocks=0, seed=seed) for seed in (0, 1))
+    assert pattern.name == same.name
+    assert pattern.name != block_pattern(6, 6, tile_size=(3, 2), num_random_blocks=0).name
+    for made in (copy.deepcopy(pattern), pickle.loads(pickle.dumps(pattern))):
+        assert made.name == pattern.name
+        assert torch.equal(named_pattern(made.name).neighbours, pattern.neighbours)
+    with pytest.raises(ValueError, match="`pattern`: expected one that this process has made"):
+        named_pattern("another")
+
+
+def test_picture_shows_what_a_tile_sees_and_at_which_level():
+    pattern = block_pattern(14, 14, tile_size=(2, 2), num_global_tiles=1, num_random_blocks=2, window_size=3)
+    (center,) = pattern.global_tiles
+    assert center == 24
+    picture = pattern.picture(8).replace("\n", " ").split(" ")
+    seen = pattern.tile_mask[0, 8].nonzero()[:, 0].tolist()
+    assert [index for index, mark in enumerate(picture) if mark != "."] == seen
+    window = [0, 1, 2, 7, 9, 14, 15, 16]
+    marks = {"Q": [8], "G": [24], "#": window, "r": sorted(set(seen) - {8, 24, *window})}
+    for mark, tiles in marks.items():
+        assert [index for index, found in enumerate(picture) if found == mark] == tiles
+    assert len(marks["r"]) == 2
+    assert pattern.picture() == pattern.picture(24)
+    assert set(pattern.picture()) == {"Q", "G", " ", "\n"}  # a global tile sees all
+    assert str(pattern).startswith("14x14 patches in 7x7 tiles, 1 global tokens, density 0.")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_svg_is_well_formed_and_paints_what_is_seen(layout):
+    # few cells: each has a rectangle of its own
+    pattern = block_pattern(8, 10, layout=layout, tile_size=(2, 2), block_size=4, num_random_blocks=1)
+    root = ElementTree.fromstring(pattern.svg())
+    fills = [one.get("fill") for one in root.iter("{http://www.w3.org/2000/svg}rect")]
+    expected = [level for tile in range(pattern.num_tiles) for level in pattern.levels(tile)]
+    expected += pattern.levels(pattern.num_tiles // 2 if layout == "raster" else 12)
+    for level, colour in COLOURS.items():
+        assert fills.count(colour) == expected.count(level) + (level != "")  # and once in the legend
+    assert pattern._repr_svg_() == pattern.svg()
+
+
+def test_svg_of_many_tiles_draws_runs():
+    assert len(block_pattern(256, 256).svg()) < 1_500_000
 
 
 def test_golden_table():
     # random links are part of the architecture: a change here changes every published model
-    pattern = tile_pattern(8, 8, tile_size=(2, 2), num_random_blocks=2, seed=0, layer=0)
+    pattern = block_pattern(8, 8, tile_size=(2, 2), num_random_blocks=2, seed=0, layer=0)
     assert pattern.neighbours[0, :4].tolist() == [
         [0, 1, 4, 5, 14, 15, -1, -1, -1, -1, -1],
         [0, 1, 2, 3, 4, 5, 6, 14, -1, -1, -1],
         [0, 1, 2, 3, 5, 6, 7, 14, -1, -1, -1],
         [2, 3, 6, 7, 13, 14, -1, -1, -1, -1, -1],
     ]
-    assert random_tiles(7, 3, 1, 5, list(range(40)), 4) == [4, 9, 10, 28]
+    assert random_tiles(7, 3, 1, 5, set(), 40, 4) == [4, 9, 10, 28]
 
 
 def test_random_tiles_differ_by_layer_seed_and_row():
     draws = {
         (seed, layer): tuple(
-            tile_pattern(40, 40, tile_size=(4, 4), seed=seed, layer=layer).neighbours.flatten().tolist()
+            block_pattern(40, 40, tile_size=(4, 4), seed=seed, layer=layer).neighbours.flatten().tolist()
         )
         for seed in range(2)
         for layer in range(4)
@@ -84,7 +196,7 @@ def test_random_tiles_span_the_image():
     # over many layers, every tile beyond the window of tile 0 is drawn, far ones as often as near ones
     counts = torch.zeros(100)
     for layer in range(300):
-        row = tile_pattern(20, 20, tile_size=(2, 2), num_random_blocks=3, layer=layer).neighbours[0, 0]
+        row = block_pattern(20, 20, tile_size=(2, 2), num_random_blocks=3, layer=layer).neighbours[0, 0]
         counts[row[row >= 0]] += 1
     beyond = counts[counts < 300]
     assert len(beyond) == 96
@@ -95,20 +207,20 @@ def test_random_tiles_span_the_image():
 
 def test_tables_do_not_touch_global_randomness():
     before = torch.get_rng_state()
-    tile_pattern(11, 9, tile_size=(2, 2), seed=99, layer=7)
+    block_pattern(11, 9, tile_size=(2, 2), seed=99, layer=7)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_tables_made_in_inference_mode_serve_training():
     with torch.inference_mode():
-        pattern = tile_pattern(9, 11, tile_size=(2, 2), seed=1234)
+        pattern = block_pattern(9, 11, tile_size=(2, 2), seed=1234)
     assert not pattern.order.is_inference()
     assert not pattern.neighbours.is_inference()
 
 
 def test_tables_do_not_follow_the_default_device():
     with torch.device("meta"):
-        pattern = tile_pattern(9, 12, tile_size=(2, 2), seed=4321)
+        pattern = block_pattern(9, 12, tile_size=(2, 2), seed=4321)
         assert pattern.tile_mask.device.type == "cpu"
         assert not pattern.is_raster
         assert 0 < pattern.density < 1
@@ -120,9 +232,12 @@ def test_tables_do_not_follow_the_default_device():
         ({"window_size": 2}, "`window_size`: expected an odd"),
         ({"num_random_blocks": -1}, "`num_random_blocks`: expected at least 0, got -1"),
         ({"tile_size": (0, 2)}, "`tile_size`: expected at least 1, got 0"),
+        ({"block_size": 0}, "`block_size`: expected at least 1, got 0"),
+        ({"num_global_tiles": -1}, "`num_global_tiles`: expected at least 0, got -1"),
+        ({"layout": "hexagons"}, r"`layout`: expected one of \('tiles', 'raster'\), got 'hexagons'"),
     ],
-    ids=["even-window", "negative-random", "empty-tile"],
+    ids=["even-window", "negative-random", "empty-tile", "empty-block", "negative-global", "layout"],
 )
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        tile_pattern(4, 4, **change)
+        block_pattern(4, 4, **change)

@@ -1,13 +1,16 @@
 """The encoder as a caller sees it: raster order, agreement of implementations, saving and loading."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModel
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTModel
 from hf_vicreg.modeling import bigbird_attention
-from hf_vicreg.modeling.bigbird_pattern import tile_pattern
-from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTDropPath, rotary_tables
+from hf_vicreg.modeling.bigbird_pattern import block_pattern
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTDropPath, rotary_tables, rotate, with_global_tokens
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -37,9 +40,8 @@ def relative(found, expected):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("grid", [(8, 8), (7, 13), (33, 20)], ids=["8x8", "7x13", "33x20"])
 def test_eager_and_sdpa_agree(grid, training, padded, path, dtype, monkeypatch):
-    limits = (0, 1.0) if path == "blocks" else (10**9, 0.0)
-    monkeypatch.setattr(bigbird_attention, "BLOCKS_MIN_TOKENS", limits[0])
-    monkeypatch.setattr(bigbird_attention, "BLOCKS_MAX_DENSITY", limits[1])
+    monkeypatch.setattr(bigbird_attention, "PAIR_COST", 0 if path == "blocks" else 10**9)
+    monkeypatch.setattr(bigbird_attention, "TILE_COST", 0)
     model = BigBirdViTModel(tiny_config(tile_size=2 if grid[0] < 33 else 8, pooling="mean")).to(dtype)
     model.train(training)
     height, width = grid[0] * 4, grid[1] * 4
@@ -132,11 +134,146 @@ def test_patterns_follow_the_seed_and_the_layer():
     model = BigBirdViTModel(tiny_config(attention_seed=11))
     patterns = model.attention_patterns(28, 52)
     expected = [
-        tile_pattern(7, 13, tile_size=(2, 2), num_random_blocks=2, num_global_tokens=3, seed=11, layer=layer)
+        block_pattern(7, 13, tile_size=(2, 2), num_random_blocks=2, num_global_tokens=3, seed=11, layer=layer)
         for layer in range(3)
     ]
     assert all(torch.equal(one.neighbours, other.neighbours) for one, other in zip(patterns, expected, strict=True))
     assert not torch.equal(patterns[0].neighbours, patterns[1].neighbours)
+
+
+def test_layouts_and_global_tiles_reach_the_patterns():
+    raster = BigBirdViTModel(tiny_config(attention_layout="raster", block_size=8)).attention_pattern(32, 32, layer=2)
+    assert raster.tile_grid == (1, 8)
+    assert raster.global_tiles == (0, 7)
+    tiles = BigBirdViTModel(tiny_config(num_global_tiles=2)).attention_pattern(32, 32)
+    assert tiles.global_tiles == (4, 12)
+    full = BigBirdViTModel(tiny_config(attention_layout="raster", attention_type="original_full"))
+    assert full.attention_pattern(32, 32).is_full
+
+
+@pytest.mark.parametrize("changes", [{"attention_layout": "raster", "block_size": 8}, {"num_global_tiles": 2}])
+def test_implementations_agree_in_other_layouts(changes, monkeypatch):
+    monkeypatch.setattr(bigbird_attention, "PAIR_COST", 0)
+    monkeypatch.setattr(bigbird_attention, "TILE_COST", 0)
+    model = BigBirdViTModel(tiny_config(**changes)).double()
+    pixel_values = torch.randn(2, 3, 28, 52, dtype=torch.float64)
+    found = model(pixel_values).last_hidden_state
+    model.set_attn_implementation("eager")
+    assert relative(found, model(pixel_values).last_hidden_state) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_chosen_by_name():
+    model = BigBirdViTModel(tiny_config()).eval()
+    pixel_values = torch.randn(1, 3, 28, 52)
+    expected = model(pixel_values).last_hidden_state
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad():
+        assert relative(model(pixel_values).last_hidden_state, expected) < 2e-5
+    with pytest.raises(ValueError, match="for training on a CPU"):
+        model(pixel_values)
+
+
+def test_patterns_can_be_injected():
+    model = BigBirdViTModel(tiny_config()).eval()
+    pixel_values = torch.randn(1, 3, 32, 32)
+    own = model.attention_patterns(32, 32)
+    assert torch.equal(
+        model(pixel_values, attention_patterns=own).pooler_output,
+        model(pixel_values).pooler_output,
+    )
+    alone = torch.arange(16)[None, :, None]  # each tile sees itself
+    others = [pattern.with_neighbours(alone) for pattern in own]
+    assert not torch.equal(
+        model(pixel_values, attention_patterns=others).pooler_output, model(pixel_values).pooler_output
+    )
+    with pytest.raises(ValueError, match="`attention_patterns`: expected 3 patterns of grid"):
+        model(pixel_values, attention_patterns=own[:2])
+    strange = block_pattern(8, 8, tile_size=(4, 4), num_global_tokens=3)
+    with pytest.raises(ValueError, match="`attention_patterns`: expected one order of patches"):
+        model(pixel_values, attention_patterns=[*own[:2], strange])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_blocks_work_under_autocast(dropout, monkeypatch):
+    monkeypatch.setattr(bigbird_attention, "PAIR_COST", 0)
+    monkeypatch.setattr(bigbird_attention, "TILE_COST", 0)
+    model = BigBirdViTModel(tiny_config(attention_probs_dropout_prob=dropout))
+    pixel_values = torch.randn(2, 3, 28, 52)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(pixel_values).pooler_output
+    output.float().square().sum().backward()
+    assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
+    expected = model.eval()(pixel_values).pooler_output
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(model(pixel_values).pooler_output.float(), expected) < 0.03
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_compiles_cold_as_one_graph():
+    torch._dynamo.reset()
+    model = BigBirdViTModel(tiny_config(num_hidden_layers=2, attention_seed=77)).eval()
+    model.set_attn_implementation("flex_attention")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for height, width in ((32, 32), (28, 52)):
+        pixel_values = torch.randn(2, 3, height, width)
+        with torch.no_grad():
+            found = compiled(pixel_values).last_hidden_state
+            assert relative(found, model(pixel_values).last_hidden_state) < 1e-5
+    torch._dynamo.reset()
+
+
+def test_exported_graphs_find_their_patterns_in_a_new_process(tmp_path):
+    model = BigBirdViTModel(tiny_config(num_hidden_layers=2, attention_seed=78)).eval()
+    pixel_values = torch.randn(1, 3, 32, 32)
+    torch.save({"pixels": pixel_values, "features": model(pixel_values).pooler_output}, tmp_path / "expected.pt")
+    model.save_pretrained(tmp_path)
+    torch.export.save(torch.export.export(model, (pixel_values,)), tmp_path / "model.pt2")
+    code = (
+        "import sys, torch, hf_vicreg\n"
+        "model = hf_vicreg.BigBirdViTModel.from_pretrained('.')\n"
+        "model.attention_patterns(32, 32)\n"
+        "expected = torch.load('expected.pt')\n"
+        "found = torch.export.load('model.pt2').module()(expected['pixels']).pooler_output\n"
+        "torch.testing.assert_close(found, expected['features'])\n"
+    )
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
+def test_compiles_cold_as_one_graph(implementation, blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr(bigbird_attention, "PAIR_COST", 0)
+        monkeypatch.setattr(bigbird_attention, "TILE_COST", 0)
+    torch._dynamo.reset()
+    seed = 1000 + 2 * blocks + (implementation == "eager")  # patterns that nothing has asked for yet
+    model = BigBirdViTModel(tiny_config(num_hidden_layers=2, attention_seed=seed))
+    model.set_attn_implementation(implementation)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for height, width in ((32, 32), (28, 52), (36, 32)):  # the second size would make dimensions symbolic
+        pixel_values = torch.randn(2, 3, height, width)
+        model.zero_grad()
+        found = compiled(pixel_values).last_hidden_state
+        found.square().sum().backward()
+        gradients = [one.grad.clone() for one in model.parameters() if one.grad is not None]
+        model.zero_grad()
+        expected = model(pixel_values).last_hidden_state
+        expected.square().sum().backward()
+        assert relative(found, expected) < 1e-5
+        for gradient, one in zip(gradients, (p for p in model.parameters() if p.grad is not None), strict=True):
+            assert (gradient - one.grad).norm() <= 1e-4 * one.grad.norm() + 1e-4
+    torch._dynamo.reset()
+
+
+def test_exports_and_serves_the_same_patterns_afterwards():
+    model = BigBirdViTModel(tiny_config(attention_seed=2000)).eval()
+    pixel_values = torch.randn(1, 3, 28, 52)
+    exported = torch.export.export(model, (pixel_values,), strict=False)
+    expected = model(pixel_values).last_hidden_state  # the tables made while tracing are real ones
+    assert relative(exported.module()(pixel_values).last_hidden_state, expected) < 1e-5
 
 
 def test_configuration_reaches_the_modules():
@@ -177,12 +314,19 @@ def test_rotary_attention_depends_on_relative_position_only():
     config = tiny_config()
     cos, sin = rotary_tables(config, None, 5, 6, torch.device("cpu"))
     assert cos.shape == (1, 1, 30, 16)
-    from hf_vicreg.modeling.modeling_bigbird_vit import rotate
-
     query, key = (torch.randn(16, dtype=torch.float64).expand(1, 1, 30, 16) for _ in range(2))
     scores = (rotate(query, cos.double(), sin.double()) @ rotate(key, cos.double(), sin.double()).mT).view(5, 6, 5, 6)
     torch.testing.assert_close(scores[0, 0, 1, 2], scores[3, 2, 4, 4], atol=1e-5, rtol=1e-5)
     assert (scores[0, 0, 1, 2] - scores[0, 0, 2, 1]).abs() > 1e-3
+
+
+def test_global_tokens_are_not_rotated():
+    tables = with_global_tokens(rotary_tables(tiny_config(), None, 5, 6, torch.device("cpu")), 3)
+    tokens = torch.randn(2, 3, 33, 16)
+    rotated = rotate(tokens, *tables)
+    assert torch.equal(rotated[:, :, :3], tokens[:, :, :3])
+    assert not torch.equal(rotated[:, :, 3:], tokens[:, :, 3:])
+    assert rotate(tokens.bfloat16(), *tables).dtype == torch.bfloat16  # as autocast has it
 
 
 @pytest.mark.parametrize(
@@ -255,9 +399,11 @@ def test_drop_path_drops_whole_samples_in_training_only():
         (lambda model: model(torch.zeros(1, 1, 32, 32)), "3 channels"),
         (lambda model: model(torch.zeros(1, 3, 3, 32)), "at least one patch"),
         (lambda model: model(torch.zeros(1, 3, 32, 32), pixel_mask=torch.ones(1, 8, 8)), "`pixel_mask`: expected"),
+        (lambda model: model(torch.zeros(1, 3, 8, 8), pixel_mask=[[[1] * 8] * 8]), "`pixel_mask`: .* got list"),
+        (lambda model: model(torch.zeros(1, 3, 8, 8), pixel_mask=torch.ones(1, 8, 8) * 1j), "got torch.complex64"),
         (lambda model: model(torch.zeros(1, 3, 32, 32), output_attentions=True), "`output_attentions`"),
     ],
-    ids=["none", "channels", "too-small", "mask-shape", "attentions-from-sdpa"],
+    ids=["none", "channels", "too-small", "mask-shape", "mask-list", "mask-complex", "attentions-from-sdpa"],
 )
 def test_bad_inputs_are_named(call, message):
     with pytest.raises(ValueError, match=message):
@@ -267,7 +413,7 @@ def test_bad_inputs_are_named(call, message):
 def test_other_attention_implementations_are_refused():
     # an upstream implementation would ignore the pattern and attend densely
     model = BigBirdViTModel(tiny_config())
-    for name in ("flex_attention", "flash_attention_2"):
+    for name in ("flash_attention_2", "unknown"):
         with pytest.raises(ValueError, match=r"(?i)attention"):
             BigBirdViTModel._from_config(tiny_config(), attn_implementation=name)
         model.config._attn_implementation = name
@@ -283,6 +429,9 @@ def test_other_attention_implementations_are_refused():
         ({"patch_stride": 5}, "`patch_stride`: expected at most"),
         ({"drop_path_rate": 1.0}, "`drop_path_rate`: expected a probability"),
         ({"num_random_blocks": -1}, "`num_random_blocks`: expected at least 0"),
+        ({"num_global_tiles": -1}, "`num_global_tiles`: expected at least 0"),
+        ({"block_size": 0}, "`block_size`: expected at least 1"),
+        ({"attention_layout": "hexagons"}, "attention_layout"),
         ({"tile_size": 0}, "`tile_size`: expected a positive"),
         ({"rope_theta": 0}, "`rope_theta`: expected a number above 0"),
         ({"hidden_act": "foo"}, "`hidden_act`: expected an activation"),

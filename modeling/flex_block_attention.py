@@ -1,0 +1,171 @@
+"""Attention over a block pattern by torch's FlexAttention: the way on GPUs. On a CPU it has no backward pass.
+
+FlexAttention wants blocks of one legal size, so tokens are laid out anew: global tokens first, filled up to whole
+blocks, then the patches. Which blocks see which follows from the pattern's tiles; inside a block that is seen in part,
+a function of the two positions decides.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from .bigbird_pattern import BlockPattern, cached_tables, named_pattern
+from .block_sparse_attention import NAMESPACE
+
+
+def flex_block_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_valid: torch.Tensor | None,
+    *,
+    pattern: BlockPattern,
+    scaling: float,
+) -> torch.Tensor:
+    """Return attention `(B, H, N, D)`; arguments as in `block_sparse_attention`.
+
+    Raises:
+        ValueError: Gradients are wanted on a CPU.
+    """
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value)):
+        raise ValueError(
+            "`attn_implementation`: expected 'sdpa' or 'eager' for training on a CPU, got 'flex_attention', which has "
+            "no backward pass there; call `model.set_attn_implementation('sdpa')`."
+        )
+    block, num_global, num_tokens = flex_block_size(pattern), pattern.num_global_tokens, query.shape[2]
+    filled, length = _lengths(num_global, num_tokens, block)
+    patches_end = filled + num_tokens - num_global
+
+    def lay_out(tokens: torch.Tensor) -> torch.Tensor:  # (B, H, N, D) -> (B, H, length, D)
+        front = F.pad(tokens[:, :, :num_global], (0, 0, 0, filled - num_global))
+        return torch.cat([front, F.pad(tokens[:, :, num_global:], (0, 0, 0, length - patches_end))], dim=2)
+
+    mask = _block_mask(pattern, block, length, query.device)
+    if key_valid is not None:
+        mask = _with_padding(mask, lay_out(key_valid[:, None, :, None])[:, 0, :, 0])
+    attend = flex_attention if on_cpu or torch.compiler.is_compiling() else _compiled()
+    # kernels default to blocks of 128 on Hopper, which blocks of 64 would not divide
+    options = None if block % 128 == 0 else {f"BLOCK_{axis}": 64 for axis in ("M", "N", "M1", "N1", "M2", "N2")}
+    output = attend(
+        lay_out(query), lay_out(key), lay_out(value), block_mask=mask, scale=scaling, kernel_options=options
+    )
+    return torch.cat([output[:, :, :num_global], output[:, :, filled:patches_end]], dim=2)
+
+
+def flex_block_size(pattern: BlockPattern) -> int:
+    """Return tokens in a block: 128 where whole tiles fill it, else 64."""
+    return 128 if _largest_tile(pattern.name) % 128 == 0 else 64
+
+
+@torch.compiler.assume_constant_result
+def _largest_tile(name: str) -> int:
+    return int(named_pattern(name).tile_sizes.max())
+
+
+@cache
+def _compiled():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _lengths(num_global: int, num_tokens: int, block: int) -> tuple[int, int]:
+    """Return where the patches begin and the length in all, both in whole blocks."""
+    filled = -(-num_global // block) * block
+    return filled, -(-(filled + num_tokens - num_global) // block) * block
+
+
+def _block_mask(pattern: BlockPattern, block: int, length: int, device: torch.device) -> BlockMask:
+    """Return the mask of blocks, made from tiles, never from pairs of tokens."""
+    if torch.compiler.is_compiling():
+        return _mask_from_tables(_flex_tables(pattern.name, block, device), block, length)
+    return _cached_block_mask(pattern, block, length, device)
+
+
+@cached_tables(maxsize=64)
+def _cached_block_mask(pattern: BlockPattern, block: int, length: int, device: torch.device) -> BlockMask:
+    return _mask_from_tables(_tables(pattern, block, device), block, length)
+
+
+def _mask_from_tables(tables: list[torch.Tensor], block: int, length: int) -> BlockMask:
+    some, some_at, whole, whole_at, tile_of, sees = tables
+
+    def mask_mod(_batch, head, query_at, key_at):
+        return sees[head % sees.shape[0], tile_of[query_at], tile_of[key_at]]
+
+    return BlockMask.from_kv_blocks(
+        some, some_at, whole, whole_at, BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(length, length)
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::flex_tables", mutates_args=())
+def _flex_tables(name: str, block: int, device: torch.device) -> list[torch.Tensor]:
+    # a compiler may write over what an operator returns
+    return [table.clone() for table in _tables(named_pattern(name), block, device)]
+
+
+@_flex_tables.register_fake
+def _flex_tables_fake(name, block, device):
+    tables = _tables(named_pattern(name), block, torch.device("cpu"))
+    return [torch.empty(table.shape, dtype=table.dtype, device=device) for table in tables]
+
+
+@cached_tables(maxsize=64)
+def _tables(pattern: BlockPattern, block: int, device: torch.device) -> list[torch.Tensor]:
+    """Return how many blocks each block sees in part, and which; the same of those seen whole; and for the function
+    of two positions the tile of each, and which tile sees which, `(heads or 1, tiles + 2, tiles + 2)` bool.
+    """
+    num_global, num_tiles = pattern.num_global_tokens, pattern.num_tiles
+    filled, length = _lengths(num_global, pattern.num_tokens, block)
+    blocks = length // block
+    # tile of each position: `num_tiles` for global tokens, `num_tiles + 1` where there is no token
+    tile_of = torch.full((length,), num_tiles + 1)
+    tile_of[:num_global] = num_tiles
+    tile_of[filled : filled + len(pattern.order)] = pattern.tile_of_patch
+    sees = F.pad(pattern.tile_mask, (0, 1, 0, 1), value=True)
+    sees = F.pad(sees, (0, 1, 0, 1))
+    tokens = torch.zeros(blocks, num_tiles + 2, dtype=torch.float64)
+    tokens.view(-1).index_add_(
+        0,
+        torch.arange(length).div(block, rounding_mode="floor") * (num_tiles + 2) + tile_of,
+        torch.ones(length, dtype=torch.float64),
+    )
+    pairs = tokens @ sees.to(torch.float64) @ tokens.T
+    full = pairs == block * block
+    tables = [*_kv_table((pairs > 0) & ~full), *_kv_table(full), tile_of, sees]
+    return [table.to(device) for table in tables]
+
+
+def _kv_table(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks each block sees, `(1, H or 1, rows)`, and which, `(1, H or 1, rows, columns)`, seen first."""
+    order = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return mask.sum(-1, dtype=torch.int32)[None], order[None].contiguous()
+
+
+def _with_padding(mask: BlockMask, valid: torch.Tensor) -> BlockMask:
+    """Return the mask of a batch with padding: no block counts as full, and keys have to be `valid` `(B, length)`."""
+    inner = mask.mask_mod
+
+    def mask_mod(batch, head, query_at, key_at):
+        return inner(batch, head, query_at, key_at) & valid[batch, key_at]
+
+    full, full_at, some = mask.full_kv_num_blocks, mask.full_kv_indices, mask.kv_num_blocks
+    assert full is not None  # `_block_mask` gives both
+    assert full_at is not None
+    columns = torch.arange(mask.kv_indices.shape[-1], device=valid.device)
+    seen = torch.zeros(mask.kv_indices.shape, dtype=torch.bool, device=valid.device)
+    seen = seen.scatter(-1, mask.kv_indices.long(), columns < some[..., None])
+    seen = seen | torch.zeros_like(seen).scatter(-1, full_at.long(), columns < full[..., None])
+    count, at = _kv_table(seen[0])
+    batch = len(valid)
+    return BlockMask.from_kv_blocks(
+        count.expand(batch, -1, -1).contiguous(),
+        at.expand(batch, -1, -1, -1).contiguous(),
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=mask_mod,
+        seq_lengths=mask.seq_lengths,
+    )
+
+
+__all__ = ["flex_block_attention", "flex_block_size"]
