@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from hf_vicreg import pretrain
+from hf_vicreg.cli import build_parser
 from hf_vicreg.training.config import parse_flags, recipe_names, resolve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -56,6 +57,14 @@ def test_commands_have_known_flags(page):
         arguments = shlex.split(command.split("hf_vicreg.training.pretrain", 1)[1])
         if "--help" not in arguments:
             resolve(parse_flags(arguments))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_verbs_and_flags_of_the_command_are_known(page):
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    for line in text.splitlines():
+        if line.startswith("hf-vicreg "):
+            build_parser().parse_args(shlex.split(line)[1:])  # exits with 2 if not
 
 
 def test_every_recipe_is_named_in_the_guide():

@@ -1,0 +1,86 @@
+"""The command `hf-vicreg VERB`. Bad input gets one line and exit code 2."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hf_vicreg._version import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line; return the exit code, 2 for bad input."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every verb; `run` of its result does what was asked."""
+    parser = argparse.ArgumentParser(prog="hf-vicreg", description="Vision transformers pretrained by VICReg.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    inspect = verbs.add_parser("inspect", help="what a model's attention costs and looks like")
+    whats = inspect.add_subparsers(required=True, metavar="WHAT")
+    cost = whats.add_parser("cost", help="FLOPs and memory at an image size, dense and by blocks")
+    pattern = whats.add_parser("pattern", help="which tile sees which, as text or SVG")
+    for one in (cost, pattern):
+        one.add_argument("model", metavar="MODEL", help="folder or Hub id of a BigBirdViT")
+        one.add_argument("--height", type=int, help="image height in pixels; default: the model's image size")
+        one.add_argument("--width", type=int, help="image width in pixels; default: the model's image size")
+    pattern.add_argument("--layer", type=int, default=0)
+    pattern.add_argument("--output", type=Path, help="SVG file to write")
+    cost.set_defaults(run=_cost)
+    pattern.set_defaults(run=_pattern)
+    return parser
+
+
+def _cost(arguments: argparse.Namespace) -> None:
+    from hf_vicreg.attention_cost import attention_cost, report
+
+    config, height, width = _configuration(arguments)
+    print(report(config, height, width, attention_cost(config, height, width)))
+
+
+def _pattern(arguments: argparse.Namespace) -> None:
+    from hf_vicreg.attention_cost import check_size
+    from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
+
+    config, height, width = _configuration(arguments)
+    if not 0 <= arguments.layer < config.num_hidden_layers:
+        raise ValueError(f"`--layer`: expected 0 to {config.num_hidden_layers - 1}, got {arguments.layer}.")
+    rows, columns = check_size(config, height, width)
+    pattern = layer_pattern(config, rows, columns, arguments.layer)
+    print(pattern)
+    if arguments.output is not None:
+        arguments.output.write_text(pattern.svg())
+
+
+def _configuration(arguments: argparse.Namespace):
+    """Return the encoder's configuration and the image size asked for."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    import hf_vicreg
+
+    try:
+        config = AutoConfig.from_pretrained(arguments.model)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ValueError(f"`MODEL`: expected a model's folder or Hub id, got {arguments.model!r}: {error}") from None
+    config = config.encoder if isinstance(config, hf_vicreg.VicRegConfig) else config
+    if not isinstance(config, hf_vicreg.BigBirdViTConfig):
+        raise ValueError(f"`MODEL`: expected a model of type 'bigbird_vit', got {config.model_type!r}.")
+    height, width = config.image_size_hw
+    return (
+        config,
+        height if arguments.height is None else arguments.height,
+        width if arguments.width is None else arguments.width,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""`hf-vicreg` in real processes: what it prints, and one line with exit code 2 for bad input."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import ViTConfig
+
+from hf_vicreg import BigBirdViTConfig, VicRegConfig
+from hf_vicreg.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Configurations of an encoder, of a wrapper around one and of a model of another kind."""
+    folder = tmp_path_factory.mktemp("models")
+    encoder = BigBirdViTConfig(num_hidden_layers=2, image_size=512, tile_size=4)
+    encoder.save_pretrained(folder / "encoder")
+    VicRegConfig(encoder=encoder).save_pretrained(folder / "wrapper")
+    ViTConfig().save_pretrained(folder / "vit")
+    (folder / "invalid").mkdir()
+    (folder / "invalid" / "config.json").write_text('{"model_type": "bigbird_vit", "window_size": 2}')
+    return folder
+
+
+def test_installed_command_prints_costs(folder):
+    command = [str(Path(sys.executable).parent / "hf-vicreg"), "inspect", "cost", str(folder / "encoder")]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    assert "512x512 pixels: 32x32 patches, 1,025 tokens" in finished.stdout
+    assert "density 0.167" in finished.stdout
+
+
+def test_cost_of_a_wrapper_is_its_encoders(folder, capsys):
+    assert main(["inspect", "cost", str(folder / "encoder"), "--height", "256", "--width", "320"]) == 0
+    expected = capsys.readouterr().out
+    assert "256x320 pixels: 16x20 patches" in expected
+    assert main(["inspect", "cost", str(folder / "wrapper"), "--height", "256", "--width", "320"]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_pattern_is_printed_and_drawn(folder, tmp_path, capsys):
+    output = tmp_path / "pattern.svg"
+    assert main(["inspect", "pattern", str(folder / "encoder"), "--layer", "1", "--output", str(output)]) == 0
+    assert "8x8 tiles" in capsys.readouterr().out
+    assert output.read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cost", "nowhere/at all"], "`MODEL`: expected a model's folder or Hub id, got"),
+        (["cost", "invalid"], "`window_size`: expected an odd number of tiles, at least 1, got 2"),
+        (["pattern", "encoder", "--height", "16000", "--width", "16000"], "expected at most 4096 tiles, got 62500"),
+        (["cost", "vit"], "`MODEL`: expected a model of type 'bigbird_vit', got 'vit'"),
+        (["cost", "encoder", "--height", "0"], "expected an image of at least one patch (16, 16)"),
+        (["cost", "encoder", "--height", "16000", "--width", "16000"], "expected at most 4096 tiles, got 62500"),
+        (["pattern", "encoder", "--layer", "2"], "`--layer`: expected 0 to 1, got 2"),
+        (["pattern", "encoder", "--output", "no/such/folder/a.svg"], "No such file or directory"),
+    ],
+    ids=["missing", "invalid", "pattern-tiles", "other-type", "height", "tiles", "layer", "output"],
+)
+def test_bad_input_gets_one_line(folder, arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["inspect", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
