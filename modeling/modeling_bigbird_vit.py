@@ -409,15 +409,11 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         return mean.to(patches.dtype)
 
     def _check_patterns(self, patterns: list[BlockPattern], grid: tuple[int, int]) -> None:
-        num_global = 1 + self.config.num_register_tokens
-        found = [(one.grid, one.num_global_tokens) for one in patterns]
-        if found != [(grid, num_global)] * self.config.num_hidden_layers:
-            raise ValueError(
-                f"`attention_patterns`: expected {self.config.num_hidden_layers} patterns of grid {grid} with "
-                f"{num_global} global tokens, got {found}."
-            )
-        if not _share_order("/".join(one.name for one in patterns)):
-            raise ValueError("`attention_patterns`: expected one order of patches in all layers, got different tiles.")
+        rows, columns = (operator.index(side) for side in grid)
+        names = "/".join([one.name for one in patterns])
+        misfit = _misfit(names, self.config.num_hidden_layers, rows, columns, 1 + self.config.num_register_tokens)
+        if misfit:
+            raise ValueError(f"`attention_patterns`: expected {misfit}.")
 
     def _check_inputs(self, pixel_values, pixel_mask, kwargs) -> None:
         if pixel_values is None:
@@ -447,9 +443,15 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
 
 
 @torch.compiler.assume_constant_result
-def _share_order(names: str) -> bool:
-    first, *others = map(named_pattern, dict.fromkeys(names.split("/")))
-    return all(torch.equal(first.order, one.order) for one in others)
+def _misfit(names: str, layers: int, rows: int, columns: int, num_global: int) -> str:
+    """What was expected of a model's patterns and what they are; empty if they fit. Names are joined by slashes."""
+    patterns = [named_pattern(name) for name in names.split("/")] if names else []
+    found = [(one.grid, one.num_global_tokens) for one in patterns]
+    if found != [((rows, columns), num_global)] * layers:
+        return f"{layers} patterns of grid {(rows, columns)} with {num_global} global tokens, got {found}"
+    if not all(torch.equal(patterns[0].order, one.order) for one in patterns[1:]):
+        return "one order of patches in all layers, got different tiles"
+    return ""
 
 
 @torch.compiler.assume_constant_result
