@@ -80,12 +80,12 @@ def attention_cost(config: BigBirdViTConfig, height: int, width: int) -> Attenti
     tokens, hidden = pattern.num_tokens, config.hidden_size
     kept = {"dense": _kept(config, full, dense_attention), "sparse": _kept(config, pattern, block_sparse_attention)}
     others = _kept(config, full, None) - kept["dense"]
-    dense_layers = 8 * tokens * hidden**2 + 4 * tokens * hidden * config.intermediate_size
+    projections = 8 * tokens * hidden**2 + 4 * tokens * hidden * config.intermediate_size
     core, layer = {}, {}
     for name, pairs in (("dense", tokens**2), ("sparse", round(pattern.density * tokens**2))):
         core[name] = Cost(4 * pairs * hidden, 14 * pairs * hidden, kept[name])
         layer[name] = Cost(
-            core[name].forward + dense_layers, core[name].training + 3 * dense_layers, kept[name] + others
+            core[name].forward + projections, core[name].training + 3 * projections, kept[name] + others
         )
     return AttentionCost(
         pattern=pattern,
@@ -113,6 +113,8 @@ def check_size(config: BigBirdViTConfig, height: int, width: int) -> tuple[int, 
 
 
 def _num_tiles(config: BigBirdViTConfig, rows: int, columns: int) -> int:
+    if config.attention_type == "original_full":
+        return 1
     if config.attention_layout == "raster":
         return -(-rows * columns // config.block_size)
     return -(-rows // config.tile_size_hw[0]) * -(-columns // config.tile_size_hw[1])
@@ -199,7 +201,8 @@ def _advice(config: BigBirdViTConfig, cost: AttentionCost) -> str:
     size = "here" if cost.blocks_from is None else f"below about {cost.blocks_from}x{cost.blocks_from} pixels"
     advice = f"On a CPU dense attention is the faster form {size} with these tiles, and `sdpa` uses it."
     if cost.pattern.is_full:
-        advice += "\nEvery tile sees every other at this size. A smaller `tile_size` would make attention sparse."
+        field = "tile_size" if config.attention_layout == "tiles" else "block_size"
+        advice += f"\nEvery tile sees every other at this size. A smaller `{field}` would make attention sparse."
     return advice
 
 

@@ -71,7 +71,7 @@ class BlockPattern:
         density: Share of (query, key) pairs of tokens that attend, in (0, 1], global tokens included.
         is_full: Whether every token sees every token.
         is_raster: Whether tile-major order and raster order are the same.
-        name: A digest of the above, see `named_pattern`.
+        name: A digest of grid and tables, see `named_pattern`.
     """
 
     grid: tuple[int, int]

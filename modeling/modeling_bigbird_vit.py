@@ -333,9 +333,12 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         """Return the pattern of one layer for an image of `height` x `width` pixels; print it to see it.
 
         Raises:
-            ValueError: The image is smaller than one patch.
+            ValueError: The image is smaller than one patch, or there is no such layer.
         """
-        return self.attention_patterns(height, width)[layer]
+        if not 0 <= layer < self.config.num_hidden_layers:
+            raise ValueError(f"`layer`: expected 0 to {self.config.num_hidden_layers - 1}, got {layer}.")
+        rows, columns = self.config.grid_size(height, width)
+        return layer_pattern(self.config, rows, columns, layer)
 
     @can_return_tuple
     def forward(
@@ -366,8 +369,11 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         assert pixel_values is not None  # for the type checker; checked above
         height, width = pixel_values.shape[-2:]
         rows, columns = self.config.grid_size(height, width)
-        patterns = self.attention_patterns(height, width) if attention_patterns is None else attention_patterns
-        self._check_patterns(patterns, (rows, columns))
+        if attention_patterns is None:
+            patterns = self.attention_patterns(height, width)
+        else:
+            patterns = attention_patterns
+            self._check_patterns(patterns, (rows, columns))
         # all layers of a grid share one order; a grid where it is raster order needs no permutation
         order = None if _is_raster(patterns[0].name) else patch_order(patterns[0], pixel_values.device)
         num_global = patterns[0].num_global_tokens

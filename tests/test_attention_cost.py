@@ -85,12 +85,13 @@ def test_kept_memory_is_what_a_real_pass_keeps(monkeypatch):
     ("changes", "pixels", "words"),
     [
         ({}, 112, "dense attention is the faster form below about"),
-        ({"tile_size": 8}, 32, "Every tile sees every other"),
+        ({"tile_size": 8}, 32, "A smaller `tile_size` would make"),
+        ({"attention_layout": "raster"}, 32, "A smaller `block_size` would make"),
         ({"tile_size": 8}, 256, "attention by blocks is the faster form"),
-        ({"attention_type": "original_full"}, 256, "attention is dense at every size"),
+        ({"attention_type": "original_full"}, 1024, "attention is dense at every size"),
         ({"attention_layout": "raster"}, 256, "attention by blocks is the faster form"),
     ],
-    ids=["small-tiles", "full", "blocks", "original-full", "raster"],
+    ids=["small-tiles", "full", "full-raster", "blocks", "original-full", "raster"],
 )
 def test_advice_says_what_the_model_does(changes, pixels, words):
     config = make_config(**changes)

@@ -149,6 +149,8 @@ def test_picture_shows_what_a_tile_sees_and_at_which_level():
     assert len(marks["r"]) == 2
     assert pattern.picture() == pattern.picture(24)
     assert set(pattern.picture()) == {"Q", "G", " ", "\n"}  # a global tile sees all
+    with pytest.raises(ValueError, match="`tile`: expected 0 to 48, got -1"):
+        pattern.picture(-1)
     assert str(pattern).startswith("14x14 patches in 7x7 tiles, 1 global tokens, density 0.")
 
 
