@@ -28,10 +28,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_vicreg.modeling.bigbird_attention import sdpa_attention
 from hf_vicreg.modeling.bigbird_pattern import BlockPattern, block_pattern
+from hf_vicreg.modeling.bigbird_positions import rotary_tables, with_global_tokens
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.dense_attention import dense_attention
 from hf_vicreg.modeling.flex_block_attention import flex_block_attention
-from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTAttention, rotary_tables, with_global_tokens
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTAttention
 
 TILE = (8, 8)
 NUM_HEADS, HEAD_DIM = 6, 64
@@ -91,7 +92,7 @@ def layer(method: str, side: int, device: str, dtype: torch.dtype) -> Callable[[
     config._attn_implementation = "flex_attention" if method == "flex" else "sdpa"
     module = BigBirdViTAttention(config).to(device, dtype).train()
     pattern = pattern_of(side, full=method == "dense")
-    cos, sin = rotary_tables(config, None, side, side, torch.device(device))
+    cos, sin = rotary_tables(config.head_dim, config.rope_theta, None, side, side, torch.device(device))
     rotary = with_global_tokens((cos.to(dtype), sin.to(dtype)), pattern.num_global_tokens)
     tokens = torch.randn(1, pattern.num_tokens, WIDTH, device=device, dtype=dtype, requires_grad=True)
     if method == "dense":

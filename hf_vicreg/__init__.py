@@ -1,20 +1,30 @@
 """Pretrain BigBird vision transformers on your own images with VICReg, the Hugging Face way.
 
-Importing the package registers its models with `AutoConfig`, `AutoModel`, `AutoModelForPreTraining` and
-`AutoImageProcessor`. Training is imported when first used: importing the package itself needs neither accelerate nor
-datasets.
+Importing the package registers its models with transformers' Auto classes. Training is imported when first used:
+importing the package itself needs neither accelerate nor datasets.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+)
 
 from hf_vicreg._version import __version__
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.image_processing_pil_bigbird_vit import BigBirdViTImageProcessorPil
-from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
+from hf_vicreg.modeling.modeling_bigbird_vit import (
+    BigBirdViTBackbone,
+    BigBirdViTForImageClassification,
+    BigBirdViTModel,
+)
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_loss import vicreg_loss
 
@@ -24,6 +34,8 @@ if TYPE_CHECKING:
 AutoConfig.register("bigbird_vit", BigBirdViTConfig)
 AutoConfig.register("vicreg", VicRegConfig)
 AutoModel.register(BigBirdViTConfig, BigBirdViTModel)
+AutoBackbone.register(BigBirdViTConfig, BigBirdViTBackbone)
+AutoModelForImageClassification.register(BigBirdViTConfig, BigBirdViTForImageClassification)
 AutoModelForPreTraining.register(VicRegConfig, VicRegForPreTraining)
 AutoImageProcessor.register(
     BigBirdViTConfig,
@@ -31,7 +43,9 @@ AutoImageProcessor.register(
 )
 
 __all__ = [
+    "BigBirdViTBackbone",
     "BigBirdViTConfig",
+    "BigBirdViTForImageClassification",
     "BigBirdViTImageProcessor",
     "BigBirdViTImageProcessorPil",
     "BigBirdViTModel",

@@ -16,15 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_vicreg.modeling.bigbird_attention import prefers_blocks
 from hf_vicreg.modeling.bigbird_pattern import BlockPattern, block_pattern
+from hf_vicreg.modeling.bigbird_positions import rotary_tables, with_global_tokens
 from hf_vicreg.modeling.block_sparse_attention import block_sparse_attention
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.dense_attention import dense_attention
-from hf_vicreg.modeling.modeling_bigbird_vit import (
-    BigBirdViTLayer,
-    layer_pattern,
-    rotary_tables,
-    with_global_tokens,
-)
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTLayer, layer_pattern
 
 MAX_TILES = 4096  # tables of more take minutes
 
@@ -80,7 +76,8 @@ def attention_cost(config: BigBirdViTConfig, height: int, width: int) -> Attenti
     tokens, hidden = pattern.num_tokens, config.hidden_size
     kept = {"dense": _kept(config, full, dense_attention), "sparse": _kept(config, pattern, block_sparse_attention)}
     others = _kept(config, full, None) - kept["dense"]
-    projections = 8 * tokens * hidden**2 + 4 * tokens * hidden * config.intermediate_size
+    mlp = 2 * (3 if config.use_swiglu_ffn else 2) * tokens * hidden * config.intermediate_size
+    projections = 8 * tokens * hidden**2 + mlp
     core, layer = {}, {}
     for name, pairs in (("dense", tokens**2), ("sparse", round(pattern.density * tokens**2))):
         core[name] = Cost(4 * pairs * hidden, 14 * pairs * hidden, kept[name])
@@ -157,8 +154,10 @@ def _kept(config: BigBirdViTConfig, pattern: BlockPattern, attend: Callable | No
             attend(*tensors, None, pattern=pattern, scaling=1.0)
         else:
             layer = BigBirdViTLayer(with_sdpa, 0)
-            rotary = rotary_tables(config, None, *pattern.grid, torch.device("cpu"))
-            rotary = with_global_tokens(rotary, pattern.num_global_tokens)
+            rotary = None
+            if config.position_embedding_type == "rope":
+                tables = rotary_tables(config.head_dim, config.rope_theta, None, *pattern.grid, torch.device("cpu"))
+                rotary = with_global_tokens(tables, pattern.num_global_tokens)
             layer(torch.empty(1, tokens, config.hidden_size, requires_grad=True), None, pattern, rotary)
     return sum(storages.values())
 

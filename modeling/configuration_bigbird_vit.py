@@ -5,19 +5,22 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 
 
 @strict
-class BigBirdViTConfig(PreTrainedConfig):
+class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of a vision transformer whose patches attend globally, locally and at random.
 
     Args:
         hidden_size: Width of the tokens. A multiple of `num_attention_heads`.
         num_hidden_layers: Number of transformer layers.
-        num_attention_heads: Heads per layer. The head size, `hidden_size / num_attention_heads`, is a multiple of 4
-            (rotary positions rotate pairs, half of them for the row and half for the column).
+        num_attention_heads: Heads per layer. With rotary positions the head size, `hidden_size / num_attention_heads`,
+            is a multiple of 4 (pairs are rotated, half of them for the row and half for the column).
         intermediate_size: Hidden width of the MLP.
         hidden_act: Activation of the MLP, a name transformers knows.
+        use_swiglu_ffn: Whether the MLP is gated (Shazeer 2020, arXiv 2002.05202), as in the largest DINOv2;
+            `hidden_act` then has no effect.
         hidden_dropout_prob: Dropout after the embeddings, in [0, 1).
         attention_probs_dropout_prob: Dropout on the attention probabilities, in [0, 1).
         drop_path_rate: Stochastic depth of the last layer, in [0, 1); it grows linearly from 0 at the first.
@@ -32,7 +35,11 @@ class BigBirdViTConfig(PreTrainedConfig):
         num_channels: Channels of the image.
         num_register_tokens: Learned tokens beside CLS that carry no patch (Darcet et al. 2023, arXiv 2309.16588).
         pooling: What `pooler_output` is: the `"mean"` of the valid patch tokens, or the `"cls"` token.
+        pooler_act: Activation of a linear layer after the pooling, as ViT has one; `None` leaves both out.
+        position_embedding_type: `"rope"`, 2-D rotary positions, or `"absolute"`, a learned table for the grid of
+            `image_size`, added to the patches and resampled by a bicubic kernel for images of another size.
         rope_theta: Base of the rotary frequencies; coordinates run from -1 to 1 over the image.
+        interpolate_antialias: Whether the table of absolute positions is resampled with antialiasing.
         attention_type: `"block_sparse"`, or `"original_full"` for dense attention (BigBird's own words).
         attention_layout: `"tiles"`, blocks that are rectangles of patches, or `"raster"`, BigBird's own blocks of
             consecutive patches, the first and the last of them global.
@@ -42,6 +49,11 @@ class BigBirdViTConfig(PreTrainedConfig):
         num_random_blocks: Random tiles that each tile sees besides its window, drawn per layer.
         num_global_tiles: Tiles of the `tiles` layout that see and are seen by all, spread evenly over the image.
         attention_seed: Seed of the random tiles; part of the architecture, so it is stored with the weights.
+        out_features: Stages a backbone returns, of `"stem"` (the embeddings) and `"stage1"` to the last layer's;
+            default: the last. Or, as `out_indices`, their numbers.
+        apply_layernorm: Whether a backbone normalises its feature maps by the model's last layer norm.
+        reshape_hidden_states: Whether a backbone's feature maps are `(batch, hidden_size, rows, columns)`, or
+            `(batch, 1 + patches, hidden_size)` with CLS first.
     """
 
     model_type = "bigbird_vit"
@@ -51,6 +63,7 @@ class BigBirdViTConfig(PreTrainedConfig):
     num_attention_heads: int = 6
     intermediate_size: int = 1536
     hidden_act: str = "gelu"
+    use_swiglu_ffn: bool = False
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
@@ -64,7 +77,10 @@ class BigBirdViTConfig(PreTrainedConfig):
     num_channels: int = 3
     num_register_tokens: int = 0
     pooling: Literal["cls", "mean"] = "mean"
+    pooler_act: str | None = None
+    position_embedding_type: Literal["rope", "absolute"] = "rope"
     rope_theta: float | int = 100.0
+    interpolate_antialias: bool = False
     attention_type: Literal["block_sparse", "original_full"] = "block_sparse"
     attention_layout: Literal["tiles", "raster"] = "tiles"
     tile_size: int | list[int] | tuple[int, int] = 8
@@ -73,6 +89,16 @@ class BigBirdViTConfig(PreTrainedConfig):
     num_random_blocks: int = 3
     num_global_tiles: int = 0
     attention_seed: int = 0
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("stage_names", None)  # saved with the rest, but the layers decide
+        self.stage_names = ["stem", *(f"stage{layer + 1}" for layer in range(self.num_hidden_layers))]
+        self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Check what the field types cannot say; run at creation and before saving.
@@ -97,15 +123,18 @@ class BigBirdViTConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}`: expected a probability in [0, 1), got {getattr(self, name)}.")
-        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+        unit = self.num_attention_heads * (4 if self.position_embedding_type == "rope" else 1)
+        if self.hidden_size % unit:
             raise ValueError(
-                "`hidden_size`: expected a multiple of 4 * `num_attention_heads` "
-                f"({4 * self.num_attention_heads}), got {self.hidden_size}."
+                f"`hidden_size`: expected a multiple of {unit} (`num_attention_heads`, 4 times it with rotary "
+                f"positions), got {self.hidden_size}."
             )
         if not self.rope_theta > 0:
             raise ValueError(f"`rope_theta`: expected a number above 0, got {self.rope_theta}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act`: expected an activation transformers knows, got {self.hidden_act!r}.")
+        for name in ("hidden_act", "pooler_act"):
+            value = getattr(self, name)
+            if value not in ACT2FN and not (name == "pooler_act" and value is None):
+                raise ValueError(f"`{name}`: expected an activation transformers knows, got {value!r}.")
         if self.window_size < 1 or self.window_size % 2 == 0:
             raise ValueError(f"`window_size`: expected an odd number of tiles, at least 1, got {self.window_size}.")
         for name in ("image_size", "patch_size", "patch_stride", "tile_size"):
@@ -117,6 +146,8 @@ class BigBirdViTConfig(PreTrainedConfig):
                 f"`patch_stride`: expected at most `patch_size` {self.patch_size}, so that no pixel is left out; "
                 f"got {self.patch_stride}."
             )
+        if any(side < patch for side, patch in zip(self.image_size_hw, self.patch_size_hw, strict=True)):
+            raise ValueError(f"`image_size`: expected at least one patch {self.patch_size}, got {self.image_size}.")
 
     @property
     def head_dim(self) -> int:

@@ -4,24 +4,34 @@ The layers work on tokens in tile-major order (see `bigbird_pattern.py`). Tokens
 layer and put back once after the last: everything a caller sees is in raster order, CLS and registers first.
 """
 
-import math
 import operator
+import os
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+)
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .bigbird_attention import eager_attention, flex_attention, sdpa_attention
-from .bigbird_pattern import BlockPattern, block_pattern, cached_tables, named_pattern
-from .block_sparse_attention import NAMESPACE
+from .bigbird_blocks import BigBirdViTDropPath, BigBirdViTLayerScale, BigBirdViTMLP, BigBirdViTSwiGLU
+from .bigbird_pattern import BlockPattern, block_pattern
+from .bigbird_positions import resampled_positions, rotary_tables, rotate, with_global_tokens
 from .configuration_bigbird_vit import BigBirdViTConfig
+from .dense_weights import load_dense
+from .token_order import is_raster, misfit, patch_order, reorder
 
 # A registry of this module alone: the entries upstream know nothing of a block pattern and would attend densely.
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -41,15 +51,28 @@ class BigBirdViTEmbeddings(nn.Module):
         self.projection = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size_hw, stride=config.patch_stride_hw
         )
+        self.position_embeddings = None
+        if config.position_embedding_type == "absolute":
+            rows, columns = config.grid_size(*config.image_size_hw)
+            self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + rows * columns, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, pixel_values: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, pixel_values: torch.Tensor, order: torch.Tensor | None, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return tokens `(batch, 1 + registers + patches, hidden_size)`, patches in `order` (raster if None)."""
-        patches = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+        projected = self.projection(pixel_values.to(self.projection.weight.dtype))
+        rows, columns = projected.shape[-2:]
+        patches: torch.Tensor = projected.flatten(2).transpose(1, 2)
+        cls: torch.Tensor = self.cls_token
+        if self.position_embeddings is not None:
+            native = self.config.grid_size(*self.config.image_size_hw)
+            table = self.position_embeddings[0, 1:].unflatten(0, native)
+            patches = patches + resampled_positions(table, valid, rows, columns, self.config.interpolate_antialias)
+            cls = cls + self.position_embeddings[:, :1]
         if order is not None:
             patches = patches.index_select(1, order)
-        batch = patches.shape[0]
-        prefix = [self.cls_token.expand(batch, -1, -1), self.register_tokens.expand(batch, -1, -1)]
+        prefix = [token.expand(len(patches), -1, -1) for token in (cls, self.register_tokens)]
         return self.dropout(torch.cat([*prefix, patches], dim=1))
 
     def valid_patches(self, pixel_mask: torch.Tensor) -> torch.Tensor:
@@ -58,69 +81,6 @@ class BigBirdViTEmbeddings(nn.Module):
             pixel_mask[:, None].to(torch.float32), self.config.patch_size_hw, stride=self.config.patch_stride_hw
         )
         return pooled[:, 0] > 0
-
-
-def rotary_tables(config: BigBirdViTConfig, valid: torch.Tensor | None, rows: int, columns: int, device: torch.device):
-    """Return cosines and sines of the rotary positions.
-
-    Coordinates are patch centres scaled to (-1, 1) over the image, or over each image's valid area when some patches
-    are padding. The first half of the frequencies turns with the row, the second with the column.
-
-    Source: Siméoni et al. 2025, DINOv3 (arXiv 2508.10104), section 3.2: axial RoPE on normalised coordinates. Without
-    the training-time jitter of coordinates.
-
-    Args:
-        config: Gives the head size and the base.
-        valid: `(batch, rows, columns)` bool, or None when every patch is valid.
-        rows: Rows of patches.
-        columns: Columns of patches.
-        device: Where to put the tables.
-
-    Returns:
-        Two float32 tensors `(batch or 1, 1, patches, head_dim)`, patches in raster order.
-    """
-    num_frequencies = config.head_dim // 4
-    exponents = torch.arange(num_frequencies, dtype=torch.float32, device=device) / num_frequencies
-    frequencies = 2 * math.pi * config.rope_theta**-exponents
-    row_angles = _coordinates(None if valid is None else valid.any(2), rows, device)[..., None] * frequencies
-    column_angles = _coordinates(None if valid is None else valid.any(1), columns, device)[..., None] * frequencies
-    angles = torch.cat(
-        [
-            row_angles[:, :, None].expand(-1, -1, columns, -1),
-            column_angles[:, None].expand(-1, rows, -1, -1),
-        ],
-        dim=-1,
-    ).flatten(1, 2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def _coordinates(valid: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
-    """`(batch or 1, count)` centres of rows or columns, from -1 to 1 over those that hold a valid patch."""
-    lines = torch.arange(count, dtype=torch.float32, device=device)[None]
-    if valid is None:
-        return 2 * (lines + 0.5) / count - 1
-    first = lines.where(valid, float(count)).amin(1, keepdim=True)
-    end = (lines + 1).where(valid, 0.0).amax(1, keepdim=True)
-    # an image of padding alone has extent 1
-    return 2 * (lines + 0.5 - first) / (end - first).clamp(min=1) - 1
-
-
-def with_global_tokens(
-    tables: tuple[torch.Tensor, torch.Tensor], num_global: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rotary tables with `num_global` tokens in front that no rotation moves: cosine 1, sine 0."""
-    cos, sin = tables
-    return F.pad(cos, (0, 0, num_global, 0), value=1.0), F.pad(sin, (0, 0, num_global, 0))
-
-
-def rotate(tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return `(batch, heads, tokens, head_dim)` rotated by tables `(batch or 1, 1, tokens, head_dim)`.
-
-    Under autocast the tables are fp32 and the tokens are not: the result has the tokens' type.
-    """
-    first, second = tokens.chunk(2, dim=-1)
-    return (tokens * cos + torch.cat([-second, first], dim=-1) * sin).to(tokens.dtype)
 
 
 def layer_pattern(config: BigBirdViTConfig, rows: int, columns: int, layer: int = 0) -> BlockPattern:
@@ -159,7 +119,7 @@ class BigBirdViTAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         pattern: BlockPattern,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return `(batch, tokens, hidden_size)` and, from `eager`, probabilities `(batch, heads, tokens, tokens)`."""
@@ -169,7 +129,8 @@ class BigBirdViTAttention(nn.Module):
             return projection(hidden_states).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
 
         query, key, value = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
         if self.config._attn_implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"`attn_implementation`: expected one of {IMPLEMENTATIONS}, got {self.config._attn_implementation!r}; "
@@ -189,47 +150,6 @@ class BigBirdViTAttention(nn.Module):
         return self.o_proj(output.reshape(batch, tokens, -1)), probabilities
 
 
-class BigBirdViTMLP(nn.Module):
-    """Two linear layers with an activation between them."""
-
-    def __init__(self, config: BigBirdViTConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states)))
-
-
-class BigBirdViTLayerScale(nn.Module):
-    """A learned factor for each channel (Touvron et al. 2021, arXiv 2103.17239)."""
-
-    def __init__(self, config: BigBirdViTConfig):
-        super().__init__()
-        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), float(config.layerscale_value or 0)))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states * self.lambda1
-
-
-class BigBirdViTDropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole samples (Huang et al. 2016, arXiv 1603.09382)."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.rate == 0:
-            return hidden_states
-        keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.rate
-        return hidden_states * keep / (1 - self.rate)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"
-
-
 class BigBirdViTLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer."""
 
@@ -240,7 +160,7 @@ class BigBirdViTLayer(GradientCheckpointingLayer):
         self.attention = BigBirdViTAttention(config)
         self.layer_scale1 = BigBirdViTLayerScale(config) if scaled else nn.Identity()
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = BigBirdViTMLP(config)
+        self.mlp = (BigBirdViTSwiGLU if config.use_swiglu_ffn else BigBirdViTMLP)(config)
         self.layer_scale2 = BigBirdViTLayerScale(config) if scaled else nn.Identity()
         self.drop_path = BigBirdViTDropPath(config.drop_path_rate * layer_index / max(1, config.num_hidden_layers - 1))
 
@@ -249,7 +169,7 @@ class BigBirdViTLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         pattern: BlockPattern,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         **kwargs,
     ) -> torch.Tensor:
         attended, _ = self.attention(self.norm1(hidden_states), attention_mask, pattern, rotary, **kwargs)
@@ -282,6 +202,8 @@ class BigBirdViTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BigBirdViTEmbeddings):
             init.trunc_normal_(module.cls_token, mean=0.0, std=std)
             init.trunc_normal_(module.register_tokens, mean=0.0, std=std)
+            if module.position_embeddings is not None:
+                init.trunc_normal_(module.position_embeddings, mean=0.0, std=std)
         elif isinstance(module, BigBirdViTLayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
 
@@ -301,7 +223,7 @@ class BigBirdViTEncoder(BigBirdViTPreTrainedModel):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         patterns: list[BlockPattern],
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         **kwargs,
     ) -> BaseModelOutput:
         for layer, pattern in zip(self.layer, patterns, strict=True):
@@ -309,15 +231,51 @@ class BigBirdViTEncoder(BigBirdViTPreTrainedModel):
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
-class BigBirdViTModel(BigBirdViTPreTrainedModel):
-    """The bare encoder: images in, tokens and a pooled feature out."""
+class BigBirdViTPooler(nn.Module):
+    """A linear layer and an activation on the pooled feature, as ViT has them."""
 
     def __init__(self, config: BigBirdViTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.pooler_act]
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(pooled))
+
+
+class BigBirdViTModel(BigBirdViTPreTrainedModel):
+    """The bare encoder: images in, tokens and a pooled feature out.
+
+    Args:
+        config: The architecture.
+        add_pooling_layer: False leaves out the pooler that `config.pooler_act` asks for.
+    """
+
+    def __init__(self, config: BigBirdViTConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = BigBirdViTEmbeddings(config)
         self.encoder = BigBirdViTEncoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = BigBirdViTPooler(config) if add_pooling_layer and config.pooler_act is not None else None
         self.post_init()
+
+    @classmethod
+    def from_dense(cls, source: str | os.PathLike | PreTrainedModel, **changes) -> "BigBirdViTModel":
+        """Return a model with the weights of a dense ViT or DINOv2 (with or without registers), in evaluation mode.
+
+        Attention is dense unless `changes` say otherwise, and the outputs equal the source's. Its mask token is left
+        out. Sparse attention is a change of the configuration alone: `attention_type="block_sparse"`.
+
+        Args:
+            source: The model, or the folder or Hub id of one in safetensors form.
+            changes: Fields of the configuration that leave the weights as they are: `attention_type`, `tile_size`,
+                `pooling`, `drop_path_rate`, ...
+
+        Raises:
+            ValueError: Another kind of model, one with missing or unknown tensors, or a change that would need others.
+            OSError: No model there.
+        """
+        return load_dense(cls, source, changes)
 
     def attention_patterns(self, height: int, width: int) -> list[BlockPattern]:
         """Return the pattern of every layer for an image of `height` x `width` pixels.
@@ -375,36 +333,41 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             patterns = attention_patterns
             self._check_patterns(patterns, (rows, columns))
         # all layers of a grid share one order; a grid where it is raster order needs no permutation
-        order = None if _is_raster(patterns[0].name) else patch_order(patterns[0], pixel_values.device)
+        order = None if is_raster(patterns[0].name) else patch_order(patterns[0], pixel_values.device)
         num_global = patterns[0].num_global_tokens
 
         valid = None if pixel_mask is None else self.embeddings.valid_patches(pixel_mask)
-        cos, sin = rotary_tables(self.config, valid, rows, columns, pixel_values.device)
-        key_valid = None if valid is None else valid.flatten(1)
-        if order is not None:
-            cos, sin = cos.index_select(2, order), sin.index_select(2, order)
-            key_valid = None if key_valid is None else key_valid.index_select(1, order)
-        if key_valid is not None:
-            key_valid = F.pad(key_valid, (num_global, 0), value=True)
-
-        tokens = self.embeddings(pixel_values, order)
-        rotary = with_global_tokens((cos.to(tokens.dtype), sin.to(tokens.dtype)), num_global)
+        key_valid = None
+        if valid is not None:
+            key_valid = F.pad(reorder(valid.flatten(1), order, 1), (num_global, 0), value=True)
+        tokens = self.embeddings(pixel_values, order, valid)
+        rotary = None
+        if self.config.position_embedding_type == "rope":
+            tables = rotary_tables(
+                self.config.head_dim, self.config.rope_theta, valid, rows, columns, pixel_values.device
+            )
+            cos, sin = (reorder(table, order, 2).to(tokens.dtype) for table in tables)
+            rotary = with_global_tokens((cos, sin), num_global)
         encoded = self.encoder(tokens, key_valid, patterns, rotary, **kwargs | {"return_dict": True})
 
         to_raster = None
         if order is not None:
             to_raster = torch.cat([torch.arange(num_global, device=order.device), order.argsort() + num_global])
-        last_hidden_state = self.layernorm(_reorder(encoded.last_hidden_state, to_raster, 1))
+        last_hidden_state = self.layernorm(reorder(encoded.last_hidden_state, to_raster, 1))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=self._pool(last_hidden_state[:, :1], last_hidden_state[:, num_global:], valid),
             hidden_states=encoded.hidden_states
-            and tuple(state if state is None else _reorder(state, to_raster, 1) for state in encoded.hidden_states),
+            and tuple(state if state is None else reorder(state, to_raster, 1) for state in encoded.hidden_states),
             attentions=encoded.attentions
-            and tuple(_reorder(_reorder(one, to_raster, 2), to_raster, 3) for one in encoded.attentions),
+            and tuple(reorder(reorder(one, to_raster, 2), to_raster, 3) for one in encoded.attentions),
         )
 
     def _pool(self, cls: torch.Tensor, patches: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        pooled = self._pooled_token(cls, patches, valid)
+        return pooled if self.pooler is None else self.pooler(pooled)
+
+    def _pooled_token(self, cls: torch.Tensor, patches: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         if self.config.pooling == "cls":
             return cls[:, 0]
         if valid is None:
@@ -417,9 +380,9 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
     def _check_patterns(self, patterns: list[BlockPattern], grid: tuple[int, int]) -> None:
         rows, columns = (operator.index(side) for side in grid)
         names = "/".join([one.name for one in patterns])
-        misfit = _misfit(names, self.config.num_hidden_layers, rows, columns, 1 + self.config.num_register_tokens)
-        if misfit:
-            raise ValueError(f"`attention_patterns`: expected {misfit}.")
+        found = misfit(names, self.config.num_hidden_layers, rows, columns, 1 + self.config.num_register_tokens)
+        if found:
+            raise ValueError(f"`attention_patterns`: expected {found}.")
 
     def _check_inputs(self, pixel_values, pixel_mask, kwargs) -> None:
         if pixel_values is None:
@@ -448,47 +411,139 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             )
 
 
-@torch.compiler.assume_constant_result
-def _misfit(names: str, layers: int, rows: int, columns: int, num_global: int) -> str:
-    """What was expected of a model's patterns and what they are; empty if they fit. Names are joined by slashes."""
-    patterns = [named_pattern(name) for name in names.split("/")] if names else []
-    found = [(one.grid, one.num_global_tokens) for one in patterns]
-    if found != [((rows, columns), num_global)] * layers:
-        return f"{layers} patterns of grid {(rows, columns)} with {num_global} global tokens, got {found}"
-    if not all(torch.equal(patterns[0].order, one.order) for one in patterns[1:]):
-        return "one order of patches in all layers, got different tiles"
-    return ""
+class BigBirdViTForImageClassification(BigBirdViTPreTrainedModel):
+    """The encoder and a linear layer on its pooled feature."""
+
+    def __init__(self, config: BigBirdViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bigbird_vit = BigBirdViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            pixel_mask: `(batch, height, width)`, as for `BigBirdViTModel`.
+            labels: `(batch,)` integers from 0 to `num_labels - 1`, or -100 for images without a label. Floats
+                `(batch, num_labels)` are targets of several labels an image; with one label, a regression's.
+            kwargs: As for `BigBirdViTModel`.
+
+        Returns:
+            `logits` `(batch, num_labels)` and, with `labels`, the scalar `loss`.
+
+        Raises:
+            ValueError: Labels out of range, and what `BigBirdViTModel` refuses.
+        """
+        problem = None if labels is None else self._problem(labels)
+        outputs = self.bigbird_vit(pixel_values, pixel_mask, **kwargs | {"return_dict": True})
+        logits = self.classifier(outputs.pooler_output)
+        return ImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, problem, **kwargs),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @classmethod
+    def from_dense(cls, source: str | os.PathLike | PreTrainedModel, **changes) -> "BigBirdViTForImageClassification":
+        """Return a classifier with the weights of a dense ViT's; see `BigBirdViTModel.from_dense`.
+
+        DINOv2's classifiers, which read the CLS token and the mean of the patches, do not fit.
+        """
+        return load_dense(cls, source, changes, AutoModelForImageClassification)
+
+    def _problem(self, labels: torch.Tensor) -> "_Problem":
+        """Return what kind of loss the labels ask for, and compare classes with their number.
+
+        transformers' loss would write the kind it infers into the configuration, and torch.compile compile again. Only
+        several labels an image are written, since pipelines read it. Compiled, labels are not compared: a compiler
+        cannot look at values.
+        """
+        problem_type = self.config.problem_type
+        if problem_type is None and self.num_labels == 1:
+            problem_type = "regression"
+        elif problem_type is None and not labels.is_floating_point():
+            problem_type = "single_label_classification"
+        elif problem_type is None:
+            problem_type = self.config.problem_type = "multi_label_classification"
+        if problem_type == "single_label_classification" and not torch.compiler.is_compiling():
+            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= self.num_labels)]
+            if len(wrong):
+                raise ValueError(
+                    f"`labels`: expected 0 to {self.num_labels - 1} (`num_labels` is {self.num_labels}), or -100 for "
+                    f"no label, got {wrong[0].item()}."
+                )
+        return _Problem(self.num_labels, problem_type)
 
 
-@torch.compiler.assume_constant_result
-def _is_raster(name: str) -> bool:
-    return named_pattern(name).is_raster
+class _Problem(NamedTuple):
+    """What transformers' loss reads of a configuration."""
+
+    num_labels: int
+    problem_type: str
 
 
-def patch_order(pattern: BlockPattern, device: torch.device) -> torch.Tensor:
-    """Return the pattern's `order` on the device."""
-    if torch.compiler.is_compiling():
-        return _patch_order(pattern.name, device)
-    return _cached_order(pattern, device)
+class BigBirdViTBackbone(BackboneMixin, BigBirdViTModel):
+    """The encoder as a backbone: feature maps of the stages named in the configuration, for DETR, DPT or UperNet."""
+
+    def __init__(self, config: BigBirdViTConfig):
+        super().__init__(config, add_pooling_layer=False)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, pixel_mask: torch.Tensor | None = None, **kwargs
+    ) -> BackboneOutput:
+        """Return feature maps.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            pixel_mask: `(batch, height, width)`, as for `BigBirdViTModel`.
+            kwargs: As for `BigBirdViTModel`.
+
+        Returns:
+            `feature_maps`, one for each of `out_features`: `(batch, hidden_size, rows, columns)`, patches where they
+            are in the image. With `reshape_hidden_states=False`, `(batch, 1 + patches, hidden_size)`, CLS first and
+            no registers, which is what DPT expects.
+
+        Raises:
+            ValueError: What `BigBirdViTModel` refuses.
+        """
+        # not `super()`: the mixin comes first and has a `forward` of its own, which raises
+        outputs = BigBirdViTModel.forward(self, pixel_values, pixel_mask, **kwargs | {"return_dict": True})
+        assert pixel_values is not None  # for the type checker; checked above
+        maps = [
+            state
+            for name, state in zip(self.stage_names, outputs.hidden_states, strict=True)
+            if name in self.out_features
+        ]
+        if self.config.apply_layernorm:
+            maps = [self.layernorm(one) for one in maps]
+        first = 1 + self.config.num_register_tokens
+        if self.config.reshape_hidden_states:
+            grid = self.config.grid_size(*pixel_values.shape[-2:])
+            maps = [one[:, first:].transpose(1, 2).unflatten(2, grid).contiguous() for one in maps]
+        else:
+            maps = [torch.cat([one[:, :1], one[:, first:]], dim=1) for one in maps]
+        return BackboneOutput(
+            feature_maps=tuple(maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::patch_order", mutates_args=())
-def _patch_order(name: str, device: torch.device) -> torch.Tensor:
-    return _cached_order(named_pattern(name), device).clone()  # a compiler may write over what an operator returns
-
-
-@_patch_order.register_fake
-def _patch_order_fake(name, device):
-    return torch.empty(len(named_pattern(name).order), dtype=torch.int64, device=device)
-
-
-@cached_tables(maxsize=64)
-def _cached_order(pattern: BlockPattern, device: torch.device) -> torch.Tensor:
-    return pattern.order.to(device)
-
-
-def _reorder(states: torch.Tensor, index: torch.Tensor | None, dim: int) -> torch.Tensor:
-    return states if index is None else states.index_select(dim, index)
-
-
-__all__ = ["BigBirdViTModel", "BigBirdViTPreTrainedModel"]
+__all__ = [
+    "BigBirdViTBackbone",
+    "BigBirdViTForImageClassification",
+    "BigBirdViTModel",
+    "BigBirdViTPreTrainedModel",
+]

@@ -8,13 +8,9 @@ from hf_vicreg import BigBirdViTConfig
 from hf_vicreg.attention_cost import attention_cost, report
 from hf_vicreg.modeling import bigbird_attention
 from hf_vicreg.modeling.bigbird_attention import prefers_blocks
+from hf_vicreg.modeling.bigbird_positions import rotary_tables, with_global_tokens
 from hf_vicreg.modeling.block_sparse_attention import block_sparse_attention
-from hf_vicreg.modeling.modeling_bigbird_vit import (
-    BigBirdViTLayer,
-    layer_pattern,
-    rotary_tables,
-    with_global_tokens,
-)
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTLayer, layer_pattern
 
 
 def make_config(**changes):
@@ -34,7 +30,9 @@ def make_config(**changes):
 def run_layer(config, implementation):
     config._attn_implementation = implementation
     layer, pattern = BigBirdViTLayer(config, 0), layer_pattern(config, 7, 12)
-    rotary = with_global_tokens(rotary_tables(config, None, 7, 12, torch.device("cpu")), pattern.num_global_tokens)
+    rotary = with_global_tokens(
+        rotary_tables(config.head_dim, 100, None, 7, 12, torch.device("cpu")), pattern.num_global_tokens
+    )
     tokens = torch.randn(1, pattern.num_tokens, config.hidden_size, requires_grad=True)
     return layer(tokens, None, pattern, rotary)
 

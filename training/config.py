@@ -100,7 +100,8 @@ RESUMABLE_CHANGES = {
 
 SECTIONS = ("model", "vicreg", "views")
 # How a model is called or stored is not the run's to set, and the encoder has a section of its own.
-RESERVED = {"return_dict", "output_hidden_states", "dtype", "encoder"}
+# Not settings of a run: how a model is called or used as a backbone, and what its layers' number decides.
+RESERVED = {"return_dict", "output_hidden_states", "dtype", "encoder", "stage_names", "out_features", "out_indices"}
 MAX_SEED = 2**32 - 1001  # every process adds its rank, and numpy takes 32 bits
 
 
@@ -120,17 +121,15 @@ class RunConfig:
 
     def to_recipe(self) -> dict[str, Any]:
         """Return the plain, complete dictionary that `recipe.yaml` stores and `--config` reads again."""
-        sections = {name: getattr(self, name).to_diff_dict() for name in ("vicreg",)}
-        model = self.vicreg.encoder.to_diff_dict()
-        for bookkeeping in ("transformers_version", "architectures", "dtype", "auto_map"):
-            model.pop(bookkeeping, None)
-            sections["vicreg"].pop(bookkeeping, None)
-        sections["vicreg"].pop("encoder", None)
-        sections["vicreg"].pop("model_type", None)
-        recipe = dataclasses.asdict(self.run)
-        return recipe | {
+        bookkeeping = {"transformers_version", "architectures", "auto_map", *RESERVED}
+        model, vicreg = (
+            {name: value for name, value in config.to_diff_dict().items() if name not in bookkeeping}
+            for config in (self.vicreg.encoder, self.vicreg)
+        )
+        del vicreg["model_type"]
+        return dataclasses.asdict(self.run) | {
             "model": _plain(model),
-            "vicreg": _plain(sections["vicreg"]),
+            "vicreg": _plain(vicreg),
             "views": dataclasses.asdict(self.views),
         }
 

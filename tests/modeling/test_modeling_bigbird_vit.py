@@ -10,7 +10,8 @@ from transformers import AutoModel
 from hf_vicreg import BigBirdViTConfig, BigBirdViTModel
 from hf_vicreg.modeling import bigbird_attention
 from hf_vicreg.modeling.bigbird_pattern import block_pattern
-from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTDropPath, rotary_tables, rotate, with_global_tokens
+from hf_vicreg.modeling.bigbird_positions import rotary_tables, rotate, with_global_tokens
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTDropPath
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -281,7 +282,7 @@ def test_exports_and_serves_the_same_patterns_afterwards():
 
 def test_configuration_reaches_the_modules():
     assert BigBirdViTModel(tiny_config(qkv_bias=False)).encoder.layer[0].attention.k_proj.bias is None
-    near, far = (rotary_tables(tiny_config(rope_theta=theta), None, 4, 4, torch.device("cpu")) for theta in (10, 1000))
+    near, far = (rotary_tables(16, theta, None, 4, 4, torch.device("cpu")) for theta in (10, 1000))
     assert not torch.equal(near[0], far[0])
     model = BigBirdViTModel(tiny_config(initializer_range=0.5, num_register_tokens=8))
     assert model.embeddings.cls_token.std() > 0.2
@@ -314,8 +315,7 @@ def test_outputs_are_named_whatever_the_configuration_says():
 
 
 def test_rotary_attention_depends_on_relative_position_only():
-    config = tiny_config()
-    cos, sin = rotary_tables(config, None, 5, 6, torch.device("cpu"))
+    cos, sin = rotary_tables(16, 100, None, 5, 6, torch.device("cpu"))
     assert cos.shape == (1, 1, 30, 16)
     query, key = (torch.randn(16, dtype=torch.float64).expand(1, 1, 30, 16) for _ in range(2))
     scores = (rotate(query, cos.double(), sin.double()) @ rotate(key, cos.double(), sin.double()).mT).view(5, 6, 5, 6)
@@ -324,7 +324,7 @@ def test_rotary_attention_depends_on_relative_position_only():
 
 
 def test_global_tokens_are_not_rotated():
-    tables = with_global_tokens(rotary_tables(tiny_config(), None, 5, 6, torch.device("cpu")), 3)
+    tables = with_global_tokens(rotary_tables(16, 100, None, 5, 6, torch.device("cpu")), 3)
     tokens = torch.randn(2, 3, 33, 16)
     rotated = rotate(tokens, *tables)
     assert torch.equal(rotated[:, :, :3], tokens[:, :, :3])
