@@ -246,32 +246,6 @@ def test_exported_graphs_find_their_patterns_in_a_new_process(tmp_path):
     assert finished.returncode == 0, finished.stderr
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
-def test_compiles_cold_as_one_graph(implementation, blocks, monkeypatch):
-    if blocks:
-        monkeypatch.setattr(bigbird_attention, "PAIR_COST", 0)
-        monkeypatch.setattr(bigbird_attention, "TILE_COST", 0)
-    torch._dynamo.reset()
-    seed = 1000 + 2 * blocks + (implementation == "eager")  # patterns that nothing has asked for yet
-    model = BigBirdViTModel(tiny_config(num_hidden_layers=2, attention_seed=seed))
-    model.set_attn_implementation(implementation)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for height, width in ((32, 32), (28, 52), (36, 32)):  # the second size would make dimensions symbolic
-        pixel_values = torch.randn(2, 3, height, width)
-        model.zero_grad()
-        found = compiled(pixel_values).last_hidden_state
-        found.square().sum().backward()
-        gradients = [one.grad.clone() for one in model.parameters() if one.grad is not None]
-        model.zero_grad()
-        expected = model(pixel_values).last_hidden_state
-        expected.square().sum().backward()
-        assert relative(found, expected) < 1e-5
-        for gradient, one in zip(gradients, (p for p in model.parameters() if p.grad is not None), strict=True):
-            assert (gradient - one.grad).norm() <= 1e-4 * one.grad.norm() + 1e-4
-    torch._dynamo.reset()
-
-
 def test_exports_and_serves_the_same_patterns_afterwards():
     model = BigBirdViTModel(tiny_config(attention_seed=2000)).eval()
     pixel_values = torch.randn(1, 3, 28, 52)
