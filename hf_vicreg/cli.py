@@ -36,6 +36,24 @@ def build_parser() -> argparse.ArgumentParser:
     pattern.add_argument("--output", type=Path, help="SVG file to write")
     cost.set_defaults(run=_cost)
     pattern.set_defaults(run=_pattern)
+
+    convert = verbs.add_parser("convert", help="weights of a dense ViT or DINOv2 into a BigBirdViT")
+    convert.add_argument(
+        "source", metavar="SOURCE", help="folder or Hub id of a ViT or DINOv2, with or without registers"
+    )
+    convert.add_argument("out", metavar="OUT", help="new or empty folder to write")
+    convert.add_argument("--attention_type", choices=("original_full", "block_sparse"), default="original_full")
+    convert.add_argument("--attention_layout", choices=("tiles", "raster"))
+    for name in ("tile_size", "block_size", "window_size", "num_random_blocks", "num_global_tiles", "attention_seed"):
+        convert.add_argument(f"--{name}", type=int, help="of the sparse pattern, as in BigBirdViTConfig")
+    convert.add_argument("--images", type=Path, help="folder with images to measure the drift on; default: noise")
+    convert.add_argument(
+        "--image_sizes",
+        type=int,
+        nargs="+",
+        help="sides in pixels to compare on; default: the source's, 1.5 and 2 times it",
+    )
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -58,6 +76,29 @@ def _pattern(arguments: argparse.Namespace) -> None:
     print(pattern)
     if arguments.output is not None:
         arguments.output.write_text(pattern.svg())
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from huggingface_hub.errors import StrictDataclassError
+
+    from hf_vicreg.convert import PATTERN_FIELDS, convert, report
+    from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
+
+    pattern = {name: getattr(arguments, name) for name in PATTERN_FIELDS if getattr(arguments, name) is not None}
+    try:
+        found = convert(
+            arguments.source,
+            arguments.out,
+            attention_type=arguments.attention_type,
+            image_sizes=arguments.image_sizes,
+            images=arguments.images,
+            **pattern,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from None
+    config = BigBirdViTConfig.from_pretrained(arguments.out)
+    print(report(found, config))
+    print(f"\nwritten to {arguments.out}, attention_type={config.attention_type!r}")
 
 
 def _configuration(arguments: argparse.Namespace):

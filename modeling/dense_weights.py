@@ -54,7 +54,7 @@ def load_dense(
         auto_class: What loads a source; `AutoModelForImageClassification` takes over its classifier as well.
     """
     with_head = auto_class is AutoModelForImageClassification
-    model, absent = (source, []) if isinstance(source, PreTrainedModel) else _load(source, auto_class)
+    model, absent = (source, []) if isinstance(source, PreTrainedModel) else load_source(source, auto_class)
     _check_type(model.config)
     weights = _renamed(getattr(model, model.base_model_prefix, model).state_dict(), absent)
     fields = _fields(model.config, weights)
@@ -81,15 +81,28 @@ def load_dense(
     return made.to(next(iter(weights.values())).dtype).eval()
 
 
-def _load(source: str | os.PathLike, auto_class: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The model in a folder or on the Hub, and the names of its tensors that are not in the files."""
+def load_source(source: str | os.PathLike, auto_class: Any = AutoModel) -> tuple[PreTrainedModel, list[str]]:
+    """Return the dense model in a folder or on the Hub, and the names of its tensors that are not in the files.
+
+    Raises:
+        ValueError: Another kind of model, damaged files or tensors of other shapes.
+        OSError: No model there, or none in safetensors form.
+    """
     _check_type(AutoConfig.from_pretrained(source))
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of missing and unexpected tensors; ours are checked below
+    # without the bar and the table of missing and unexpected tensors: they are checked, and an error is one line
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         model, loading = auto_class.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of several types for damaged files and for tensors of other shapes
+        raise ValueError(f"`source`: expected files with tensors that fit its configuration, got: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
     return model, sorted(loading["missing_keys"])
 
 
@@ -136,4 +149,4 @@ def _fields(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> dict[
     }
 
 
-__all__ = ["load_dense"]
+__all__ = ["load_dense", "load_source"]

@@ -168,6 +168,20 @@ def test_missing_tensors_are_named(missing, tmp_path):
         BigBirdViTModel.from_dense(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "other-shape"])
+def test_damaged_files_are_named(damage, tmp_path):
+    make_source("vit").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-1000])
+    else:
+        weights = load_file(file)
+        weights["layernorm.weight"] = torch.ones(5)
+        save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="`source`: expected files with tensors that fit its configuration, got: "):
+        BigBirdViTModel.from_dense(tmp_path)
+
+
 def test_weights_of_other_forms_are_refused(tmp_path):
     source = make_source("vit")
     source.config.save_pretrained(tmp_path)

@@ -1,0 +1,169 @@
+"""`hf-vicreg convert`: equal when dense, a report of what sparse attention changes, and one line for bad input."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from hf_vicreg import BigBirdViTConfig, BigBirdViTForImageClassification, BigBirdViTImageProcessor, BigBirdViTModel
+from hf_vicreg.cli import main
+from hf_vicreg.convert import feature_drift
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Dense models in folders, made from configs."""
+    folder = tmp_path_factory.mktemp("sources")
+    torch.manual_seed(0)
+    settings = SHAPE | {"initializer_range": 0.2}
+    registers = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=3, **settings))
+    registers.save_pretrained(folder / "registers")
+    processor = BitImageProcessor(
+        size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6]
+    )
+    processor.save_pretrained(folder / "registers")
+    Dinov2Model(Dinov2Config(**settings)).save_pretrained(folder / "dinov2")
+    labels = {0: "cat", 1: "dog", 2: "eel"}
+    config = ViTConfig(intermediate_size=48, id2label=labels, label2id={v: k for k, v in labels.items()}, **settings)
+    ViTForImageClassification(config).save_pretrained(folder / "classifier")
+    ViTModel(ViTConfig(intermediate_size=48, **settings | {"image_size": (32, 48)})).save_pretrained(folder / "wide")
+    SwinModel(SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[2, 2])).save_pretrained(folder / "swin")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["registers", "dinov2", "classifier"])
+def test_converted_folder_equals_the_source(name, sources, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["convert", str(sources / name), str(out), "--tile_size", "1", "--image_sizes", "32", "40", "64"]) == 0
+    printed = capsys.readouterr().out
+    auto_class = AutoModelForImageClassification if name == "classifier" else AutoModel
+    source, model = auto_class.from_pretrained(sources / name), auto_class.from_pretrained(out)
+    assert type(model) is (BigBirdViTForImageClassification if name == "classifier" else BigBirdViTModel)
+    assert model.config.id2label == source.config.id2label
+    flags = {"interpolate_pos_encoding": True} if name == "classifier" else {}
+    for side in (32, 40, 64):
+        pixel_values = torch.randn(2, 3, side, side)
+        torch.testing.assert_close(model(pixel_values)[0], source(pixel_values, **flags)[0], atol=1e-5, rtol=1e-5)
+    record = json.loads((out / "conversion.json").read_text())
+    assert record["difference"] < 1e-5
+    assert [one["height"] for one in record["drift"]] == [32, 40, 64]
+    for one in record["drift"]:
+        assert len(one["cosine"]) == len(one["relative_norm"]) == 4  # three layers and the output
+        assert 0 < one["density"] < 1
+        assert all(0 < value < 1 for value in one["cosine"])
+        assert f"{one['cosine'][1]:.4f}" in printed
+    assert record["drift"][2]["density"] < record["drift"][0]["density"]
+    assert record["drift"][2]["relative_norm"][-1] > record["drift"][0]["relative_norm"][-1]
+
+
+def test_drift_is_what_it_says(sources):
+    model = BigBirdViTModel.from_dense(sources / "registers", tile_size=1, num_random_blocks=1)
+    pixel_values = torch.randn(2, 3, 40, 72)
+    found = feature_drift(model, pixel_values)
+    assert model.config.attention_type == "original_full"
+    sparse = BigBirdViTModel.from_dense(
+        sources / "registers", tile_size=1, num_random_blocks=1, attention_type="block_sparse"
+    )
+    one, other = (of(pixel_values, output_hidden_states=True) for of in (model, sparse))
+    for layer, (dense, changed) in enumerate(
+        zip(
+            [*one.hidden_states[1:], one.last_hidden_state],
+            [*other.hidden_states[1:], other.last_hidden_state],
+            strict=True,
+        )
+    ):
+        dense, changed = dense[:, 4:], changed[:, 4:]
+        cosine = (dense * changed).sum(-1) / dense.norm(dim=-1) / changed.norm(dim=-1)
+        assert found.cosine[layer] == pytest.approx(cosine.mean().item(), abs=1e-5)
+        assert found.relative_norm[layer] == pytest.approx(
+            ((dense - changed).norm() / dense.norm()).item(), rel=1e-4, abs=1e-6
+        )
+    densities = [pattern.density for pattern in sparse.attention_patterns(40, 72)]
+    assert found.density == pytest.approx(sum(densities) / 3)
+
+
+def test_processor_comes_along(sources, tmp_path):
+    assert main(["convert", str(sources / "registers"), str(tmp_path / "out")]) == 0
+    ours, theirs = (AutoImageProcessor.from_pretrained(one) for one in (tmp_path / "out", sources / "registers"))
+    assert type(ours) is BigBirdViTImageProcessor
+    image = Image.effect_noise((70, 50), 100).convert("RGB")
+    found, expected = (one(image, return_tensors="pt").pixel_values for one in (ours, theirs))
+    assert torch.equal(found, expected)
+
+
+def test_images_and_attention_type_are_the_users(sources, tmp_path, image_folder, capsys):
+    folder = image_folder(count=3)
+    out = tmp_path / "out"
+    flags = ["--images", str(folder), "--attention_type", "block_sparse", "--attention_layout", "raster"]
+    assert main(["convert", str(sources / "registers"), str(out), *flags, "--block_size", "4"]) == 0
+    config = BigBirdViTConfig.from_pretrained(out)
+    assert (config.attention_type, config.attention_layout, config.block_size) == ("block_sparse", "raster", 4)
+    printed = capsys.readouterr().out
+    assert "on 3 images" in printed
+    assert "blocks of 4 patches" in printed
+    assert "32x32, 48x48, 64x64 pixels" in printed
+    other = tmp_path / "noise"
+    assert main(["convert", str(sources / "registers"), str(other), *flags[2:], "--block_size", "4"]) == 0
+    assert "no image processor" not in capsys.readouterr().out
+    drifts = [json.loads((one / "conversion.json").read_text())["drift"] for one in (out, other)]
+    assert drifts[0][2]["density"] == drifts[1][2]["density"]
+    assert drifts[0][2]["cosine"] != drifts[1][2]["cosine"]
+
+
+def test_source_that_is_not_square_is_compared_at_its_own_size(sources, tmp_path, capsys):
+    # transformers cannot resample its positions; ours can
+    assert main(["convert", str(sources / "wide"), str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "equal the source's at 32x48 pixels" in printed
+    assert "choose smaller tiles or larger images" in printed
+    assert "the source has no image processor" in printed
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert model(torch.randn(1, 3, 40, 40)).pooler_output.shape == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/at all", "out"], "`SOURCE`: expected a model's folder or Hub id, got 'nowhere/at all'"),
+        (["swin", "out"], "`source`: expected a model of type vit, dinov2, dinov2_with_registers; got 'swin'"),
+        (["dinov2", "empty"], ""),
+        (["dinov2", "swin"], "`OUT`: expected a new or empty folder, got 'swin'"),
+        (["dinov2", "out", "--tile_size", "0"], "`tile_size`: expected a positive int or (height, width), got 0"),
+        (["dinov2", "out", "--image_sizes", "32", "4"], "`image_sizes`: expected at least one patch (8, 8), got 4"),
+        (["dinov2", "out", "--images", "empty"], "`images`: expected a folder with images, got none in 'empty'"),
+    ],
+    ids=["missing", "other-type", "empty-is-fine", "not-empty", "tile", "size", "no-images"],
+)
+def test_bad_input_gets_one_line(sources, arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(sources)
+    code = main(["convert", *arguments])
+    captured = capsys.readouterr()
+    if not message:
+        assert code == 0
+        for one in (sources / "empty").iterdir():
+            one.unlink()
+        return
+    assert code == 2
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (sources / "out").exists()
