@@ -63,18 +63,23 @@ def path(request, monkeypatch):
     return request.param
 
 
-def one_step_and_back(model, loss_of, output_of, folder):
-    """An optimisation step on every parameter, then the same outputs after saving and loading."""
+def train_and_reload(model, loss_of, output_of, folder):
+    """Optimisation steps on every parameter, then the same outputs after saving and loading.
+
+    The first loss does not count: DETR, almost undecided, may match other queries after a step and jump up by that.
+    """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    before = loss_of(model)
-    before.backward()
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        losses.append(loss_of(model))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[1]
     encoder = [name for name, one in model.named_parameters() if "backbone" in name or name.startswith("encoder.")]
     without = [name for name in encoder if model.get_parameter(name).grad is None]
     assert len(encoder) > 40
-    optimizer.step()
-    with torch.no_grad():
-        assert loss_of(model) < before
     model.eval().save_pretrained(folder)
     again = type(model).from_pretrained(folder)
     with torch.no_grad():
@@ -103,7 +108,7 @@ def test_detr(position, path, tmp_path):
         {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])},
         {"class_labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.2, 0.4, 0.2, 0.3], [0.6, 0.7, 0.1, 0.1]])},
     ]
-    again, without = one_step_and_back(
+    again, without = train_and_reload(
         DetrForObjectDetection(config),
         lambda model: model(pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels).loss,
         lambda model: model(pixel_values=pixel_values, pixel_mask=pixel_mask).logits,
@@ -135,7 +140,7 @@ def test_dpt(registers, path, tmp_path):
         is_hybrid=False,
     )
     pixel_values = torch.randn(2, 3, HEIGHT, WIDTH)
-    _, without = one_step_and_back(
+    _, without = train_and_reload(
         DPTForDepthEstimation(config),
         lambda model: (model(pixel_values).predicted_depth - 1).square().mean(),
         lambda model: model(pixel_values).predicted_depth,
@@ -154,7 +159,7 @@ def test_upernet(path, tmp_path):
         pool_scales=[1, 2],
     )
     pixel_values, labels = torch.randn(2, 3, HEIGHT, WIDTH), torch.randint(0, 3, (2, HEIGHT, WIDTH))
-    _, without = one_step_and_back(
+    _, without = train_and_reload(
         UperNetForSemanticSegmentation(config),
         lambda model: model(pixel_values, labels=labels).loss,
         lambda model: model(pixel_values).logits,
@@ -185,7 +190,7 @@ def test_encoder_decoder(decoder, path, tmp_path):
     config.decoder_start_token_id, config.pad_token_id = 1, 0
     pixel_values, labels = torch.randn(2, 3, HEIGHT, WIDTH), torch.randint(3, 50, (2, 7))
     model = VisionEncoderDecoderModel(config)
-    again, without = one_step_and_back(
+    again, without = train_and_reload(
         model,
         lambda model: model(pixel_values=pixel_values, labels=labels).loss,
         lambda model: model(pixel_values=pixel_values, decoder_input_ids=labels).logits,
