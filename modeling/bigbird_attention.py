@@ -21,6 +21,7 @@ from .block_sparse_attention import block_sparse_attention
 from .dense_attention import combined_bias, dense_attention
 from .flex_block_attention import flex_block_attention
 from .gathered_attention import gathered_attention
+from .token_order import reorder
 
 # Costs in units of one (query, key) pair of dense attention, measured on 2 CPU cores, forward and backward, with grids
 # of 14x14 to 64x64 patches in tiles of 2x2 to 16x16 (docs/decisions/0003-cpu-kernel.md).
@@ -54,6 +55,7 @@ def eager_attention(
     pattern: BlockPattern,
     scaling: float,
     dropout: float = 0.0,
+    orders: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention and its probabilities from the dense, masked score matrix.
@@ -67,6 +69,7 @@ def eager_attention(
         pattern: Which token sees which.
         scaling: Factor on the scores.
         dropout: Dropout probability on the attention probabilities.
+        orders: Indices that turn raster order into tile-major order, and back: probabilities come in raster order.
         kwargs: Ignored; transformers passes flags of other models along.
 
     Returns:
@@ -86,7 +89,10 @@ def eager_attention(
     if sees_nothing is not None:
         probabilities = probabilities.masked_fill(sees_nothing, 0)
     probabilities = F.dropout(probabilities, dropout, training=module.training)
-    return (probabilities @ value).transpose(1, 2), probabilities
+    to_tiles, to_raster = orders or (None, None)
+    probabilities = reorder(reorder(probabilities, to_raster, 2), to_raster, 3)
+    output = reorder(probabilities @ reorder(value, to_raster, 2), to_tiles, 2)
+    return output.transpose(1, 2), probabilities
 
 
 def sdpa_attention(

@@ -120,9 +120,13 @@ class BigBirdViTAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         pattern: BlockPattern,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        orders: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return `(batch, tokens, hidden_size)` and, from `eager`, probabilities `(batch, heads, tokens, tokens)`."""
+        """Return `(batch, tokens, hidden_size)` and, from `eager`, probabilities `(batch, heads, tokens, tokens)`.
+
+        With `orders`, to tiles and back, the probabilities are in raster order; the rest is in tile-major order.
+        """
         batch, tokens, _ = hidden_states.shape
 
         def heads(projection: nn.Linear) -> torch.Tensor:
@@ -146,6 +150,7 @@ class BigBirdViTAttention(nn.Module):
             pattern=pattern,
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            orders=orders,
         )
         return self.o_proj(output.reshape(batch, tokens, -1)), probabilities
 
@@ -170,11 +175,16 @@ class BigBirdViTLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None,
         pattern: BlockPattern,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        orders: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        attended, _ = self.attention(self.norm1(hidden_states), attention_mask, pattern, rotary, **kwargs)
+        """Return the next layer's states; with `orders`, to tiles and back, they come and go in raster order."""
+        to_tiles, to_raster = orders or (None, None)
+        hidden_states = reorder(hidden_states, to_tiles, 1)
+        attended, _ = self.attention(self.norm1(hidden_states), attention_mask, pattern, rotary, orders, **kwargs)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
-        return hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states))))
+        hidden_states = hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states))))
+        return reorder(hidden_states, to_raster, 1)
 
 
 class BigBirdViTPreTrainedModel(PreTrainedModel):
@@ -185,6 +195,7 @@ class BigBirdViTPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    _input_embed_layer = "projection"
     _no_split_modules = ["BigBirdViTEmbeddings", "BigBirdViTLayer"]  # noqa: RUF012  transformers' own form
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -224,10 +235,11 @@ class BigBirdViTEncoder(BigBirdViTPreTrainedModel):
         attention_mask: torch.Tensor | None,
         patterns: list[BlockPattern],
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        orders: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         for layer, pattern in zip(self.layer, patterns, strict=True):
-            hidden_states = layer(hidden_states, attention_mask, pattern, rotary, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask, pattern, rotary, orders, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -340,7 +352,12 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         key_valid = None
         if valid is not None:
             key_valid = F.pad(reorder(valid.flatten(1), order, 1), (num_global, 0), value=True)
-        tokens = self.embeddings(pixel_values, order, valid)
+        # what is recorded is what the next layer reads, so that its gradient can be asked for: then layers permute
+        orders = None
+        if order is not None and (self._asks("hidden_states", kwargs) or self._asks("attentions", kwargs)):
+            first = torch.arange(num_global, device=order.device)
+            orders = torch.cat([first, order + num_global]), torch.cat([first, order.argsort() + num_global])
+        tokens = self.embeddings(pixel_values, order if orders is None else None, valid)
         rotary = None
         if self.config.position_embedding_type == "rope":
             tables = rotary_tables(
@@ -348,20 +365,22 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             )
             cos, sin = (reorder(table, order, 2).to(tokens.dtype) for table in tables)
             rotary = with_global_tokens((cos, sin), num_global)
-        encoded = self.encoder(tokens, key_valid, patterns, rotary, **kwargs | {"return_dict": True})
+        encoded = self.encoder(tokens, key_valid, patterns, rotary, orders, **kwargs | {"return_dict": True})
 
         to_raster = None
-        if order is not None:
+        if order is not None and orders is None:
             to_raster = torch.cat([torch.arange(num_global, device=order.device), order.argsort() + num_global])
         last_hidden_state = self.layernorm(reorder(encoded.last_hidden_state, to_raster, 1))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=self._pool(last_hidden_state[:, :1], last_hidden_state[:, num_global:], valid),
-            hidden_states=encoded.hidden_states
-            and tuple(state if state is None else reorder(state, to_raster, 1) for state in encoded.hidden_states),
-            attentions=encoded.attentions
-            and tuple(reorder(reorder(one, to_raster, 2), to_raster, 3) for one in encoded.attentions),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
+
+    def _asks(self, name: str, kwargs: dict) -> bool:
+        asked = kwargs.get(f"output_{name}")
+        return bool(getattr(self.config, f"output_{name}") if asked is None else asked)
 
     def _pool(self, cls: torch.Tensor, patches: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         pooled = self._pooled_token(cls, patches, valid)
@@ -402,9 +421,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
                 "`pixel_mask`: expected (batch, height, width) "
                 f"{(pixel_values.shape[0], *pixel_values.shape[2:])}, got {tuple(pixel_mask.shape)}."
             )
-        if (
-            self.config.output_attentions if kwargs.get("output_attentions") is None else kwargs["output_attentions"]
-        ) and self.config._attn_implementation != "eager":
+        if self._asks("attentions", kwargs) and self.config._attn_implementation != "eager":
             raise ValueError(
                 "`output_attentions`: expected `attn_implementation='eager'`, the only one with probabilities, got "
                 f"{self.config._attn_implementation!r}; call `model.set_attn_implementation('eager')`."
@@ -503,7 +520,10 @@ class BigBirdViTBackbone(BackboneMixin, BigBirdViTModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(
-        self, pixel_values: torch.Tensor | None = None, pixel_mask: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        **kwargs,
     ) -> BackboneOutput:
         """Return feature maps.
 

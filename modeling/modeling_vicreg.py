@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .configuration_vicreg import VicRegConfig
@@ -102,6 +103,7 @@ class VicRegForPreTraining(PreTrainedModel):
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
 
+    @can_return_tuple
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> VicRegOutput:
         """Return the loss of a batch of pairs of views.
 
@@ -113,7 +115,7 @@ class VicRegForPreTraining(PreTrainedModel):
 
         Args:
             pixel_values: `(batch, 2, channels, height, width)`, two views of each image.
-            kwargs: Ignored.
+            kwargs: `return_dict`; the rest is ignored.
 
         Raises:
             ValueError: `pixel_values` of another shape, or fewer than two samples in the global batch.

@@ -419,3 +419,21 @@ def test_other_attention_implementations_are_refused():
 def test_bad_configurations_are_named(changes, message):
     with pytest.raises(Exception, match=message):
         tiny_config(**changes)
+
+
+def test_returned_states_and_probabilities_have_gradients():
+    """They are in raster order and still what the next layer reads, although layers work on tiles."""
+    model = BigBirdViTModel(tiny_config()).double()
+    model.set_attn_implementation("eager")
+    pixel_values = torch.randn(2, 3, 28, 52, dtype=torch.float64)
+    plain = model(pixel_values)
+    outputs = model(pixel_values, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(outputs.last_hidden_state, plain.last_hidden_state)
+
+    recorded = [*outputs.hidden_states, *outputs.attentions]
+    gradients = torch.autograd.grad(outputs.last_hidden_state.square().sum(), recorded)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    # the last hidden state goes through the layer norm alone: its gradient is in the same order of tokens
+    last = outputs.hidden_states[-1].detach().requires_grad_()
+    (expected,) = torch.autograd.grad(model.layernorm(last).square().sum(), last)
+    torch.testing.assert_close(gradients[len(outputs.hidden_states) - 1], expected)
