@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test test-upstream check lint format clean
 
 # One stamp for all targets: the environment is made again only when the project's own requirements change.
 $(VENV)/.installed: pyproject.toml setup.py
@@ -21,6 +21,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# transformers' own tests of a model, on ours. They are in its source distribution alone, which a package index has to give.
+test-upstream: $(VENV)/.installed
+	$(BIN)/python tests/upstream/upstream_sources.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m upstream -W default -rs tests/upstream
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,0 +1,166 @@
+"""transformers' ModelTesterMixin and BackboneTesterMixin on our models, in several layouts, positions and grids."""
+
+import tempfile
+import unittest
+
+import pytest
+import torch
+from own_skips import ENCODER, NO_REGISTERS, VICREG, OwnSkips
+from testers import BigBirdViTTester, VicRegTester
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers_upstream.test_backbone_common import BackboneTesterMixin
+from transformers_upstream.test_modeling_common import ModelTesterMixin
+
+from hf_vicreg import (
+    BigBirdViTBackbone,
+    BigBirdViTConfig,
+    BigBirdViTForImageClassification,
+    BigBirdViTModel,
+    VicRegForPreTraining,
+)
+from hf_vicreg.modeling import bigbird_attention
+
+pytestmark = pytest.mark.upstream
+
+# The mixins know by these names what a class is for, and so which labels it takes. `register` does not add to them.
+modeling_auto.MODEL_MAPPING_NAMES["bigbird_vit"] = "BigBirdViTModel"
+modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES["bigbird_vit"] = "BigBirdViTBackbone"
+modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["bigbird_vit"] = "BigBirdViTForImageClassification"
+modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES["vicreg"] = "VicRegForPreTraining"
+
+# These ask for probabilities of attention without choosing the one implementation that has them.
+NEED_EAGER = (
+    "test_model_outputs_equivalence",
+    "test_backbone_outputs",
+    "test_capture_outputs_decorator",
+    "test_retain_grad_hidden_states_attentions",
+)
+
+
+class ModelCase(OwnSkips, ModelTesterMixin):
+    """What all test cases here share."""
+
+    test_can_init_all_missing_weights_before_2023 = True  # it is on for newer files only, by a line they start with
+    make_tester = BigBirdViTTester
+    arguments: dict = {}  # noqa: RUF012  replaced, never changed
+
+    def setUp(self):
+        self.model_tester = self.make_tester(self, **self.arguments)
+        if self._testMethodName in NEED_EAGER:
+            self.model_tester.attn_implementation = "eager"
+        super().setUp()
+
+    def test_model_get_set_embeddings(self):
+        """The layer that pixels enter first is a convolution, where upstream expects a table of tokens."""
+        for model_class in self.all_model_classes:
+            model = model_class(self.model_tester.get_config())
+            assert isinstance(model.get_input_embeddings(), nn.Conv2d)
+            replacement = nn.Conv2d(3, self.model_tester.hidden_size, 1)
+            model.set_input_embeddings(replacement)
+            assert model.get_input_embeddings() is replacement
+            assert model.get_output_embeddings() is None
+
+
+class EncoderCase(ModelCase):
+    all_model_classes = (BigBirdViTModel, BigBirdViTForImageClassification, BigBirdViTBackbone)
+    own_skips = ENCODER
+
+
+class TestTilesRotary(EncoderCase, unittest.TestCase):
+    """Tiles that do not fit the grid, rotary positions, no registers: close to the defaults."""
+
+    own_skips = ENCODER | NO_REGISTERS
+
+
+class TestRasterAbsolute(EncoderCase, unittest.TestCase):
+    """BigBird's own blocks on a square grid, a table of positions, registers, CLS pooling."""
+
+    arguments = {  # noqa: RUF012
+        "grid": (6, 6),
+        "patch_size": 4,
+        "attention_layout": "raster",
+        "block_size": 5,
+        "position_embedding_type": "absolute",
+        "num_register_tokens": 2,
+        "pooling": "cls",
+        "pooler_act": "tanh",
+        "layerscale_value": 0.5,
+        "hidden_dropout_prob": 0.1,
+    }
+
+
+class TestTilesAbsoluteByBlocks(EncoderCase, unittest.TestCase):
+    """Attention by blocks, which such small grids do not get by themselves; padding, global tiles, a gated MLP."""
+
+    additional_model_inputs = ("pixel_mask",)
+    arguments = {  # noqa: RUF012
+        "grid": (8, 8),
+        "padded": True,
+        "position_embedding_type": "absolute",
+        "num_global_tiles": 1,
+        "num_register_tokens": 1,
+        "use_swiglu_ffn": True,
+        "drop_path_rate": 0.1,
+    }
+
+    def setUp(self):
+        super().setUp()
+        for cost in ("PAIR_COST", "TILE_COST"):
+            self.addCleanup(setattr, bigbird_attention, cost, getattr(bigbird_attention, cost))
+            setattr(bigbird_attention, cost, 0)
+
+
+class TestRasterRotary(EncoderCase, unittest.TestCase):
+    """Raster blocks that do not divide the grid, rotary positions, a register."""
+
+    arguments = {"attention_layout": "raster", "block_size": 8, "num_register_tokens": 1}  # noqa: RUF012
+
+
+class TestVicReg(ModelCase, unittest.TestCase):
+    """VICReg around the encoder, batch norm in the expander."""
+
+    all_model_classes = (VicRegForPreTraining,)
+    make_tester = VicRegTester
+    own_skips = VICREG
+    _is_composite = True
+
+    def test_batching_equivalence(self):
+        """Embeddings do not depend on the batch in evaluation; upstream's batch of one has no covariance."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = VicRegForPreTraining(config).eval()
+        with torch.no_grad():
+            whole, part = model(**inputs), model(inputs["pixel_values"][:2])
+        torch.testing.assert_close(whole.embeddings[:2], part.embeddings, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(whole.representations[:2], part.representations, atol=1e-5, rtol=1e-5)
+
+    def test_correct_missing_keys(self):
+        """An encoder's checkpoint lacks the expander alone; VICReg's configuration is not in it, so it is given."""
+        config = self.model_tester.get_config()
+        with tempfile.TemporaryDirectory() as folder:
+            encoder = VicRegForPreTraining(config).encoder
+            encoder.save_pretrained(folder)
+            model, info = VicRegForPreTraining.from_pretrained(folder, config=config, output_loading_info=True)
+        expander = {name for name in model.state_dict() if name.startswith("expander.")}
+        assert info["missing_keys"] == expander
+        for name, tensor in encoder.state_dict().items():
+            torch.testing.assert_close(tensor, model.encoder.state_dict()[name])
+
+
+class TestBackbone(BackboneTesterMixin, unittest.TestCase):
+    """The backbone's own mixin."""
+
+    all_model_classes = (BigBirdViTBackbone,)
+    config_class = BigBirdViTConfig
+
+    def setUp(self):
+        self.model_tester = BigBirdViTTester(self, num_register_tokens=1)
+        if self._testMethodName in NEED_EAGER:
+            self.model_tester.attn_implementation = "eager"
+
+
+@pytest.mark.parametrize("case", [TestTilesRotary, TestRasterAbsolute, TestTilesAbsoluteByBlocks, TestVicReg])
+def test_every_own_skip_names_a_test(case):
+    """A test that upstream renamed or dropped leaves no skip behind."""
+    tests = [name for name in dir(case) if name.startswith("test_")]
+    assert [name for name in case.own_skips if not any(test.startswith(name) for test in tests)] == []
