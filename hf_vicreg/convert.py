@@ -17,6 +17,7 @@ from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProce
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTForImageClassification, BigBirdViTModel
 
 MAX_IMAGES = 8
+MAX_SIDE = 4096  # pixels; against slips, for the cost of dense attention grows with the fourth power
 TOLERANCE = 1e-5
 PATTERN_FIELDS = (
     "attention_layout",
@@ -99,19 +100,21 @@ def convert(
         out: The folder to write, new or empty: model, processor if the source has one, `conversion.json`.
         attention_type: What the written configuration says. Switching it later changes no weight.
         image_sizes: Sides in pixels of the square images to compare on. Default: the source's own, 1.5 and 2 times
-            it; its own alone if that is not square, since other sizes then work with the result only.
+            it; its own alone if images or patches are not square, for which transformers resamples no positions.
         images: A folder with images, of which the first 8 are used. Default: 4 images of noise with the spectrum of
             photographs; on yours the drift will be another.
         pattern: Fields of the sparse pattern: `tile_size`, `window_size`, `num_random_blocks`, ...
 
     Raises:
-        ValueError: A source of another kind or with missing tensors, bad fields, image sizes below a patch, a folder
-            that is not empty, or a result that differs from the source.
-        OSError: No source, an image that cannot be read, or no room to write.
+        ValueError: A source of another kind, with missing tensors or that cannot take images of these sizes, bad
+            fields, a folder that is not empty, or a result that differs from the source.
+        OSError: No source, an image or a processor that cannot be read, or no room to write.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"`OUT`: expected a new or empty folder, got {str(out)!r}.")
+    if any(parent.exists() and not parent.is_dir() for parent in out.parents):
+        raise ValueError(f"`OUT`: expected a folder in a folder, got {str(out)!r}.")
     if attention_type not in ("original_full", "block_sparse"):
         raise ValueError(f"`attention_type`: expected 'original_full' or 'block_sparse', got {attention_type!r}.")
     try:
@@ -120,12 +123,14 @@ def convert(
         raise ValueError(f"`SOURCE`: expected a model's folder or Hub id, got {str(source)!r}: {error}") from None
     with_head = config.architectures == ["ViTForImageClassification"]
     dense = (BigBirdViTForImageClassification if with_head else BigBirdViTModel).from_dense(source, **pattern)
+    dtype = dense.dtype
+    dense.float()
     sizes = _sizes(dense.config, image_sizes)
     processor = _processor(source)
-    pictures, described = _pictures(images)
+    pictures, described = _pictures(images, dense.config.num_channels)
     pixels = [_pixels(pictures, processor, dense.config.num_channels, *size) for size in sizes]
     original, _ = load_source(source, AutoModelForImageClassification if with_head else AutoModel)
-    difference = max(_difference(original, dense, one) for one in pixels)
+    difference = max(_difference(original.float(), dense, one) for one in pixels)
     if not difference <= TOLERANCE:
         raise ValueError(
             f"`SOURCE`: expected outputs equal to the source's to {TOLERANCE} by norm, got {difference:.1e}; "
@@ -136,7 +141,7 @@ def convert(
     drift = [feature_drift(encoder, one) for one in pixels]
     found = Conversion(str(source), described, difference, drift, processor is not None)
     dense.config.attention_type = attention_type  # type: ignore[assignment]
-    dense.save_pretrained(out)
+    dense.to(dtype).save_pretrained(out)
     if processor is not None:
         processor.save_pretrained(out)
     (out / "conversion.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
@@ -204,42 +209,64 @@ def _sizes(config: BigBirdViTConfig, sides: list[int] | None) -> list[tuple[int,
     """The image sizes to compare on."""
     height, width = config.image_size_hw
     if sides is None:
-        return (
-            [(side, side) for side in (height, height * 3 // 2, height * 2)] if height == width else [(height, width)]
-        )
+        # transformers resamples the positions of square images and patches alone
+        square = height == width and isinstance(config.patch_size, int)
+        return [(side, side) for side in (height, height * 3 // 2, height * 2)] if square else [(height, width)]
     for side in sides:
-        if side < max(config.patch_size_hw):
-            raise ValueError(f"`image_sizes`: expected at least one patch {config.patch_size_hw}, got {side}.")
+        if not max(config.patch_size_hw) <= side <= MAX_SIDE:
+            raise ValueError(
+                f"`image_sizes`: expected at least one patch {config.patch_size_hw} and at most {MAX_SIDE} pixels, "
+                f"got {side}."
+            )
     return [(side, side) for side in sides]
 
 
 def _difference(source: PreTrainedModel, dense: PreTrainedModel, pixel_values: torch.Tensor) -> float:
-    """The largest relative difference of the main output and the hidden states, by norm."""
+    """The largest relative difference of the outputs and the hidden states, by norm.
+
+    Raises:
+        ValueError: The source cannot take images of this size.
+    """
+    height, width = pixel_values.shape[-2:]
     flags = {}
-    if source.config.model_type == "vit" and tuple(pixel_values.shape[-2:]) != dense.config.image_size_hw:
+    if source.config.model_type == "vit" and (height, width) != dense.config.image_size_hw:
         flags["interpolate_pos_encoding"] = True
-    pixel_values = pixel_values.to(source.dtype)
     with torch.no_grad():
-        expected = source(pixel_values, output_hidden_states=True, **flags)
+        try:
+            expected = source(pixel_values, output_hidden_states=True, **flags)
+        except (RuntimeError, TypeError) as error:  # positions that are not square, or no memory
+            raise ValueError(
+                f"`SOURCE`: expected it to take images of {height}x{width} pixels, got: {error}"
+            ) from error
         found = dense(pixel_values, output_hidden_states=True)
     pairs = [(found[0], expected[0]), *zip(found.hidden_states, expected.hidden_states, strict=True)]
+    if getattr(dense, "pooler", None) is not None:
+        pairs.append((found.pooler_output, expected.pooler_output))
     return max(((one - other).norm() / other.norm()).item() for one, other in pairs)
 
 
 def _processor(source: str | os.PathLike) -> BigBirdViTImageProcessor | None:
-    """Our processor with the settings of the source's; None if it has none."""
+    """Our processor with the settings of the source's; None if it has none.
+
+    Raises:
+        OSError: One that cannot be read.
+    """
     try:
         theirs = AutoImageProcessor.from_pretrained(source)
     except OSError:
+        if (Path(source) / "preprocessor_config.json").exists():
+            raise
         return None
     settings = {name: getattr(theirs, name, None) for name in PROCESSOR_FIELDS}
     return BigBirdViTImageProcessor(**{name: value for name, value in settings.items() if value is not None})
 
 
-def _pictures(folder: str | os.PathLike | None) -> tuple[list[Image.Image] | None, str]:
+def _pictures(folder: str | os.PathLike | None, channels: int) -> tuple[list[Image.Image] | None, str]:
     """Images to compare on, and what to call them; None stands for noise."""
     if folder is None:
         return None, "4 images of noise"
+    if channels != 3:
+        raise ValueError(f"`images`: expected a source of 3 channels, got {channels}.")
     extensions = Image.registered_extensions()
     paths = sorted(one for one in Path(folder).rglob("*") if one.suffix.lower() in extensions)[:MAX_IMAGES]
     if not paths:

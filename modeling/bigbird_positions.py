@@ -97,7 +97,8 @@ def resampled_positions(
         _bicubic(_fractions(lines, count, precise), _extent(lines), native, antialias)
         for lines, count, native in zip((valid.any(2), valid.any(1)), (rows, columns), table.shape[:2], strict=True)
     )
-    return torch.einsum("brn,nmd,bcm->brcd", by_row, precise, by_column).flatten(1, 2).to(table.dtype)
+    with torch.autocast(table.device.type, enabled=False):
+        return torch.einsum("brn,nmd,bcm->brcd", by_row, precise, by_column).flatten(1, 2).to(table.dtype)
 
 
 def _bicubic(fractions: torch.Tensor, extent: torch.Tensor, native: int, antialias: bool) -> torch.Tensor:

@@ -7,6 +7,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
 
 @strict
 class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -35,7 +37,8 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
         num_channels: Channels of the image.
         num_register_tokens: Learned tokens beside CLS that carry no patch (Darcet et al. 2023, arXiv 2309.16588).
         pooling: What `pooler_output` is: the `"mean"` of the valid patch tokens, or the `"cls"` token.
-        pooler_act: Activation of a linear layer after the pooling, as ViT has one; `None` leaves both out.
+        pooler_act: Activation of a linear layer after the pooling, as ViT has one; `None` leaves both out. Backbones
+            and classifiers have neither.
         position_embedding_type: `"rope"`, 2-D rotary positions, or `"absolute"`, a learned table for the grid of
             `image_size`, added to the patches and resampled by a bicubic kernel for images of another size.
         rope_theta: Base of the rotary frequencies; coordinates run from -1 to 1 over the image.
@@ -95,10 +98,21 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
     reshape_hidden_states: bool = True
 
     def __post_init__(self, **kwargs):
-        kwargs.pop("stage_names", None)  # saved with the rest, but the layers decide
-        self.stage_names = ["stem", *(f"stage{layer + 1}" for layer in range(self.num_hidden_layers))]
+        kwargs.pop("stage_names", None)  # other configurations of transformers save them
         self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name, value):
+        # `from_pretrained(..., num_hidden_layers=2)` sets it afterwards: a backbone of the last stage stays one
+        was_last = name == "num_hidden_layers" and getattr(self, "_out_features", None) == self.stage_names[-1:]
+        super().__setattr__(name, value)
+        if was_last:
+            self.set_output_features_output_indices(None, None)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """What a backbone can return: `"stem"`, the embeddings, and `"stage1"` to the last layer's."""
+        return ["stem", *(f"stage{layer + 1}" for layer in range(self.num_hidden_layers))]
 
     def validate_architecture(self):
         """Check what the field types cannot say; run at creation and before saving.
@@ -135,6 +149,8 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
             value = getattr(self, name)
             if value not in ACT2FN and not (name == "pooler_act" and value is None):
                 raise ValueError(f"`{name}`: expected an activation transformers knows, got {value!r}.")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"`problem_type`: expected one of {PROBLEM_TYPES} or None, got {self.problem_type!r}.")
         if self.window_size < 1 or self.window_size % 2 == 0:
             raise ValueError(f"`window_size`: expected an odd number of tiles, at least 1, got {self.window_size}.")
         for name in ("image_size", "patch_size", "patch_stride", "tile_size"):

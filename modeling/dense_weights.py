@@ -26,7 +26,21 @@ SHARED = (
     "qkv_bias",
 )
 # What is taken from the source but says nothing of its weights.
-FREE = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "drop_path_rate", "pooling"}
+FREE = {
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "drop_path_rate",
+    "pooling",
+    "out_features",
+    "apply_layernorm",
+    "reshape_hidden_states",
+    "problem_type",
+    "id2label",
+    "label2id",
+}
+# Beginnings of tensors in a checkpoint that are no part of an encoder, and so may be left out.
+HEADS = ("classifier.", "decoder.", "pooler.")
 RENAMED = (
     (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.projection."),
     (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"encoder.layer.\1."),
@@ -59,10 +73,15 @@ def load_dense(
     weights = _renamed(getattr(model, model.base_model_prefix, model).state_dict(), absent)
     fields = _fields(model.config, weights)
     if with_head:
-        fields |= {"id2label": model.config.id2label, "label2id": model.config.label2id}
-    for name in fields.keys() & changes.keys() - FREE:
-        if changes[name] != fields[name]:
-            raise ValueError(f"`{name}`: expected {fields[name]!r} as in the source, got {changes[name]!r}.")
+        fields |= {name: getattr(model.config, name) for name in ("id2label", "label2id", "problem_type")}
+    known = {*BigBirdViTConfig().to_dict(), "num_labels"}
+    for name, value in changes.items():
+        if name not in known:
+            raise ValueError(f"`{name}`: expected a field of BigBirdViTConfig.")
+        if name in fields.keys() - FREE and _pair(value) != _pair(fields[name]):
+            raise ValueError(f"`{name}`: expected {fields[name]!r} as in the source, got {value!r}.")
+    if changes.keys() & {"out_features", "out_indices"}:
+        fields.pop("out_features", None)
     made = model_class(BigBirdViTConfig(**{**fields, "attention_type": "original_full", **changes}))
     if getattr(made, "pooler", None) is None:
         made.config.pooler_act = None
@@ -94,15 +113,27 @@ def load_source(source: str | os.PathLike, auto_class: Any = AutoModel) -> tuple
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, loading = auto_class.from_pretrained(source, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError):
+        model, loading = auto_class.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, MemoryError):
         raise
-    except Exception as error:  # of several types for damaged files and for tensors of other shapes
-        raise ValueError(f"`source`: expected files with tensors that fit its configuration, got: {error}") from error
+    except Exception as error:  # of several types, for damaged files and for configurations that make no model
+        raise ValueError(
+            f"`source`: expected weights and a configuration that load, got {type(error).__name__}: {error}"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
+    for name, found, wanted in sorted(loading["mismatched_keys"]):
+        raise ValueError(
+            f"`source`: expected tensor {name!r} {tuple(wanted)} by its configuration, got {tuple(found)}."
+        )
+    for name in sorted(loading["unexpected_keys"]):
+        short = name.removeprefix(f"{model.base_model_prefix}.")
+        if not short.startswith(HEADS) and short != "embeddings.mask_token":
+            raise ValueError(f"`source`: expected no tensor {name!r} by its configuration, got one.")
     return model, sorted(loading["missing_keys"])
 
 
@@ -133,11 +164,16 @@ def _fields(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> dict[
     if getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads):
         raise ValueError(f"`head_dim`: expected `hidden_size / num_attention_heads`, got {config.head_dim}.")
     fields = {name: getattr(config, name) for name in SHARED}
-    fields |= {"position_embedding_type": "absolute", "pooling": "cls"}
+    fields |= {"position_embedding_type": "absolute", "pooling": "cls", "patch_stride": None}
+    if getattr(config, "out_features", None):
+        fields |= {
+            name: getattr(config, name) for name in ("out_features", "apply_layernorm", "reshape_hidden_states")
+        }
     if "pooler.dense.weight" in weights:
         fields["pooler_act"] = config.pooler_act
     if config.model_type == "vit":
-        return fields | {"intermediate_size": config.intermediate_size}
+        of_dinov2 = {"use_swiglu_ffn": False, "layerscale_value": None, "num_register_tokens": 0}
+        return fields | of_dinov2 | {"intermediate_size": config.intermediate_size}
     width = int(config.hidden_size * config.mlp_ratio)
     return fields | {
         "intermediate_size": (int(width * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else width,
@@ -147,6 +183,11 @@ def _fields(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> dict[
         "num_register_tokens": getattr(config, "num_register_tokens", 0),
         "interpolate_antialias": config.model_type == "dinov2_with_registers",
     }
+
+
+def _pair(value: Any) -> Any:
+    """A size as (height, width), so that 32 and [32, 32] are equal; anything else as it is."""
+    return (value, value) if type(value) is int else tuple(value) if isinstance(value, list) else value
 
 
 __all__ = ["load_dense", "load_source"]

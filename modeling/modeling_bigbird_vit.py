@@ -404,8 +404,11 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             raise ValueError(f"`attention_patterns`: expected {found}.")
 
     def _check_inputs(self, pixel_values, pixel_mask, kwargs) -> None:
-        if pixel_values is None:
-            raise ValueError("`pixel_values`: expected a tensor (batch, channels, height, width), got None.")
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(
+                "`pixel_values`: expected a tensor (batch, channels, height, width), "
+                f"got {'None' if pixel_values is None else type(pixel_values).__name__}."
+            )
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"`pixel_values`: expected (batch, {self.config.num_channels} channels, height, width), "
@@ -426,6 +429,9 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
                 "`output_attentions`: expected `attn_implementation='eager'`, the only one with probabilities, got "
                 f"{self.config._attn_implementation!r}; call `model.set_attn_implementation('eager')`."
             )
+
+
+CLASSES = "single_label_classification"
 
 
 class BigBirdViTForImageClassification(BigBirdViTPreTrainedModel):
@@ -452,23 +458,25 @@ class BigBirdViTForImageClassification(BigBirdViTPreTrainedModel):
             pixel_values: `(batch, channels, height, width)`.
             pixel_mask: `(batch, height, width)`, as for `BigBirdViTModel`.
             labels: `(batch,)` integers from 0 to `num_labels - 1`, or -100 for images without a label. Floats
-                `(batch, num_labels)` are targets of several labels an image; with one label, a regression's.
+                `(batch, num_labels)` are targets of several labels an image; with one label, `(batch,)` numbers are a
+                regression's. `config.problem_type` decides where it is set.
             kwargs: As for `BigBirdViTModel`.
 
         Returns:
             `logits` `(batch, num_labels)` and, with `labels`, the scalar `loss`.
 
         Raises:
-            ValueError: Labels out of range, and what `BigBirdViTModel` refuses.
+            ValueError: Labels of another shape or type, or out of range, and what `BigBirdViTModel` refuses.
         """
-        problem = None if labels is None else self._problem(labels)
+        problem = None if labels is None else self._problem(labels, pixel_values)
         outputs = self.bigbird_vit(pixel_values, pixel_mask, **kwargs | {"return_dict": True})
         logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None and problem is not None:
+            targets = labels.long() if problem.problem_type == CLASSES else labels.to(logits.dtype)
+            loss = self.loss_function(targets, logits, problem, **kwargs)
         return ImageClassifierOutput(
-            loss=None if labels is None else self.loss_function(labels, logits, problem, **kwargs),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
     @classmethod
@@ -479,28 +487,38 @@ class BigBirdViTForImageClassification(BigBirdViTPreTrainedModel):
         """
         return load_dense(cls, source, changes, AutoModelForImageClassification)
 
-    def _problem(self, labels: torch.Tensor) -> "_Problem":
-        """Return what kind of loss the labels ask for, and compare classes with their number.
+    def _problem(self, labels: torch.Tensor, pixel_values: torch.Tensor | None) -> "_Problem":
+        """Return what kind of loss the labels ask for, and check that they fit.
 
         transformers' loss would write the kind it infers into the configuration, and torch.compile compile again. Only
-        several labels an image are written, since pipelines read it. Compiled, labels are not compared: a compiler
-        cannot look at values.
+        several labels an image are written, since pipelines read it, and not by a compiled model. Neither does that
+        compare labels with their number: a compiler cannot look at values.
         """
-        problem_type = self.config.problem_type
-        if problem_type is None and self.num_labels == 1:
-            problem_type = "regression"
-        elif problem_type is None and not labels.is_floating_point():
-            problem_type = "single_label_classification"
-        elif problem_type is None:
-            problem_type = self.config.problem_type = "multi_label_classification"
-        if problem_type == "single_label_classification" and not torch.compiler.is_compiling():
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(f"`labels`: expected a tensor, got {type(labels).__name__}.")
+        given, batch = self.config.problem_type, len(labels) if pixel_values is None else len(pixel_values)
+        integers = CLASSES if not labels.is_floating_point() else "multi_label_classification"
+        kind = given or ("regression" if self.num_labels == 1 else integers)
+        wide = kind == "multi_label_classification" or (kind == "regression" and self.num_labels > 1)
+        shapes = [(batch, self.num_labels)] if wide else [(batch,), (batch, 1)]
+        if tuple(labels.shape) not in shapes or (kind == CLASSES and labels.is_floating_point()):
+            wanted = "integers (batch,)" if kind == CLASSES else f"numbers {shapes[0]}"
+            raise ValueError(
+                f"`labels`: expected {wanted} for problem type {kind!r}, got {labels.dtype} {tuple(labels.shape)} for "
+                f"{batch} images; integers (batch,) are classes, floats (batch, num_labels) several labels an image."
+            )
+        if torch.compiler.is_compiling():
+            return _Problem(self.num_labels, kind)
+        if kind == CLASSES:
             wrong = labels[((labels < 0) & (labels != -100)) | (labels >= self.num_labels)]
             if len(wrong):
                 raise ValueError(
                     f"`labels`: expected 0 to {self.num_labels - 1} (`num_labels` is {self.num_labels}), or -100 for "
                     f"no label, got {wrong[0].item()}."
                 )
-        return _Problem(self.num_labels, problem_type)
+        elif wide:
+            self.config.problem_type = kind
+        return _Problem(self.num_labels, kind)
 
 
 class _Problem(NamedTuple):

@@ -45,6 +45,13 @@ def sources(tmp_path_factory):
     config = ViTConfig(intermediate_size=48, id2label=labels, label2id={v: k for k, v in labels.items()}, **settings)
     ViTForImageClassification(config).save_pretrained(folder / "classifier")
     ViTModel(ViTConfig(intermediate_size=48, **settings | {"image_size": (32, 48)})).save_pretrained(folder / "wide")
+    half = ViTModel(ViTConfig(intermediate_size=48, **settings)).bfloat16()
+    half.save_pretrained(folder / "half")
+    ViTModel(ViTConfig(intermediate_size=48, **settings | {"patch_size": (8, 4)})).save_pretrained(folder / "slim")
+    Dinov2Model(Dinov2Config(**settings | {"image_size": (32, 48)})).save_pretrained(folder / "impossible")
+    Dinov2Model(Dinov2Config(**settings)).save_pretrained(folder / "processor")
+    (folder / "processor" / "preprocessor_config.json").write_text("{")
+    (folder / "file").write_text("")
     SwinModel(SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[2, 2])).save_pretrained(folder / "swin")
     (folder / "empty").mkdir()
     return folder
@@ -138,6 +145,22 @@ def test_source_that_is_not_square_is_compared_at_its_own_size(sources, tmp_path
     assert "the source has no image processor" in printed
     model = AutoModel.from_pretrained(tmp_path / "out")
     assert model(torch.randn(1, 3, 40, 40)).pooler_output.shape == (1, 32)
+    assert main(["convert", str(sources / "slim"), str(tmp_path / "slim")]) == 0
+    assert "equal the source's at 32x32 pixels" in capsys.readouterr().out
+
+
+def test_half_precision_is_compared_in_float_and_kept(sources, tmp_path):
+    # a ViT resamples its positions in its own type: it would differ from ours by rounding in bf16
+    assert main(["convert", str(sources / "half"), str(tmp_path / "out")]) == 0
+    source, model = AutoModel.from_pretrained(sources / "half"), AutoModel.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.embeddings.cls_token, source.embeddings.cls_token)
+
+
+def test_empty_folder_is_filled(sources, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert main(["convert", str(sources / "dinov2"), str(tmp_path / "empty")]) == 0
+    assert (tmp_path / "empty" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -145,25 +168,34 @@ def test_source_that_is_not_square_is_compared_at_its_own_size(sources, tmp_path
     [
         (["nowhere/at all", "out"], "`SOURCE`: expected a model's folder or Hub id, got 'nowhere/at all'"),
         (["swin", "out"], "`source`: expected a model of type vit, dinov2, dinov2_with_registers; got 'swin'"),
-        (["dinov2", "empty"], ""),
         (["dinov2", "swin"], "`OUT`: expected a new or empty folder, got 'swin'"),
         (["dinov2", "out", "--tile_size", "0"], "`tile_size`: expected a positive int or (height, width), got 0"),
-        (["dinov2", "out", "--image_sizes", "32", "4"], "`image_sizes`: expected at least one patch (8, 8), got 4"),
+        (["dinov2", "out", "--image_sizes", "32", "4"], "`image_sizes`: expected at least one patch (8, 8) and at most 4096 pixels, got 4"),
+        (["dinov2", "file/out"], "`OUT`: expected a folder in a folder, got 'file/out'"),
+        (["dinov2", "out", "--image_sizes", "1000000"], "at most 4096 pixels, got 1000000"),
         (["dinov2", "out", "--images", "empty"], "`images`: expected a folder with images, got none in 'empty'"),
+        (["impossible", "out"], "`SOURCE`: expected it to take images of 32x48 pixels, got: "),
+        (["wide", "out", "--image_sizes", "40"], "`SOURCE`: expected it to take images of 40x40 pixels, got: "),
+        (["processor", "out"], "preprocessor_config.json"),
     ],
-    ids=["missing", "other-type", "empty-is-fine", "not-empty", "tile", "size", "no-images"],
+    ids=[
+        "missing",
+        "other-type",
+        "not-empty",
+        "tile",
+        "size",
+        "in-a-file",
+        "huge",
+        "no-images",
+        "impossible",
+        "not-square",
+        "processor",
+    ],
 )
 def test_bad_input_gets_one_line(sources, arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(sources)
-    code = main(["convert", *arguments])
-    captured = capsys.readouterr()
-    if not message:
-        assert code == 0
-        for one in (sources / "empty").iterdir():
-            one.unlink()
-        return
-    assert code == 2
-    (line,) = captured.err.splitlines()
+    assert main(["convert", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
     assert not (sources / "out").exists()

@@ -99,8 +99,7 @@ RESUMABLE_CHANGES = {
 }
 
 SECTIONS = ("model", "vicreg", "views")
-# How a model is called or stored is not the run's to set, and the encoder has a section of its own.
-# Not settings of a run: how a model is called or used as a backbone, and what its layers' number decides.
+# Not the run's to set: how a model is called, stored or used as a backbone. And the encoder has a section of its own.
 RESERVED = {"return_dict", "output_hidden_states", "dtype", "encoder", "stage_names", "out_features", "out_indices"}
 MAX_SEED = 2**32 - 1001  # every process adds its rank, and numpy takes 32 bits
 

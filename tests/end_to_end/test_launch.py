@@ -56,7 +56,7 @@ def test_one_and_two_processes_train_alike(tmp_path, tiny_recipe, command, run_p
 
 
 def test_killed_and_resumed_run_ends_with_the_same_weights(tmp_path, command, run_process):
-    settings = {"num_train_epochs": 60, "checkpointing_steps": 5, "knn_every_epochs": 0}
+    settings = {"num_train_epochs": 30, "checkpointing_steps": 5, "knn_every_epochs": 0}
     whole = run_process([sys.executable, "-m", MODULE, *command("whole", **settings)])
     assert whole.returncode == 0, whole.stderr
 

@@ -119,9 +119,18 @@ def test_backbones_stages_by_name_and_by_number():
         tiny_config(out_indices=[9])
 
 
-def test_stage_names_follow_the_layers():
+@pytest.mark.parametrize("layers", [2, 5])
+def test_stages_follow_the_layers(layers, tmp_path):
+    BigBirdViTModel(tiny_config()).save_pretrained(tmp_path / "three")
+    pixel_values = torch.randn(1, 3, 64, 64)
+    for model_class in (BigBirdViTModel, BigBirdViTBackbone):
+        model = model_class.from_pretrained(tmp_path / "three", num_hidden_layers=layers)
+        assert model.config.stage_names[-1] == model.config.out_features[0] == f"stage{layers}"
+        model.save_pretrained(tmp_path / "other")
+        again = model_class.from_pretrained(tmp_path / "other")
+        assert torch.equal(main_output(again(pixel_values)), main_output(model.eval()(pixel_values)))
     saved = tiny_config(out_features=["stage1"]).to_dict()
-    assert BigBirdViTConfig.from_dict(saved | {"num_hidden_layers": 5}).stage_names[-1] == "stage5"
+    assert BigBirdViTConfig.from_dict(saved | {"num_hidden_layers": layers}).out_features == ["stage1"]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -228,6 +237,37 @@ def test_labels_out_of_range_are_named(label):
         model(torch.randn(2, 3, 64, 64), labels=torch.tensor([0, label]))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8])
+def test_classes_may_be_any_integers(dtype):
+    model, pixel_values = BigBirdViTForImageClassification(tiny_config()).eval(), torch.randn(2, 3, 64, 64)
+    expected = model(pixel_values, labels=torch.tensor([1, 4])).loss
+    assert torch.equal(model(pixel_values, labels=torch.tensor([[1], [4]], dtype=dtype)).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels", "message"),
+    [
+        (None, [1, 2], "`labels`: expected a tensor, got list"),
+        (None, torch.tensor([1, 2, 3]), r"expected integers \(batch,\) for .*, got torch.int64 \(3,\) for 2 images"),
+        (None, torch.ones(2, 5, dtype=torch.long), r"expected integers \(batch,\).* got torch.int64 \(2, 5\)"),
+        (None, torch.ones(2), r"expected numbers \(2, 5\) for .*multi_label.*, got torch.float32 \(2,\)"),
+        ("single_label_classification", torch.ones(2), r"expected integers \(batch,\) .* got torch.float32 \(2,\)"),
+        ("regression", torch.ones(2), r"expected numbers \(2, 5\) for problem type 'regression'"),
+    ],
+    ids=["list", "batch", "one-hot", "floats", "single-floats", "regression"],
+)
+def test_labels_that_do_not_fit_are_named_and_change_nothing(problem_type, labels, message):
+    model, pixel_values = BigBirdViTForImageClassification(tiny_config()).eval(), torch.randn(2, 3, 64, 64)
+    model.config.problem_type = problem_type
+    with pytest.raises(ValueError, match=message):
+        model(pixel_values, labels=labels)
+    assert model.config.problem_type == problem_type
+    model.config.problem_type = "multi_label_classification"
+    one_hot = torch.eye(5, dtype=torch.long)[:2]
+    found, expected = (model(pixel_values, labels=one).loss for one in (one_hot, one_hot.float()))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("model_class", CLASSES, ids=lambda one: one.__name__)
 def test_images_smaller_than_a_patch_are_named(model_class):
     with pytest.raises(ValueError, match=r"expected an image of at least one patch \(8, 8\).*got \(64, 7\)"):
@@ -240,6 +280,7 @@ def test_images_smaller_than_a_patch_are_named(model_class):
         ({"pooler_act": "foo"}, "`pooler_act`: expected an activation"),
         ({"image_size": 4, "position_embedding_type": "absolute"}, "`image_size`: expected at least one patch"),
         ({"position_embedding_type": "sinus"}, "position_embedding_type"),
+        ({"problem_type": "foo"}, "`problem_type`: expected one of .* got 'foo'"),
         ({"hidden_size": 24}, "`hidden_size`: expected a multiple of 16 .* got 24"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -44,8 +44,12 @@ def test_native_grid_is_the_table_itself():
     assert torch.equal(resampled_positions(table, None, 7, 5, False)[0], table.flatten(0, 1))
 
 
-def test_halves_are_summed_in_float():
+def test_autocast_and_halves_are_summed_in_float():
     table = torch.randn(7, 5, 6)
+    valid = torch.ones(1, 9, 9, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [resampled_positions(table, one, 9, 9, False) for one in (valid, None)]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
     found = resampled_positions(table.half(), None, 3, 4, True)
     assert found.dtype == torch.float16
     expected = interpolated(table.half().float(), 3, 4, True).half()

@@ -91,6 +91,16 @@ def test_compiled_equals_eager_and_compiles_once_a_size(
     compare(model, "aot_eager", inference=blocks)
 
 
+def test_several_labels_an_image_compile_once(fresh_compiler):
+    model = make_model(BigBirdViTForImageClassification, 3090)
+    compiled, pixel_values, labels = torch.compile(model, fullgraph=True, backend="aot_eager"), None, torch.rand(2, 5)
+    for stance in ("default", "fail_on_recompile"):
+        pixel_values = torch.randn(2, 3, 64, 64)
+        with torch.compiler.set_stance(stance):
+            found = compiled(pixel_values, labels=labels).loss
+    torch.testing.assert_close(found, model(pixel_values, labels=labels).loss)
+
+
 @pytest.mark.slow  # a minute each for the C++ compiler
 @pytest.mark.parametrize("blocks", [False, True], ids=["dense", "blocks"])
 @pytest.mark.parametrize("position", ["rope", "absolute"])
