@@ -170,7 +170,10 @@ def test_empty_folder_is_filled(sources, tmp_path):
         (["swin", "out"], "`source`: expected a model of type vit, dinov2, dinov2_with_registers; got 'swin'"),
         (["dinov2", "swin"], "`OUT`: expected a new or empty folder, got 'swin'"),
         (["dinov2", "out", "--tile_size", "0"], "`tile_size`: expected a positive int or (height, width), got 0"),
-        (["dinov2", "out", "--image_sizes", "32", "4"], "`image_sizes`: expected at least one patch (8, 8) and at most 4096 pixels, got 4"),
+        (
+            ["dinov2", "out", "--image_sizes", "32", "4"],
+            "expected at least one patch (8, 8) and at most 4096 pixels, got 4",
+        ),
         (["dinov2", "file/out"], "`OUT`: expected a folder in a folder, got 'file/out'"),
         (["dinov2", "out", "--image_sizes", "1000000"], "at most 4096 pixels, got 1000000"),
         (["dinov2", "out", "--images", "empty"], "`images`: expected a folder with images, got none in 'empty'"),
