@@ -7,12 +7,16 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return AdamW's groups: matrices and kernels decay; biases, norms, scales and learned tokens do not."""
+    """Return AdamW's groups: matrices and kernels decay; biases, norms, scales, tokens and positions do not."""
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (exempt if parameter.ndim < 2 or name.endswith(("_token", "_tokens")) else decayed).append(parameter)
+            (
+                exempt
+                if parameter.ndim < 2 or name.endswith(("_token", "_tokens", "position_embeddings"))
+                else decayed
+            ).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 

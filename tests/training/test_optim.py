@@ -22,12 +22,17 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 
 
 def test_only_matrices_decay():
-    model = VicRegForPreTraining(VicRegConfig(encoder=TINY | {"num_register_tokens": 2}, expander_sizes=[8, 8]))
+    model = VicRegForPreTraining(
+        VicRegConfig(
+            encoder=TINY | {"num_register_tokens": 2, "position_embedding_type": "absolute"}, expander_sizes=[8, 8]
+        )
+    )
     decayed, exempt = (group["params"] for group in parameter_groups(model, 0.05))
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert len(decayed) + len(exempt) == len(names)
     exempt_names = {names[parameter] for parameter in exempt}
-    assert {"encoder.embeddings.cls_token", "encoder.embeddings.register_tokens"} <= exempt_names
+    learned = {f"encoder.embeddings.{name}" for name in ("cls_token", "register_tokens", "position_embeddings")}
+    assert learned <= exempt_names
     assert all(names[parameter].endswith("weight") and parameter.ndim >= 2 for parameter in decayed)
     optimizer = build_optimizer(model, 1e-3, 0.05, (0.9, 0.95))
     assert isinstance(optimizer, torch.optim.AdamW)
