@@ -1,12 +1,12 @@
 """VICReg loss: invariance, variance, covariance; one function of the global batch, however many processes hold it.
 
-Source: Bardes, Ponce, LeCun, "VICReg", ICLR 2022 (arXiv 2105.04906), equations 1 to 6, in the convention of the
-authors' code (facebookresearch/vicreg, `main_vicreg.py`): invariance averaged over dimensions, variance averaged over
-the two branches, covariance summed over them.
+Source: Bardes, Ponce, LeCun, "VICReg", ICLR 2022 (arXiv 2105.04906), equations 1 to 6.
 
 Symbols: Z and Z' are the embeddings of two views, N the global batch, n one process's share of it, D the width.
 Invariance `s = mean (Z - Z')^2`. Variance `v(Z) = mean_j max(0, gamma - sqrt(Var(Z_j) + eps))`. Covariance
 `c(Z) = 1/D sum_{j != k} C_jk^2` with `C = Zc^T Zc / (N - 1)`, Zc being Z less its column means.
+
+The weights are those of a convention: see `vicreg_weights.py`.
 
 For N < D the covariance never forms the D x D matrix C: with the Gram matrix `G = Zc Zc^T` (N x N),
 `sum_{j != k} C_jk^2 = ||G||_F^2 / (N - 1)^2 - sum_j Var_j^2` (Garrido et al. 2022, arXiv 2206.02574, the duality of
@@ -15,13 +15,16 @@ difference cancels in float32 where a few dimensions hold nearly all the varianc
 `sum_j Var_j^2`.
 """
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+from .vicreg_weights import Convention, Weight, check_weights, convention_factors
 
 
-class VicRegLoss(NamedTuple):
+class VicRegTerms(NamedTuple):
     """The loss and its three unweighted parts, scalar tensors with gradient, at least float32."""
 
     loss: torch.Tensor
@@ -35,12 +38,13 @@ def vicreg_loss(
     z_b: torch.Tensor,
     *,
     invariance_weight: float = 25.0,
-    variance_weight: float = 25.0,
-    covariance_weight: float = 1.0,
+    variance_weight: Weight = 25.0,
+    covariance_weight: Weight = 1.0,
     gamma: float = 1.0,
     eps: float = 1e-4,
+    convention: Convention = "official",
     process_group: dist.ProcessGroup | None = None,
-) -> VicRegLoss:
+) -> VicRegTerms:
     """Return the VICReg loss of two batches of embeddings.
 
     Computed in float32 (float64 for float64 inputs) whatever the autocast. A non-finite value is returned, not raised.
@@ -49,17 +53,18 @@ def vicreg_loss(
         z_a: `(batch, dimensions)` floating point, embeddings of the first view.
         z_b: `(batch, dimensions)`, embeddings of the second view.
         invariance_weight: Lambda.
-        variance_weight: Mu.
-        covariance_weight: Nu.
+        variance_weight: Mu, or one for each view.
+        covariance_weight: Nu, or one for each view.
         gamma: Target of each dimension's standard deviation.
         eps: Added to the variance under the root.
+        convention: Whose parts the weights are of; `convert_weights` translates.
         process_group: Processes whose batches, of equal size, together make the global batch. Each gets the loss of
             the global batch, and gradients multiplied by the number of processes, so that the mean over processes
             that DistributedDataParallel takes is the gradient of one process with the joined batch. All must call.
 
     Raises:
-        ValueError: Wrong shape or type, fewer than two samples in the global batch, a negative weight, or batches of
-            different size in the group (on every process).
+        ValueError: Wrong shape or type, fewer than two samples in the global batch, a negative weight, an unknown
+            convention, or batches of different size in the group (on every process).
     """
     if z_a.ndim != 2 or z_a.shape != z_b.shape:
         raise ValueError(
@@ -69,14 +74,10 @@ def vicreg_loss(
     for name, z in (("z_a", z_a), ("z_b", z_b)):
         if not z.is_floating_point():
             raise ValueError(f"`{name}`: expected a floating point tensor, got {z.dtype}.")
-    for name, weight in (
-        ("invariance_weight", invariance_weight),
-        ("variance_weight", variance_weight),
-        ("covariance_weight", covariance_weight),
-        ("eps", eps),
-    ):
-        if not weight >= 0:
-            raise ValueError(f"`{name}`: expected a number of at least 0, got {weight}.")
+    variance_weights, covariance_weights = check_weights(
+        invariance_weight, variance_weight, covariance_weight, gamma, eps
+    )
+    factors = convention_factors(convention, z_a.shape[1])
     num_samples = _global_batch(z_a, process_group)
     if num_samples < 2:
         raise ValueError(
@@ -85,10 +86,53 @@ def vicreg_loss(
         )
     dtype = torch.promote_types(torch.promote_types(z_a.dtype, z_b.dtype), torch.float32)
     with torch.autocast(z_a.device.type, enabled=False):
-        parts = _VicRegTerms.apply(z_a.to(dtype), z_b.to(dtype), gamma, eps, process_group)
-        invariance, variance, covariance = parts
-        loss = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
-    return VicRegLoss(loss, invariance, variance, covariance)
+        terms = _VicRegTerms.apply(z_a.to(dtype), z_b.to(dtype), gamma, eps, process_group)
+        invariance, *rest = (term * factor for term, factor in zip(terms, factors.of_terms(), strict=True))
+        variances, covariances = rest[:2], rest[2:]
+        loss = invariance_weight * invariance
+        for weights, parts in ((variance_weights, variances), (covariance_weights, covariances)):
+            loss = loss + weights[0] * parts[0] + weights[1] * parts[1]
+    return VicRegTerms(loss, invariance, variances[0] + variances[1], covariances[0] + covariances[1])
+
+
+class VicRegLoss(nn.Module):
+    """`vicreg_loss` with its settings stored; the arguments are the same."""
+
+    def __init__(
+        self,
+        *,
+        invariance_weight: float = 25.0,
+        variance_weight: Weight = 25.0,
+        covariance_weight: Weight = 1.0,
+        gamma: float = 1.0,
+        eps: float = 1e-4,
+        convention: Convention = "official",
+    ):
+        super().__init__()
+        check_weights(invariance_weight, variance_weight, covariance_weight, gamma, eps)
+        convention_factors(convention, 1)
+        self.settings: dict[str, Any] = {
+            "invariance_weight": invariance_weight,
+            "variance_weight": variance_weight,
+            "covariance_weight": covariance_weight,
+            "gamma": gamma,
+            "eps": eps,
+            "convention": convention,
+        }
+
+    def forward(
+        self, z_a: torch.Tensor, z_b: torch.Tensor, process_group: dist.ProcessGroup | None = None
+    ) -> VicRegTerms:
+        """Return the loss of embeddings `(batch, dimensions)` of two views."""
+        return vicreg_loss(z_a, z_b, process_group=process_group, **self.settings)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def covariance_form(num_samples: int, dimensions: int) -> Literal["gram", "moments"]:
+    """Return how the covariance of a global batch is computed: by whichever matrix, N x N or D x D, is smaller."""
+    return "gram" if num_samples < dimensions else "moments"
 
 
 def _global_batch(z: torch.Tensor, group: dist.ProcessGroup | None) -> int:
@@ -108,9 +152,8 @@ def _global_batch(z: torch.Tensor, group: dist.ProcessGroup | None) -> int:
 class _Statistics(NamedTuple):
     centred: torch.Tensor  # (n, D)
     variance: torch.Tensor  # (D,), unbiased
-    off_diagonal: torch.Tensor  # scalar, this process's share of sum_{j != k} C_jk^2, or all of it: see `is_share`
+    off_diagonal: torch.Tensor  # scalar, sum_{j != k} C_jk^2; by the Gram matrix, this process's share of it
     product: torch.Tensor  # (n, D), Zc offdiag(C)
-    is_share: bool
 
 
 def _gram_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGroup | None) -> _Statistics:
@@ -129,7 +172,7 @@ def _gram_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGroup
     gram_rows = centred @ all_centred.T
     share = gram_rows.square().sum() / (num_samples - 1) ** 2 - len(z) / num_samples * variance.square().sum()
     product = torch.addmm(centred * variance, gram_rows, all_centred, beta=-1, alpha=1 / (num_samples - 1))
-    return _Statistics(centred, variance, share, product, is_share=True)
+    return _Statistics(centred, variance, share, product)
 
 
 def _moment_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGroup | None) -> _Statistics:
@@ -146,50 +189,50 @@ def _moment_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGro
     covariance = covariance / (num_samples - 1)
     variance = covariance.diagonal().clone()
     covariance.fill_diagonal_(0)
-    return _Statistics(centred, variance, covariance.square().sum(), centred @ covariance, is_share=False)
+    return _Statistics(centred, variance, covariance.square().sum(), centred @ covariance)
 
 
 class _VicRegTerms(torch.autograd.Function):
-    """Invariance, variance and covariance with their closed-form gradients."""
+    """s, v(Z), v(Z'), c(Z) and c(Z') with their closed-form gradients."""
 
     @staticmethod
     def forward(ctx, z_a, z_b, gamma, eps, group):
         world_size = 1 if group is None else dist.get_world_size(group)
         num_samples, dimensions = len(z_a) * world_size, z_a.shape[1]
-        statistics = _gram_statistics if num_samples < dimensions else _moment_statistics
+        by_gram = covariance_form(num_samples, dimensions) == "gram"
+        statistics = _gram_statistics if by_gram else _moment_statistics
         a, b = statistics(z_a, num_samples, group), statistics(z_b, num_samples, group)
 
         difference = z_a - z_b
-        invariance, covariance = difference.square().sum(), a.off_diagonal + b.off_diagonal
+        sums = torch.stack([difference.square().sum(), a.off_diagonal, b.off_diagonal])
         if group is not None:
-            sums = torch.stack([invariance, covariance])
-            dist.all_reduce(sums, group=group)
-            invariance = sums[0]
-            covariance = sums[1] if a.is_share else covariance
+            # the moments' terms are whole on every process already
+            dist.all_reduce(sums if by_gram else sums[:1], group=group)
+        invariance, *covariances = sums.unbind()
         deviations = [(one.variance + eps).sqrt() for one in (a, b)]
-        variance = sum((gamma - deviation).relu().mean() for deviation in deviations) / 2
+        variances = [(gamma - deviation).relu().mean() for deviation in deviations]
 
         ctx.save_for_backward(a.centred, b.centred, difference, *deviations, a.product, b.product)
         ctx.sizes = (num_samples, dimensions, world_size, gamma)
-        return invariance / (num_samples * dimensions), variance, covariance / dimensions
+        return invariance / (num_samples * dimensions), *variances, *(one / dimensions for one in covariances)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_invariance, grad_variance, grad_covariance):
+    def backward(ctx, grad_invariance, grad_variance_a, grad_variance_b, grad_covariance_a, grad_covariance_b):
         centred_a, centred_b, difference, deviation_a, deviation_b, product_a, product_b = ctx.saved_tensors
         num_samples, dimensions, world_size, gamma = ctx.sizes
         pull = difference * (grad_invariance * 2 / (num_samples * dimensions))
         gradients = []
-        for sign, centred, deviation, product in (
-            (1, centred_a, deviation_a, product_a),
-            (-1, centred_b, deviation_b, product_b),
+        for sign, centred, deviation, product, grad_variance, grad_covariance in (
+            (1, centred_a, deviation_a, product_a, grad_variance_a, grad_covariance_a),
+            (-1, centred_b, deviation_b, product_b, grad_variance_b, grad_covariance_b),
         ):
             # the hinge is on the standard deviation: d sqrt(var + eps) / dz = Zc / ((N - 1) deviation)
-            push = torch.where(deviation < gamma, grad_variance / (-2 * dimensions * (num_samples - 1)) / deviation, 0)
+            push = torch.where(deviation < gamma, grad_variance / (-dimensions * (num_samples - 1)) / deviation, 0)
             spread = product * (grad_covariance * 4 / (dimensions * (num_samples - 1)))
             # every process holds the whole loss and DDP averages gradients: times the world size makes the mean a sum
             gradients.append((spread + centred * push + sign * pull) * world_size)
         return *gradients, None, None, None
 
 
-__all__ = ["VicRegLoss", "vicreg_loss"]
+__all__ = ["VicRegLoss", "VicRegTerms", "covariance_form", "vicreg_loss"]

@@ -1,10 +1,12 @@
-"""The loss against the authors' formula, written out, in value and gradient."""
+"""The loss against the authors' formula and those of ports, each written out, in value and gradient."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hf_vicreg import vicreg_loss
+from hf_vicreg.modeling.vicreg_loss import VicRegLoss, covariance_form
+from hf_vicreg.modeling.vicreg_weights import convert_weights
 
 SHAPES = [(8, 32), (33, 16), (64, 64), (256, 2048), (2, 3), (5, 1)]
 
@@ -20,6 +22,111 @@ def official(z_a, z_b, *, gamma=1.0, eps=1e-4):
         matrix = z.T @ z / (num_samples - 1)
         covariance = covariance + (matrix - matrix.diagonal().diag()).square().sum() / dimensions
     return invariance, variance, covariance
+
+
+def off_diagonal_squares(z):
+    matrix = torch.cov(z.T)
+    return sum(matrix[i, j] ** 2 for i in range(len(matrix)) for j in range(len(matrix)) if i != j) / len(matrix)
+
+
+def hinge(z, eps):
+    return torch.stack([F.relu(1 - (column.var() + eps).sqrt()) for column in z.T]).mean()
+
+
+# The parts as each of them has it, one by one (see `vicreg_weights.py` for the sources).
+CONVENTIONS = {
+    "official": lambda a, b, eps: (
+        (a - b).square().mean(),
+        hinge(a, eps) / 2 + hinge(b, eps) / 2,
+        off_diagonal_squares(a) + off_diagonal_squares(b),
+    ),
+    "paper": lambda a, b, eps: (
+        (a - b).square().sum(1).mean(),
+        hinge(a, eps) + hinge(b, eps),
+        off_diagonal_squares(a) + off_diagonal_squares(b),
+    ),
+    "solo-learn": lambda a, b, eps: (
+        F.mse_loss(a, b),
+        hinge(a, eps) + hinge(b, eps),
+        off_diagonal_squares(a) + off_diagonal_squares(b),
+    ),
+    "vicregl": lambda a, b, eps: (
+        F.mse_loss(a, b),
+        hinge(a, eps) / 2 + hinge(b, eps) / 2,
+        off_diagonal_squares(a) / 2 + off_diagonal_squares(b) / 2,
+    ),
+}
+
+
+def correlated(num_samples, dimensions):
+    """Two views with different means, correlated dimensions and some of the hinges open."""
+    base = torch.randn(num_samples, dimensions, dtype=torch.float64) @ torch.randn(
+        dimensions, dimensions, dtype=torch.float64
+    )
+    base = base / dimensions**0.5 + torch.randn(dimensions, dtype=torch.float64)
+    return [(base + 0.3 * torch.randn_like(base)).requires_grad_() for _ in range(2)]
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=["gram", "moments"])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_conventions_equal_their_own_formulas(convention, shape):
+    leaves = correlated(*shape)
+    found = vicreg_loss(*leaves, invariance_weight=3, variance_weight=5, covariance_weight=7, convention=convention)
+    parts = CONVENTIONS[convention](*leaves, 1e-4)
+    for one, other in zip(found[1:], parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    wanted = 3 * parts[0] + 5 * parts[1] + 7 * parts[2]
+    torch.testing.assert_close(found.loss, wanted, rtol=1e-10, atol=0)
+    gradients, expected = (torch.cat(torch.autograd.grad(one, leaves)) for one in (found.loss, wanted))
+    assert (gradients - expected).norm() <= 1e-10 * expected.norm()
+
+
+@pytest.mark.parametrize("target", CONVENTIONS)
+@pytest.mark.parametrize("source", CONVENTIONS)
+def test_converted_weights_are_the_same_objective(source, target):
+    leaves = correlated(6, 9)
+    weights = convert_weights(25, 15, 2, source=source, target=target, dimensions=9)
+    names = ("invariance_weight", "variance_weight", "covariance_weight")
+    given = vicreg_loss(*leaves, **dict(zip(names, (25, 15, 2), strict=True)), convention=source).loss
+    found = vicreg_loss(*leaves, **dict(zip(names, weights, strict=True)), convention=target).loss
+    torch.testing.assert_close(found, given, rtol=1e-12, atol=0)
+    if (source, target) == ("official", "paper"):
+        assert weights == (25 / 9, 7.5, 2)  # the paper sums over dimensions and views
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=["gram", "moments"])
+def test_each_view_may_have_its_own_weights(shape):
+    leaves = correlated(*shape)
+    found = vicreg_loss(*leaves, variance_weight=(5.0, 2.0), covariance_weight=(0.0, 3.0))
+    (a, b), eps = leaves, 1e-4
+    wanted = 25 * F.mse_loss(a, b) + 5 * hinge(a, eps) / 2 + 2 * hinge(b, eps) / 2 + 3 * off_diagonal_squares(b)
+    torch.testing.assert_close(found.loss, wanted, rtol=1e-10, atol=0)
+    gradients, expected = (torch.cat(torch.autograd.grad(one, leaves)) for one in (found.loss, wanted))
+    assert (gradients - expected).norm() <= 1e-10 * expected.norm()
+    torch.testing.assert_close(found.covariance, off_diagonal_squares(a) + off_diagonal_squares(b))
+
+
+def test_module_is_the_function():
+    leaves = correlated(6, 9)
+    module = VicRegLoss(variance_weight=(5.0, 2.0), convention="solo-learn", gamma=0.8)
+    expected = vicreg_loss(*leaves, variance_weight=(5.0, 2.0), convention="solo-learn", gamma=0.8)
+    assert torch.equal(module(*leaves).loss, expected.loss)
+    assert "convention='solo-learn'" in repr(module)
+    with pytest.raises(ValueError, match="`convention`: expected one of official, paper"):
+        VicRegLoss(convention="mine")
+
+
+@pytest.mark.parametrize("shape", [(8, 96), (96, 8)], ids=["gram", "moments"])
+def test_nothing_of_the_larger_size_is_kept(shape):
+    leaves, saved = [torch.randn(shape, requires_grad=True) for _ in range(2)], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one.numel()) or one, lambda one: one):
+        vicreg_loss(*leaves)
+    assert max(saved) == 8 * 96  # no 96 x 96
+
+
+def test_the_smaller_matrix_is_chosen():
+    assert covariance_form(95, 96) == "gram"
+    assert covariance_form(96, 96) == "moments"
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0], ids=["collapsing", "unit", "wide"])
@@ -100,8 +207,22 @@ def test_non_finite_values_are_returned():
         ((torch.zeros(4), torch.zeros(4)), {}, "expected two tensors"),
         ((torch.zeros(4, 4, dtype=torch.int64),) * 2, {}, "floating point tensor, got torch.int64"),
         ((torch.zeros(4, 4),) * 2, {"variance_weight": -1.0}, "`variance_weight`: expected a number of at least 0"),
+        ((torch.zeros(4, 4),) * 2, {"covariance_weight": (1.0, -1.0)}, "`covariance_weight`: .* got -1"),
+        ((torch.zeros(4, 4),) * 2, {"covariance_weight": (1.0, 1.0, 1.0)}, "one for each of 2 views, got"),
+        ((torch.zeros(4, 4),) * 2, {"invariance_weight": float("nan")}, "`invariance_weight`: .* got nan"),
+        ((torch.zeros(4, 4),) * 2, {"convention": "mine"}, "`convention`: expected one of .* got 'mine'"),
     ],
-    ids=["one-sample", "shapes", "not-a-matrix", "integers", "negative-weight"],
+    ids=[
+        "one-sample",
+        "shapes",
+        "not-a-matrix",
+        "integers",
+        "negative-weight",
+        "negative-of-two",
+        "three-weights",
+        "nan",
+        "convention",
+    ],
 )
 def test_bad_inputs_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):

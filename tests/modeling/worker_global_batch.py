@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_vicreg import VicRegConfig, VicRegForPreTraining, vicreg_loss
-from hf_vicreg.modeling.vicreg_loss import VicRegLoss
+from hf_vicreg.modeling.vicreg_loss import VicRegTerms
 
 SHAPES = [(12, 40), (24, 7)]  # N < D: Gram rows; N >= D: moments
 ENCODER = {
@@ -63,7 +63,7 @@ def main():
     for shape in SHAPES:
         leaves = [share(z, rank, world_size).clone().requires_grad_() for z in embeddings(*shape, torch.float64)]
         for name, group, scale in (("exact", dist.group.WORLD, 1 / world_size), ("per_process", None, 1 / world_size)):
-            parts: VicRegLoss = vicreg_loss(*leaves, process_group=group)
+            parts: VicRegTerms = vicreg_loss(*leaves, process_group=group)
             gradient = torch.cat(torch.autograd.grad(parts.loss, leaves), dim=1) * scale
             gathered = [torch.empty_like(gradient) for _ in range(world_size)]
             dist.all_gather(gathered, gradient)
