@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_bigbird_vit import BigBirdViTConfig
+from .vicreg_weights import Convention, check_weights, convention_factors
 
 
 @strict
@@ -15,34 +16,44 @@ class VicRegConfig(PreTrainedConfig):
     Args:
         encoder: Configuration of the encoder, an instance or a dictionary with `model_type`: any vision model that
             `AutoModel` builds from a config. Default: `BigBirdViTConfig()`.
+        second_encoder: Configuration of the second view's own encoder, of any kind; `None`: one encoder sees both
+            views. Two share no weights, and each sees one view of every image.
         expander_sizes: Widths of the expander's layers; the last is the width D of the embeddings.
+        second_expander_sizes: Of the second branch's expander, ending in the same D; `None`: as the first.
         expander_norm: Normalisation of its hidden layers: `"batch"` (over the global batch, the paper's) or `"layer"`.
         invariance_weight: Lambda.
-        variance_weight: Mu. Keep it equal to lambda.
-        covariance_weight: Nu, well below mu.
+        variance_weight: Mu, or one for each view. Keep it equal to lambda.
+        covariance_weight: Nu, or one for each view; well below mu.
         gamma: Target standard deviation of every dimension.
         eps: Added to the variance under the root.
+        convention: Whose parts the weights are of: `"official"` (the authors' code), `"paper"`, `"solo-learn"` or
+            `"vicregl"`; see `vicreg_weights.py`.
     """
 
     model_type = "vicreg"
-    sub_configs = {"encoder": AutoConfig}  # noqa: RUF012  transformers' own form
+    sub_configs = {"encoder": AutoConfig, "second_encoder": AutoConfig}  # noqa: RUF012  transformers' own form
 
     encoder: Any = None
+    second_encoder: Any = None
     expander_sizes: list[int] | tuple[int, ...] = (8192, 8192, 8192)
+    second_expander_sizes: list[int] | tuple[int, ...] | None = None
     expander_norm: Literal["batch", "layer"] = "batch"
     invariance_weight: float | int = 25.0
-    variance_weight: float | int = 25.0
-    covariance_weight: float | int = 1.0
+    variance_weight: float | int | list[float | int] | tuple[float | int, ...] = 25.0
+    covariance_weight: float | int | list[float | int] | tuple[float | int, ...] = 1.0
     gamma: float | int = 1.0
     eps: float | int = 1e-4
+    convention: Convention = "official"
 
     def __post_init__(self, **kwargs):
         if self.encoder is None:
             self.encoder = BigBirdViTConfig()
-        elif isinstance(self.encoder, dict):
-            self.encoder = encoder_config(self.encoder)
-        if not isinstance(self.encoder, PreTrainedConfig):
-            raise ValueError(f"`encoder`: expected a configuration or its fields, got {type(self.encoder).__name__}.")
+        for name in ("encoder", "second_encoder"):
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                setattr(self, name, encoder_config(value))
+            elif not isinstance(value, PreTrainedConfig) and not (name == "second_encoder" and value is None):
+                raise ValueError(f"`{name}`: expected a configuration or its fields, got {type(value).__name__}.")
         super().__post_init__(**kwargs)
 
     def validate_vicreg(self):
@@ -51,15 +62,24 @@ class VicRegConfig(PreTrainedConfig):
         Raises:
             ValueError: A field out of range, with the field, the expectation and the value found.
         """
-        if not self.expander_sizes or min(self.expander_sizes) < 1:
-            raise ValueError(f"`expander_sizes`: expected at least one positive width, got {self.expander_sizes}.")
+        for name in ("expander_sizes", "second_expander_sizes"):
+            sizes = getattr(self, name)
+            if sizes is not None and (not sizes or min(sizes) < 1):
+                raise ValueError(f"`{name}`: expected at least one positive width, got {sizes}.")
+        if self.second_expander_sizes is not None:
+            if self.second_encoder is None:
+                raise ValueError("`second_expander_sizes`: expected a `second_encoder` as well, got none.")
+            if self.second_expander_sizes[-1] != self.expander_sizes[-1]:
+                raise ValueError(
+                    "`second_expander_sizes`: expected embeddings as wide as the first branch's, "
+                    f"{self.expander_sizes[-1]}, got {self.second_expander_sizes[-1]}."
+                )
         if not self.eps > 0:
             raise ValueError(
                 f"`eps`: expected a number above 0, got {self.eps}; a constant dimension has no gradient."
             )
-        for name in ("invariance_weight", "variance_weight", "covariance_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}`: expected a number of at least 0, got {getattr(self, name)}.")
+        check_weights(self.invariance_weight, self.variance_weight, self.covariance_weight, self.gamma, self.eps)
+        convention_factors(self.convention, self.expander_sizes[-1])
 
 
 def encoder_config(fields: dict) -> PreTrainedConfig:

@@ -1,13 +1,15 @@
-"""VICReg around an encoder: two views in, the loss and its parts out."""
+"""VICReg around an encoder, or two: two views in, the loss and its parts out."""
 
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
@@ -31,7 +33,8 @@ class VicRegOutput(ModelOutput):
         variance: Scalar, unweighted.
         covariance: Scalar, unweighted.
         embeddings: `(batch, 2, dimensions)`, the expander's output for both views.
-        representations: `(batch, 2, features)`, the encoder's pooled output for both views.
+        representations: `(batch, 2, features)`, the encoder's pooled output for both views; from two encoders, a tuple
+            of two `(batch, features)`.
     """
 
     loss: torch.Tensor | None = None
@@ -39,7 +42,7 @@ class VicRegOutput(ModelOutput):
     variance: torch.Tensor | None = None
     covariance: torch.Tensor | None = None
     embeddings: torch.Tensor | None = None
-    representations: torch.Tensor | None = None
+    representations: torch.Tensor | tuple[torch.Tensor, ...] | None = None
 
 
 class VicRegExpander(nn.Module):
@@ -48,11 +51,11 @@ class VicRegExpander(nn.Module):
     Normalisation and ReLU after every layer but the last, which has no bias, as in the authors' code.
     """
 
-    def __init__(self, in_features: int, config: VicRegConfig):
+    def __init__(self, in_features: int, sizes: Sequence[int], norm: str):
         super().__init__()
         self.in_features = in_features
-        widths = [in_features, *config.expander_sizes]
-        normalisation = GlobalBatchNorm1d if config.expander_norm == "batch" else nn.LayerNorm
+        widths = [in_features, *sizes]
+        normalisation = GlobalBatchNorm1d if norm == "batch" else nn.LayerNorm
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths[:-1]))
         self.norm = nn.ModuleList(normalisation(width) for width in widths[1:-1])
         self.output = nn.Linear(widths[-2], widths[-1], bias=False)
@@ -68,7 +71,7 @@ class VicRegExpander(nn.Module):
 
 
 class VicRegForPreTraining(PreTrainedModel):
-    """Any vision encoder, an expander and the VICReg loss."""
+    """Any vision encoder, an expander and the VICReg loss; with a `second_encoder`, two branches sharing nothing."""
 
     config: VicRegConfig
     config_class = VicRegConfig
@@ -83,13 +86,19 @@ class VicRegForPreTraining(PreTrainedModel):
 
     def __init__(self, config: VicRegConfig):
         super().__init__(config)
-        encoder = config.encoder
-        # the default encoder is a sibling, so that it needs no registration
-        is_default = encoder.model_type == BigBirdViTConfig.model_type
-        self.encoder = BigBirdViTModel(encoder) if is_default else AutoModel.from_config(encoder)
-        self.expander = VicRegExpander(representation_size(encoder), config)
+        self.encoder = build_encoder(config.encoder)
+        self.expander = VicRegExpander(
+            representation_size(config.encoder), config.expander_sizes, config.expander_norm
+        )
+        self.second_encoder = self.second_expander = None
+        if config.second_encoder is not None:
+            self.second_encoder = build_encoder(config.second_encoder)
+            sizes = config.second_expander_sizes or config.expander_sizes
+            self.second_expander = VicRegExpander(
+                representation_size(config.second_encoder), sizes, config.expander_norm
+            )
         self.encoder_has_batch_norm = any(
-            isinstance(one, nn.modules.batchnorm._BatchNorm) for one in self.encoder.modules()
+            isinstance(one, nn.modules.batchnorm._BatchNorm) for encoder in self.encoders for one in encoder.modules()
         )
         self.post_init()
 
@@ -103,8 +112,41 @@ class VicRegForPreTraining(PreTrainedModel):
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
 
+    @property
+    def encoders(self) -> list[PreTrainedModel]:
+        """The encoder, or both of two branches."""
+        return [one for one in (self.encoder, self.second_encoder) if one is not None]
+
+    @classmethod
+    def from_encoder_pretrained(
+        cls, encoder: str | os.PathLike, second_encoder: str | os.PathLike | None = None, **fields
+    ) -> "VicRegForPreTraining":
+        """Return a wrapper around pretrained encoders, with new expanders.
+
+        Args:
+            encoder: Folder or Hub id of any vision encoder.
+            second_encoder: Folder or Hub id of the second branch's.
+            fields: Of `VicRegConfig`.
+
+        Raises:
+            OSError: No model there.
+            ValueError: Bad fields.
+        """
+        loaded = [None if one is None else load_encoder(one) for one in (encoder, second_encoder)]
+        configs = [None if one is None else one.config for one in loaded]
+        model = cls(VicRegConfig(encoder=configs[0], second_encoder=configs[1], **fields))
+        for own, given in zip((model.encoder, model.second_encoder), loaded, strict=True):
+            if own is not None and given is not None:
+                own.load_state_dict(given.state_dict())
+        return model
+
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> VicRegOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        second_inputs: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> VicRegOutput:
         """Return the loss of a batch of pairs of views.
 
         In training under a process group, loss and statistics are those of the global batch and every process must
@@ -114,15 +156,18 @@ class VicRegForPreTraining(PreTrainedModel):
         in the authors' code.
 
         Args:
-            pixel_values: `(batch, 2, channels, height, width)`, two views of each image.
+            pixel_values: `(batch, 2, channels, height, width)`, two views of each image. With `second_inputs`
+                `(batch, channels, height, width)`, the first branch's.
+            second_inputs: What a second encoder takes where that is not an image of the same size: its
+                `pixel_values`, or the inputs of another modality.
             kwargs: `return_dict`; the rest is ignored.
 
         Raises:
-            ValueError: `pixel_values` of another shape, or fewer than two samples in the global batch.
+            ValueError: Inputs of another shape, `second_inputs` without a second encoder, or fewer than two samples in
+                the global batch.
         """
-        if pixel_values is None or pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
-            found = None if pixel_values is None else tuple(pixel_values.shape)
-            raise ValueError(f"`pixel_values`: expected (batch, 2 views, channels, height, width), got {found}.")
+        inputs = self._inputs(pixel_values, second_inputs)
+        num_samples = len(inputs[0]["pixel_values"])
         in_group = self.training and dist.is_available() and dist.is_initialized()
         group = dist.group.WORLD if in_group else None
         if in_group and self.encoder_has_batch_norm and dist.get_world_size() > 1:
@@ -130,13 +175,15 @@ class VicRegForPreTraining(PreTrainedModel):
                 "The encoder's own batch norms see one process's share of the batch: "
                 "the result depends on the number of processes."
             )
-        if len(pixel_values) * (dist.get_world_size() if in_group else 1) < 2:
+        if num_samples * (dist.get_world_size() if in_group else 1) < 2:
             raise ValueError(
-                f"`pixel_values`: expected at least 2 samples for a covariance, got {len(pixel_values)}; "
+                f"`pixel_values`: expected at least 2 samples for a covariance, got {num_samples}; "
                 "raise the batch size."
             )
-        representations = [pooled_features(self.encoder(view)) for view in pixel_values.unbind(1)]
-        z_a, z_b = (self.expander(view, group) for view in representations)
+        encoders = (self.encoder, self.encoder if self.second_encoder is None else self.second_encoder)
+        expanders = (self.expander, self.expander if self.second_expander is None else self.second_expander)
+        representations = [pooled_features(encoder(**one)) for encoder, one in zip(encoders, inputs, strict=True)]
+        z_a, z_b = (expander(one, group) for expander, one in zip(expanders, representations, strict=True))
         parts = vicreg_loss(
             z_a,
             z_b,
@@ -145,13 +192,43 @@ class VicRegForPreTraining(PreTrainedModel):
             covariance_weight=self.config.covariance_weight,
             gamma=self.config.gamma,
             eps=self.config.eps,
+            convention=self.config.convention,
             process_group=group,
         )
+        one_width = self.second_encoder is None
         return VicRegOutput(
             **parts._asdict(),
             embeddings=torch.stack([z_a, z_b], dim=1),
-            representations=torch.stack(representations, dim=1),
+            representations=torch.stack(representations, dim=1) if one_width else tuple(representations),
         )
+
+    def _inputs(self, pixel_values: torch.Tensor | None, second_inputs: dict | None) -> list[dict[str, torch.Tensor]]:
+        """What each branch's encoder takes."""
+        found = None if pixel_values is None else tuple(pixel_values.shape)
+        if second_inputs is None:
+            if pixel_values is None or pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
+                raise ValueError(f"`pixel_values`: expected (batch, 2 views, channels, height, width), got {found}.")
+            return [{"pixel_values": view} for view in pixel_values.unbind(1)]
+        if self.second_encoder is None:
+            raise ValueError("`second_inputs`: expected a `second_encoder` in the configuration, got none.")
+        if pixel_values is None or pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values`: expected (batch, channels, height, width) beside `second_inputs`, got {found}."
+            )
+        return [{"pixel_values": pixel_values}, second_inputs]
+
+
+def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return an encoder with new weights; the default one is a sibling, so that it needs no registration."""
+    is_default = config.model_type == BigBirdViTConfig.model_type
+    return BigBirdViTModel(config) if is_default else AutoModel.from_config(config)
+
+
+def load_encoder(source: str | os.PathLike) -> PreTrainedModel:
+    """Return a pretrained encoder from a folder or the Hub."""
+    fields, _ = PreTrainedConfig.get_config_dict(source)
+    is_default = fields.get("model_type") == BigBirdViTConfig.model_type
+    return (BigBirdViTModel if is_default else AutoModel).from_pretrained(source, use_safetensors=True)
 
 
 def pooled_features(outputs: ModelOutput) -> torch.Tensor:

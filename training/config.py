@@ -98,9 +98,18 @@ RESUMABLE_CHANGES = {
     "per_device_train_batch_size",  # resolved into batch_size
 }
 
-SECTIONS = ("model", "vicreg", "views")
-# Not the run's to set: how a model is called, stored or used as a backbone. And the encoder has a section of its own.
-RESERVED = {"return_dict", "output_hidden_states", "dtype", "encoder", "stage_names", "out_features", "out_indices"}
+SECTIONS = ("model", "second_model", "vicreg", "views")
+# Not the run's to set: how a model is called, stored or used as a backbone. And encoders have sections of their own.
+RESERVED = {
+    "return_dict",
+    "output_hidden_states",
+    "dtype",
+    "encoder",
+    "second_encoder",
+    "stage_names",
+    "out_features",
+    "out_indices",
+}
 MAX_SEED = 2**32 - 1001  # every process adds its rank, and numpy takes 32 bits
 
 
@@ -121,13 +130,14 @@ class RunConfig:
     def to_recipe(self) -> dict[str, Any]:
         """Return the plain, complete dictionary that `recipe.yaml` stores and `--config` reads again."""
         bookkeeping = {"transformers_version", "architectures", "auto_map", *RESERVED}
-        model, vicreg = (
-            {name: value for name, value in config.to_diff_dict().items() if name not in bookkeeping}
-            for config in (self.vicreg.encoder, self.vicreg)
+        model, second, vicreg = (
+            {name: value for name, value in config.to_diff_dict().items() if name not in bookkeeping} if config else {}
+            for config in (self.vicreg.encoder, self.vicreg.second_encoder, self.vicreg)
         )
         del vicreg["model_type"]
         return dataclasses.asdict(self.run) | {
             "model": _plain(model),
+            **({"second_model": _plain(second)} if second else {}),
             "vicreg": _plain(vicreg),
             "views": dataclasses.asdict(self.views),
         }
@@ -239,25 +249,34 @@ def resolve(given: dict[str, Any]) -> RunConfig:
     sections = {section: merged.pop(section, {}) for section in SECTIONS}
     run = PretrainArguments(**_typed(PretrainArguments, merged, ""))
     views = ViewsConfig(**_typed(ViewsConfig, sections["views"], "views."))
-    with as_input_error("model"):
+    encoder = _encoder(sections["model"], "model")
+    second = _encoder(sections["second_model"], "second_model") if sections["second_model"] else None
+    with as_input_error("vicreg"):
+        _check_keys(sections["vicreg"], VicRegConfig(), "vicreg")
+        vicreg = VicRegConfig(encoder=encoder, second_encoder=second, **sections["vicreg"])
+    _check_ranges(run)
+    return RunConfig(run=run, views=views, vicreg=vicreg)
+
+
+def _encoder(settings: dict[str, Any], section: str) -> PreTrainedConfig:
+    """Return an encoder's configuration from its section of the settings."""
+    with as_input_error(section):
         encoder = encoder_config({})
-        model_type = sections["model"].get("model_type", encoder.model_type)
+        model_type = settings.get("model_type", encoder.model_type)
         if model_type != encoder.model_type and model_type not in CONFIG_MAPPING:
             raise InputError(
-                f"`model.model_type`: expected a model type transformers knows, got {model_type!r}"
+                f"`{section}.model_type`: expected a model type transformers knows, got {model_type!r}"
                 f"{_hint(model_type, list(CONFIG_MAPPING))}."
             )
         if model_type != encoder.model_type:
             encoder = encoder_config({"model_type": model_type})
-        _check_keys(sections["model"], encoder, "model")
-        encoder = encoder_config(sections["model"])
+        _check_keys(settings, encoder, section)
+        encoder = encoder_config(settings)
         if getattr(encoder, "num_channels", 3) != 3:
-            raise InputError(f"`model.num_channels`: expected 3, images are read as RGB, got {encoder.num_channels}.")
-    with as_input_error("vicreg"):
-        _check_keys(sections["vicreg"], VicRegConfig(), "vicreg")
-        vicreg = VicRegConfig(encoder=encoder, **sections["vicreg"])
-    _check_ranges(run)
-    return RunConfig(run=run, views=views, vicreg=vicreg)
+            raise InputError(
+                f"`{section}.num_channels`: expected 3, images are read as RGB, got {encoder.num_channels}."
+            )
+    return encoder
 
 
 def _check_ranges(run: PretrainArguments) -> None:

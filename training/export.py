@@ -14,6 +14,7 @@ from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 
 PATHS = {"output_dir", "train_dir", "dataset_name"}  # of the machine it ran on; the card names the data itself
+SECOND = "second_encoder"  # where the second branch's encoder lies
 LOADING_SNIPPET = """\
 import hf_vicreg; from transformers import AutoImageProcessor, AutoModel
 processor, model = AutoImageProcessor.from_pretrained("{folder}"), AutoModel.from_pretrained("{folder}")
@@ -27,7 +28,8 @@ def export_run(
 
     Args:
         folder: The run's `output_dir`.
-        model: The trained model; its encoder goes to the root, the whole of it to `pretraining/`.
+        model: The trained model; its encoder goes to the root, that of a second branch to `second_encoder/`, the
+            whole of it to `pretraining/`.
         processor: The image processor whose pixels the features were measured on.
         recipe: The resolved configuration.
         results: What was measured; stored as `results.json` and read by the card.
@@ -37,6 +39,9 @@ def export_run(
     try:
         model.save_pretrained(folder / "pretraining")
         model.encoder.save_pretrained(folder)
+        if model.second_encoder is not None:
+            model.second_encoder.save_pretrained(folder / SECOND)
+            processor.save_pretrained(folder / SECOND)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -45,7 +45,7 @@ class Trainer:
         source: ImageSource,
         model: VicRegForPreTraining,
         accelerator: Accelerator,
-        measure: Callable[[], float] | None,
+        measure: Callable[[], dict[str, float]] | None,
     ):
         """Set up optimiser and data order.
 
@@ -54,7 +54,7 @@ class Trainer:
             source: Images to train on.
             model: Encoder, expander and loss.
             accelerator: Processes and device.
-            measure: Called on every process; returns the encoder's k-NN accuracy.
+            measure: Called on every process; returns each encoder's k-NN accuracy by the name it has in the log.
 
         Raises:
             InputError: The batch does not fit the data or the number of processes.
@@ -145,9 +145,10 @@ class Trainer:
             epoch = state.step // self.steps_per_epoch
             if self.measure and epoch_done and not last and run.knn_every_epochs and epoch % run.knn_every_epochs == 0:
                 pause = time.perf_counter()
-                accuracy = self.measure()
-                self._log({"step": state.step, "epoch": epoch, "knn_accuracy": accuracy})
-                progress.write(f"epoch {epoch}: {run.knn_neighbours}-NN accuracy {accuracy:.3f}")
+                accuracies = self.measure()
+                self._log({"step": state.step, "epoch": epoch, **accuracies})
+                found = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies.values())
+                progress.write(f"epoch {epoch}: {run.knn_neighbours}-NN accuracy {found}")
                 window_started += time.perf_counter() - pause
             if state.step % run.checkpointing_steps == 0 or last:
                 state.training_seconds = seconds_before + time.perf_counter() - started
@@ -183,7 +184,7 @@ class Trainer:
         )
 
     def _step(self, batch: dict[str, Any]) -> tuple[VicRegOutput, float, float]:
-        """One optimiser step; returns the outputs, the norm of the encoder's gradient and the learning rate."""
+        """One optimiser step; returns the outputs, the norm of the encoders' gradient and the learning rate."""
         run, device = self.run, self.accelerator.device
         learning_rate = learning_rate_at(self.state.step, self.num_steps, run.learning_rate, run.warmup_ratio)
         for group in self.optimizer.param_groups:
@@ -193,7 +194,8 @@ class Trainer:
         outputs = self.model(pixel_values=views)
         self.accelerator.backward(outputs.loss)
         limit = run.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.encoder.parameters(), limit).item()
+        parameters = [one for encoder in self.unwrapped.encoders for one in encoder.parameters()]
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
         # the loss is the global batch's and gradients are averaged already: every process sees the same two numbers
         if math.isfinite(grad_norm) and math.isfinite(outputs["loss"].item()):
             self.optimizer.step()

@@ -21,6 +21,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.modeling.vicreg_loss import covariance_form
 from hf_vicreg.training.config import RunConfig, parse_flags, resolve
 from hf_vicreg.training.distributed import build_accelerator
 from hf_vicreg.training.errors import InputError, as_input_error
@@ -101,9 +102,9 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     source = source.first(run.max_train_samples).at_least(*_patch_size(config.vicreg.encoder))
     _refuse_unusable(source, field)
 
-    encoder_type = config.vicreg.encoder.model_type
+    types = [one.model_type for one in (config.vicreg.encoder, config.vicreg.second_encoder) if one is not None]
     # encoders of others may have parameters that no forward pass reaches (DINOv2's mask token)
-    all_used = encoder_type == BigBirdViTModel.config_class.model_type
+    all_used = set(types) == {BigBirdViTModel.config_class.model_type}
     accelerator = build_accelerator(run.mixed_precision, find_unused_parameters=not all_used)
     if run.per_device_train_batch_size is not None:
         run.batch_size = run.per_device_train_batch_size * accelerator.num_processes
@@ -116,12 +117,14 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     with as_input_error("model"):
         density = attention_density(config)
         model = VicRegForPreTraining(config.vicreg)
-    if model.encoder.main_input_name != "pixel_values":
-        raise InputError(f"`model.model_type`: expected an encoder of images, got {encoder_type!r}.")
+    for section, encoder in zip(("model", "second_model"), model.encoders, strict=False):
+        if encoder.main_input_name != "pixel_values":
+            found = encoder.config.model_type
+            raise InputError(f"`{section}.model_type`: expected an encoder of images, got {found!r}.")
     set_seed(run.seed + accelerator.process_index)  # one set of weights, but every process drops paths of its own
     processor = build_processor(config)
     probe = _Probe(bank, test, processor, model, accelerator, run.knn_neighbours, run.knn_test_samples)
-    trainer = Trainer(config, source, model, accelerator, probe.trained if probe.possible else None)
+    trainer = Trainer(config, source, model, accelerator, probe.logged if probe.possible else None)
     checkpoint = checkpoint_to_resume(run)
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -133,22 +136,23 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
             raise InputError(f"`output_dir`: expected a folder to write to, cannot make {folder}: {error}.") from error
         (folder / "recipe.yaml").write_text(yaml.safe_dump(config.to_recipe(), sort_keys=False))
     accelerator.wait_for_everyone()
-    parameters = sum(one.numel() for one in trainer.unwrapped.encoder.parameters())
+    sizes = [sum(one.numel() for one in encoder.parameters()) for encoder in trainer.unwrapped.encoders]
     logger.info(
-        "%s images of %s, batch %d, %d steps; encoder of %.2f M parameters, attention density %.3f",
+        "%s images of %s, batch %d, %d steps; encoder of %s M parameters, attention density %.3f; covariance by %s",
         f"{len(source):,}",
         source.name,
         run.batch_size,
         trainer.num_steps,
-        parameters / 1e6,
+        " and ".join(f"{size / 1e6:.2f}" for size in sizes),
         density,
+        covariance_form(run.batch_size, config.vicreg.expander_sizes[-1]),
     )
     knn = trainer.state.knn
     if probe.possible and "untrained" not in knn:
-        knn |= {"raw_pixels": probe.raw_pixels(), "untrained": probe.trained()}
+        knn |= {"raw_pixels": probe.raw_pixels(), **probe.of_encoders("untrained")}
     state = trainer.fit()
     if probe.possible:
-        state.knn["trained"] = probe.trained()
+        state.knn |= probe.of_encoders("trained")
     if state.unusable:
         logger.warning(
             "%d image(s) were corrupt or smaller than a patch, and replaced by others: %s",
@@ -163,7 +167,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         "skipped_steps": state.skipped_steps,
         "training_seconds": round(state.training_seconds, 1),
         "hardware": _hardware(accelerator),
-        "encoder_parameters": parameters,
+        "encoder_parameters": sizes[0],
         "features": trainer.unwrapped.expander.in_features,
         "attention_density": density,
         "knn_neighbours": run.knn_neighbours,
@@ -212,8 +216,11 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
             ("raw_pixels", "raw pixels"),
             ("untrained", "untrained encoder"),
             ("trained", "trained encoder"),
+            ("second_untrained", "second, untrained"),
+            ("second_trained", "second, trained"),
         ):
-            lines.append(f"  {text:<18} {knn[key]:.3f}")
+            if key in knn:
+                lines.append(f"  {text:<18} {knn[key]:.3f}")
     lines.append(f"\nThe encoder is in {folder}. To load it:\n")
     lines.append(LOADING_SNIPPET.format(folder=folder, features=results["features"]))
     return "\n" + "\n".join(lines)
@@ -240,8 +247,14 @@ class _Probe:
     def raw_pixels(self) -> float:
         return self._accuracy(_small_pixels)
 
-    def trained(self) -> float:
-        return self._accuracy(model_encoder(self.model.encoder))
+    def of_encoders(self, name: str) -> dict[str, float]:
+        """Return the accuracy of each encoder, the second one's with `second_` before the name."""
+        accuracies = [self._accuracy(model_encoder(one)) for one in self.model.encoders]
+        return dict(zip((name, f"second_{name}"), accuracies, strict=False))
+
+    def logged(self) -> dict[str, float]:
+        """Return the same by the names of the log."""
+        return self.of_encoders("knn_accuracy")
 
     def _accuracy(self, encode_pixels) -> float:
         """Every process encodes its share and all of them see the same number.

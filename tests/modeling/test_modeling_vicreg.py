@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForPreTraining, ResNetConfig, ViTConfig
+from transformers import (
+    AutoModel,
+    AutoModelForPreTraining,
+    BertConfig,
+    ConvNextConfig,
+    Dinov2Config,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+)
 
 from hf_vicreg import VicRegConfig, VicRegForPreTraining, vicreg_loss
 
@@ -29,9 +38,19 @@ ENCODERS = [
         id="vit",
     ),
     pytest.param(
+        Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8),
+        id="dinov2",
+    ),
+    pytest.param(
         ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"), id="resnet"
     ),
+    pytest.param(ConvNextConfig(num_stages=2, hidden_sizes=[16, 32], depths=[1, 1]), id="convnext"),
+    pytest.param(
+        SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4),
+        id="swin",
+    ),
 ]
+RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1], layer_type="basic")
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -53,6 +72,78 @@ def test_any_encoder_trains_and_round_trips(encoder, tmp_path):
     model.encoder.save_pretrained(tmp_path / "encoder")
     alone = AutoModel.from_pretrained(tmp_path / "encoder")
     assert type(alone) is type(model.encoder)
+
+
+def two_branches(**changes):
+    settings = {"encoder": RESNET, "second_encoder": TINY, "expander_sizes": [24, 40]}
+    return VicRegForPreTraining(VicRegConfig(**settings | changes))
+
+
+def test_two_branches_of_different_kinds_share_nothing(tmp_path):
+    weights = {"variance_weight": [20.0, 10.0], "covariance_weight": [1.0, 0.5], "convention": "solo-learn"}
+    model = two_branches(second_expander_sizes=[48, 40], **weights).train()
+    views = torch.randn(6, 2, 3, 32, 32)
+    outputs = model(pixel_values=views)
+    assert [tuple(one.shape) for one in outputs.representations] == [(6, 24), (6, 32)]
+    assert outputs.embeddings.shape == (6, 2, 40)
+    assert torch.equal(outputs.loss, vicreg_loss(*outputs.embeddings.unbind(1), **weights).loss)
+    outputs.loss.backward()
+    for branch in (model.encoder, model.expander, model.second_encoder, model.second_expander):
+        assert all(one.grad is not None for one in branch.parameters() if one.numel())
+    # each branch sees one view: what the other sees changes nothing in it
+    model.eval()
+    changed = views.clone()
+    changed[:, 0] += 1
+    with torch.no_grad():
+        one, other = (model(pixel_values=each).embeddings for each in (views, changed))
+    assert torch.equal(one[:, 1], other[:, 1])
+    assert not torch.equal(one[:, 0], other[:, 0])
+
+    model.save_pretrained(tmp_path)
+    again = AutoModelForPreTraining.from_pretrained(tmp_path)
+    assert again.config.second_encoder.model_type == "bigbird_vit"
+    assert torch.equal(again(pixel_values=views).loss, model(pixel_values=views).loss)
+
+
+def test_second_branch_may_take_other_inputs():
+    model = two_branches().train()
+    first, second = torch.randn(6, 3, 32, 32), torch.randn(6, 3, 48, 40)
+    loss = model(pixel_values=first, second_inputs={"pixel_values": second}).loss
+    same = torch.randn(6, 2, 3, 32, 32)
+    model.eval()
+    expected = model(pixel_values=same).loss
+    assert torch.equal(model(pixel_values=same[:, 0], second_inputs={"pixel_values": same[:, 1]}).loss, expected)
+    # or be of another modality
+    text = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    model = two_branches(second_encoder=text).train()
+    tokens = {"input_ids": torch.randint(0, 30, (6, 5)), "attention_mask": torch.ones(6, 5, dtype=torch.long)}
+    loss = model(pixel_values=first, second_inputs=tokens).loss
+    loss.backward()
+    assert model.second_encoder.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+    for call, message in (
+        ({"pixel_values": same, "second_inputs": tokens}, "expected .batch, channels, height, width. beside"),
+        ({"pixel_values": first}, "2 views"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**call)
+    with pytest.raises(ValueError, match="`second_inputs`: expected a `second_encoder`"):
+        VicRegForPreTraining(VicRegConfig(encoder=TINY, expander_sizes=[8]))(first, second_inputs=tokens)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_pretrained_encoders_are_taken_along(encoder, tmp_path):
+    source = VicRegForPreTraining(VicRegConfig(encoder=encoder, expander_sizes=[8])).encoder
+    source.save_pretrained(tmp_path)
+    model = VicRegForPreTraining.from_encoder_pretrained(tmp_path, expander_sizes=[24, 40], convention="paper")
+    assert model.config.convention == "paper"
+    assert model.second_encoder is None
+    both = VicRegForPreTraining.from_encoder_pretrained(tmp_path, tmp_path, expander_sizes=[24, 40])
+    for own in (model.encoder, both.encoder, both.second_encoder):
+        assert all(torch.equal(tensor, own.state_dict()[name]) for name, tensor in source.state_dict().items())
+    assert both.encoder is not both.second_encoder
+    assert model.expander.output.weight.shape == (40, 24)
+    with pytest.raises(OSError, match="nowhere"):
+        VicRegForPreTraining.from_encoder_pretrained(tmp_path / "nowhere")
 
 
 def test_expander_is_the_papers():
@@ -116,8 +207,29 @@ def test_bad_inputs_are_named(pixel_values, message):
         ({"expander_norm": "x"}, "expander_norm"),
         ({"eps": 0.0}, "`eps`: expected a number above 0"),
         ({"encoder": 3}, "`encoder`: expected a configuration or its fields, got int"),
+        ({"second_encoder": 3}, "`second_encoder`: expected a configuration or its fields, got int"),
+        ({"covariance_weight": [1.0, -1.0]}, "`covariance_weight`: expected a number of at least 0, got -1"),
+        ({"variance_weight": [1.0]}, "`variance_weight`: expected a number or one for each of 2 views"),
+        ({"convention": "mine"}, "convention"),
+        ({"second_expander_sizes": [8]}, "`second_expander_sizes`: expected a `second_encoder` as well"),
+        (
+            {"second_encoder": TINY, "expander_sizes": [24, 40], "second_expander_sizes": [24, 48]},
+            "`second_expander_sizes`: expected embeddings as wide as the first branch's, 40, got 48",
+        ),
     ],
-    ids=["no-expander", "negative-weight", "unknown-norm", "no-eps", "no-encoder"],
+    ids=[
+        "no-expander",
+        "negative-weight",
+        "unknown-norm",
+        "no-eps",
+        "no-encoder",
+        "no-second-encoder",
+        "negative-of-two",
+        "one-of-two",
+        "convention",
+        "one-branch",
+        "widths-differ",
+    ],
 )
 def test_bad_configurations_are_named(changes, message):
     with pytest.raises(Exception, match=message):

@@ -37,6 +37,37 @@ def recipe_file(tmp_path, tiny_recipe):
     return write
 
 
+def test_two_branches_of_different_kinds_train_and_resume(tmp_path, tiny_recipe):
+    resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    settings = tiny_recipe | {
+        "model": resnet,
+        "second_model": tiny_recipe["model"],
+        "vicreg": {"expander_sizes": [32, 32], "variance_weight": [25.0, 20.0]},
+        "knn_every_epochs": 1,
+        "num_train_epochs": 2,
+    }
+    out = tmp_path / "run"
+    result = pretrain(out=out, data="digits", max_train_samples=96, **settings)
+    names = {"raw_pixels", "untrained", "trained", "second_untrained", "second_trained"}
+    assert set(result.results["knn_accuracy"]) == names
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    (measured,) = (line for line in lines if "knn_accuracy" in line)
+    assert measured["second_knn_accuracy"] > 0
+    first, second = AutoModel.from_pretrained(out), AutoModel.from_pretrained(out / "second_encoder")
+    assert (first.config.model_type, second.config.model_type) == ("resnet", "bigbird_vit")
+    images = [Image.new("RGB", (40, 30), (10 * index, 5, 200)) for index in range(3)]
+    pixels = AutoImageProcessor.from_pretrained(out / "second_encoder")(images, return_tensors="pt")
+    wrapper = AutoModelForPreTraining.from_pretrained(out, subfolder="pretraining")
+    assert torch.equal(wrapper.second_encoder(**pixels).pooler_output, second(**pixels).pooler_output)
+    # the stored recipe is the run's own: it resumes, and has nothing left to do
+    again = pretrain(out=out, data="digits", config=out / "recipe.yaml", resume_from_checkpoint="latest")
+    assert again.results["steps"] == 6
+    with pytest.raises(InputError, match=r"`second_model.model_type`: expected a model type"):
+        pretrain(out=tmp_path / "other", data="digits", **settings | {"second_model": {"model_type": "nothing"}})
+    with pytest.raises(InputError, match=r"`second_model.model_type`: expected an encoder of images, got 'bert'"):
+        pretrain(out=tmp_path / "other", data="digits", **settings | {"second_model": {"model_type": "bert"}})
+
+
 def test_a_run_leaves_a_folder_that_loads(tmp_path, tiny_recipe, caplog, capsys):
     out = tmp_path / "run"
     with caplog.at_level(logging.INFO, logger="hf_vicreg"):
