@@ -12,20 +12,18 @@ above inputs and module, each in a process of its own.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.measuring import extra_memory, machine, step
 from hf_vicreg.modeling.bigbird_attention import sdpa_attention
 from hf_vicreg.modeling.bigbird_pattern import BlockPattern, block_pattern
 from hf_vicreg.modeling.bigbird_positions import rotary_tables, with_global_tokens
@@ -117,19 +115,6 @@ def bigbird(tokens: int, device: str, dtype: torch.dtype):
 KINDS = {"core": core, "layer": layer}
 
 
-def step(function: Callable[[], torch.Tensor], device: str) -> tuple[float, float]:
-    """Return seconds of a forward pass, and of forward and backward together."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    synchronize()
-    started = time.perf_counter()
-    output = function()
-    synchronize()
-    forward = time.perf_counter() - started
-    output.backward(torch.ones_like(output))
-    synchronize()
-    return forward, time.perf_counter() - started
-
-
 def methods_for(kind: str, side: int, device: str) -> list[str]:
     """Return what is measured at this size."""
     methods = ["ours"]
@@ -175,27 +160,8 @@ def measure_times(kind: str, side: int, repeats: int, device: str, dtype: torch.
 
 def measure_memory(kind: str, method: str, side: int, device: str, dtype: torch.dtype) -> int | None:
     """Return bytes of extra peak memory of one forward and backward pass; None where it cannot be read."""
-    function = KINDS[kind](method, side, device, dtype)
-    if device == "cuda":
-        step(function, device)  # compiles, and fills caches and workspaces
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(function, device)
-        return torch.cuda.max_memory_allocated() - before
-    if not Path("/proc/self/clear_refs").exists():
-        return None
     small = KINDS[kind](method, 16 if method != "bigbird" else 32, device, dtype)
-    step(small, device)  # thread pools and libraries are no part of the method
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = resident("VmRSS")
-    step(function, device)
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """Return a field of this process's memory in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    return extra_memory(KINDS[kind](method, side, device, dtype), small, device)
 
 
 def in_child(*arguments: str) -> list | int | None:
@@ -205,25 +171,6 @@ def in_child(*arguments: str) -> list | int | None:
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def machine(device: str) -> dict:
-    """Return what the figures depend on."""
-    found = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "cpu_threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    info = Path("/proc/cpuinfo")
-    if device == "cpu" and info.exists():
-        found["device"] = next(
-            (line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
-            found["device"],
-        )
-    return found
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -18,7 +18,7 @@ specification.loader.exec_module(worker)
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2-processes", "3-processes"])
+@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids=lambda count: f"{count}-processes")
 def results(request, tmp_path_factory):
     """What the worker measured with that many processes, its world size asserted first."""
     import subprocess
@@ -49,9 +49,11 @@ def test_loss_is_that_of_the_global_batch(results, shape):
     exact = results[f"exact_{shape[0]}_gradient"]
     assert (exact - gradient).norm() <= 1e-10 * gradient.norm()
     assert results[f"exact_{shape[0]}_loss"].item() == pytest.approx(loss.item(), rel=1e-12)
-    # the known wrong form, statistics of one process, must fail this comparison
-    wrong = results[f"per_process_{shape[0]}_gradient"]
-    assert (wrong - gradient).norm() > 0.05 * gradient.norm()
+    # the known wrong forms, statistics of one process and gradients of its own share, must fail this comparison
+    for name in ("per_process", "own_gradient"):
+        wrong = results[f"{name}_{shape[0]}_gradient"]
+        right = (wrong - gradient).norm() <= 1e-10 * gradient.norm()
+        assert right == (results["world_size"] == 1), name
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"])

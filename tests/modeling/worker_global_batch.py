@@ -69,6 +69,16 @@ def main():
             dist.all_gather(gathered, gradient)
             results[f"{name}_{shape[0]}_gradient"] = torch.cat(gathered)
             results[f"{name}_{shape[0]}_loss"] = parts.loss.detach()
+        # the other known wrong form: all embeddings gathered, but a gradient through this process's own alone
+        whole = []
+        for leaf in leaves:
+            gathered = [torch.empty_like(leaf) for _ in range(world_size)]
+            dist.all_gather(gathered, leaf.detach())
+            whole.append(torch.cat([leaf if one == rank else gathered[one] for one in range(world_size)]))
+        gradient = torch.cat(torch.autograd.grad(vicreg_loss(*whole).loss, leaves), dim=1) / world_size
+        gathered = [torch.empty_like(gradient) for _ in range(world_size)]
+        dist.all_gather(gathered, gradient)
+        results[f"own_gradient_{shape[0]}_gradient"] = torch.cat(gathered)
 
     for norm in ("batch", "layer"):
         for dtype in (torch.float64, torch.float32):
