@@ -122,14 +122,14 @@ def convert(
     except (OSError, ValueError) as error:
         raise ValueError(f"`SOURCE`: expected a model's folder or Hub id, got {str(source)!r}: {error}") from None
     with_head = config.architectures == ["ViTForImageClassification"]
-    dense = (BigBirdViTForImageClassification if with_head else BigBirdViTModel).from_dense(source, **pattern)
+    original = load_source(source, AutoModelForImageClassification if with_head else AutoModel)
+    dense = (BigBirdViTForImageClassification if with_head else BigBirdViTModel).from_dense(original, **pattern)
     dtype = dense.dtype
     dense.float()
     sizes = _sizes(dense.config, image_sizes)
     processor = _processor(source)
     pictures, described = _pictures(images, dense.config.num_channels)
     pixels = [_pixels(pictures, processor, dense.config.num_channels, *size) for size in sizes]
-    original, _ = load_source(source, AutoModelForImageClassification if with_head else AutoModel)
     difference = max(_difference(original.float(), dense, one) for one in pixels)
     if not difference <= TOLERANCE:
         raise ValueError(

@@ -68,9 +68,9 @@ def load_dense(
         auto_class: What loads a source; `AutoModelForImageClassification` takes over its classifier as well.
     """
     with_head = auto_class is AutoModelForImageClassification
-    model, absent = (source, []) if isinstance(source, PreTrainedModel) else load_source(source, auto_class)
+    model = source if isinstance(source, PreTrainedModel) else load_source(source, auto_class)
     _check_type(model.config)
-    weights = _renamed(getattr(model, model.base_model_prefix, model).state_dict(), absent)
+    weights = _renamed(getattr(model, model.base_model_prefix, model).state_dict())
     fields = _fields(model.config, weights)
     if with_head:
         fields |= {name: getattr(model.config, name) for name in ("id2label", "label2id", "problem_type")}
@@ -100,11 +100,11 @@ def load_dense(
     return made.to(next(iter(weights.values())).dtype).eval()
 
 
-def load_source(source: str | os.PathLike, auto_class: Any = AutoModel) -> tuple[PreTrainedModel, list[str]]:
-    """Return the dense model in a folder or on the Hub, and the names of its tensors that are not in the files.
+def load_source(source: str | os.PathLike, auto_class: Any = AutoModel) -> Any:
+    """Return the dense model in a folder or on the Hub, without a pooler if its files have none.
 
     Raises:
-        ValueError: Another kind of model, damaged files or tensors of other shapes.
+        ValueError: Another kind of model, damaged files, missing or unknown tensors or some of other shapes.
         OSError: No model there, or none in safetensors form.
     """
     _check_type(AutoConfig.from_pretrained(source))
@@ -134,7 +134,14 @@ def load_source(source: str | os.PathLike, auto_class: Any = AutoModel) -> tuple
         short = name.removeprefix(f"{model.base_model_prefix}.")
         if not short.startswith(HEADS) and short != "embeddings.mask_token":
             raise ValueError(f"`source`: expected no tensor {name!r} by its configuration, got one.")
-    return model, sorted(loading["missing_keys"])
+    missing = sorted(loading["missing_keys"])
+    if any(name.startswith("pooler.") for name in missing):
+        model.pooler = None  # rather than random numbers
+    for name in missing:
+        if not name.startswith("pooler.") and name != "embeddings.mask_token":
+            wanted = tuple(model.get_parameter(name).shape)
+            raise ValueError(f"`source`: expected tensor {name!r} {wanted} by its configuration, got none.")
+    return model
 
 
 def _check_type(config: PreTrainedConfig) -> None:
@@ -142,11 +149,11 @@ def _check_type(config: PreTrainedConfig) -> None:
         raise ValueError(f"`source`: expected a model of type {', '.join(SOURCES)}; got {config.model_type!r}.")
 
 
-def _renamed(weights: dict[str, torch.Tensor], absent: list[str]) -> dict[str, torch.Tensor]:
-    """The encoder's tensors that are there, under this model's names, without the mask token."""
+def _renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The encoder's tensors under this model's names, without the mask token."""
     renamed = {}
     for name, tensor in weights.items():
-        if name == "embeddings.mask_token" or any(f".{one}".endswith(f".{name}") for one in absent):
+        if name == "embeddings.mask_token":
             continue
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)

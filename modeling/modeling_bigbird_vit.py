@@ -353,10 +353,12 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         if valid is not None:
             key_valid = F.pad(reorder(valid.flatten(1), order, 1), (num_global, 0), value=True)
         # what is recorded is what the next layer reads, so that its gradient can be asked for: then layers permute
-        orders = None
-        if order is not None and (self._asks("hidden_states", kwargs) or self._asks("attentions", kwargs)):
+        orders = to_raster = None
+        if order is not None:
             first = torch.arange(num_global, device=order.device)
-            orders = torch.cat([first, order + num_global]), torch.cat([first, order.argsort() + num_global])
+            to_raster = torch.cat([first, order.argsort() + num_global])
+            if self._asks("hidden_states", kwargs) or self._asks("attentions", kwargs):
+                orders = torch.cat([first, order + num_global]), to_raster
         tokens = self.embeddings(pixel_values, order if orders is None else None, valid)
         rotary = None
         if self.config.position_embedding_type == "rope":
@@ -367,10 +369,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             rotary = with_global_tokens((cos, sin), num_global)
         encoded = self.encoder(tokens, key_valid, patterns, rotary, orders, **kwargs | {"return_dict": True})
 
-        to_raster = None
-        if order is not None and orders is None:
-            to_raster = torch.cat([torch.arange(num_global, device=order.device), order.argsort() + num_global])
-        last_hidden_state = self.layernorm(reorder(encoded.last_hidden_state, to_raster, 1))
+        last_hidden_state = self.layernorm(reorder(encoded.last_hidden_state, None if orders else to_raster, 1))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=self._pool(last_hidden_state[:, :1], last_hidden_state[:, num_global:], valid),

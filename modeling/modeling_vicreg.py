@@ -79,9 +79,8 @@ class VicRegForPreTraining(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = (
-        False  # transformers' Trainer: the loss is a batch's own, not a sum over `num_items_in_batch`
-    )
+    # for transformers' Trainer: the loss is a batch's own, not a sum over `num_items_in_batch`
+    accepts_loss_kwargs = False
     _supports_sdpa = True
 
     def __init__(self, config: VicRegConfig):
