@@ -8,22 +8,20 @@ Invariance `s = mean (Z - Z')^2`. Variance `v(Z) = mean_j max(0, gamma - sqrt(Va
 
 The weights are those of a convention: see `vicreg_weights.py`.
 
-For N < D the covariance never forms the D x D matrix C: with the Gram matrix `G = Zc Zc^T` (N x N),
-`sum_{j != k} C_jk^2 = ||G||_F^2 / (N - 1)^2 - sum_j Var_j^2` (Garrido et al. 2022, arXiv 2206.02574, the duality of
-contrastive and non-contrastive losses), and its gradient is `4 / (D (N - 1)) (G Zc / (N - 1) - Zc diag(Var))`. The
-difference cancels in float32 where a few dimensions hold nearly all the variance: its error is about 1e-7 of
-`sum_j Var_j^2`.
+With local views Z'' of small crops beside the two global ones, s is the mean over the pairs of a global view and any
+other one, and v and c are means over all views times two, so that without local views the loss is the one above.
+Source: Bardes, Ponce, LeCun, "VICRegL", NeurIPS 2022 (arXiv 2210.01571), the global criterion of `main_vicregl.py`.
 """
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from .vicreg_statistics import centre, covariance_form, squares, view_statistics
 from .vicreg_weights import Convention, Weight, check_weights, convention_factors
-
-BLOCK = 512  # rows of a symmetric product computed at a time: 1.9 times as fast at 2,048 rows as the whole
 
 
 class VicRegTerms(NamedTuple):
@@ -45,9 +43,10 @@ def vicreg_loss(
     gamma: float = 1.0,
     eps: float = 1e-4,
     convention: Convention = "official",
+    local_views: Sequence[torch.Tensor] = (),
     process_group: dist.ProcessGroup | None = None,
 ) -> VicRegTerms:
-    """Return the VICReg loss of two batches of embeddings.
+    """Return the VICReg loss of two batches of embeddings, or more where there are local views.
 
     Computed in float32 (float64 for float64 inputs) whatever the autocast. A non-finite value is returned, not raised.
 
@@ -60,25 +59,32 @@ def vicreg_loss(
         gamma: Target of each dimension's standard deviation.
         eps: Added to the variance under the root.
         convention: Whose parts the weights are of; `convert_weights` translates.
+        local_views: Embeddings of further, small crops of the same images, each `(batch, dimensions)`.
         process_group: Processes whose batches, of equal size, together make the global batch. Each gets the loss of
             the global batch, and gradients multiplied by the number of processes, so that the mean over processes
             that DistributedDataParallel takes is the gradient of one process with the joined batch. All must call.
 
     Raises:
-        ValueError: Wrong shape or type, fewer than two samples in the global batch, a negative weight, an unknown
-            convention, or batches of different size in the group (on every process).
+        ValueError: Wrong shape or type, fewer than two samples in the global batch, a negative weight, weights for
+            each of two views beside local ones, an unknown convention, or batches of different size in the group (on
+            every process).
     """
+    views = (z_a, z_b, *local_views)
     if z_a.ndim != 2 or z_a.shape != z_b.shape:
         raise ValueError(
             "`z_a`, `z_b`: expected two tensors of one shape (batch, dimensions), "
             f"got {tuple(z_a.shape)} and {tuple(z_b.shape)}."
         )
-    for name, z in (("z_a", z_a), ("z_b", z_b)):
+    names = ("z_a", "z_b", *(f"local_views[{index}]" for index in range(len(local_views))))
+    for name, z in zip(names, views, strict=True):
+        if z.shape != z_a.shape:
+            raise ValueError(
+                f"`{name}`: expected the shape of the global views, {tuple(z_a.shape)}, got {tuple(z.shape)}."
+            )
         if not z.is_floating_point():
             raise ValueError(f"`{name}`: expected a floating point tensor, got {z.dtype}.")
-    variance_weights, covariance_weights = check_weights(
-        invariance_weight, variance_weight, covariance_weight, gamma, eps
-    )
+    pairs = check_weights(invariance_weight, variance_weight, covariance_weight, gamma, eps)
+    weights = [_view_weights(*one, len(views)) for one in zip(("variance", "covariance"), pairs, strict=True)]
     factors = convention_factors(convention, z_a.shape[1])
     num_samples = _global_batch(z_a, process_group)
     if num_samples < 2:
@@ -86,15 +92,22 @@ def vicreg_loss(
             f"`z_a`, `z_b`: expected at least 2 samples for a covariance, got a batch of {num_samples}; "
             "raise the batch size."
         )
-    dtype = torch.promote_types(torch.promote_types(z_a.dtype, z_b.dtype), torch.float32)
+    dtype = torch.float32
+    for z in views:
+        dtype = torch.promote_types(dtype, z.dtype)
     with torch.autocast(z_a.device.type, enabled=False):
-        terms = _VicRegTerms.apply(z_a.to(dtype), z_b.to(dtype), gamma, eps, process_group)
-        invariance, *rest = (term * factor for term, factor in zip(terms, factors.of_terms(), strict=True))
-        variances, covariances = rest[:2], rest[2:]
-        loss = invariance_weight * invariance
-        for weights, parts in ((variance_weights, variances), (covariance_weights, covariances)):
-            loss = loss + weights[0] * parts[0] + weights[1] * parts[1]
-    return VicRegTerms(loss, invariance, variances[0] + variances[1], covariances[0] + covariances[1])
+        invariance, *of_views = _VicRegTerms.apply(gamma, eps, process_group, *(z.to(dtype) for z in views))
+        invariance = factors.invariance * invariance
+        loss, sums = invariance_weight * invariance, []
+        for factor, view_weights, parts in (
+            (factors.variance, weights[0], of_views[: len(views)]),
+            (factors.covariance, weights[1], of_views[len(views) :]),
+        ):
+            parts = [part * (factor * 2 / len(views)) for part in parts]
+            for weight, part in zip(view_weights, parts, strict=True):
+                loss = loss + weight * part
+            sums.append(torch.stack(parts).sum())
+    return VicRegTerms(loss, invariance, *sums)
 
 
 class VicRegLoss(nn.Module):
@@ -123,18 +136,24 @@ class VicRegLoss(nn.Module):
         }
 
     def forward(
-        self, z_a: torch.Tensor, z_b: torch.Tensor, process_group: dist.ProcessGroup | None = None
+        self,
+        z_a: torch.Tensor,
+        z_b: torch.Tensor,
+        local_views: Sequence[torch.Tensor] = (),
+        process_group: dist.ProcessGroup | None = None,
     ) -> VicRegTerms:
-        """Return the loss of embeddings `(batch, dimensions)` of two views."""
-        return vicreg_loss(z_a, z_b, process_group=process_group, **self.settings)
+        """Return the loss of embeddings `(batch, dimensions)` of two views and any local ones."""
+        return vicreg_loss(z_a, z_b, local_views=local_views, process_group=process_group, **self.settings)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
 
-def covariance_form(num_samples: int, dimensions: int) -> Literal["gram", "moments"]:
-    """Return how the covariance of a global batch is computed: by whichever matrix, N x N or D x D, is smaller."""
-    return "gram" if num_samples < dimensions else "moments"
+def _view_weights(name: str, pair: tuple[float, float], num_views: int) -> list[float]:
+    """A weight for each view; the two of a pair are for two views alone."""
+    if num_views > 2 and pair[0] != pair[1]:
+        raise ValueError(f"`{name}_weight`: expected one number beside local views, got {pair}.")
+    return list(pair) if num_views == 2 else [pair[0]] * num_views
 
 
 def _global_batch(z: torch.Tensor, group: dist.ProcessGroup | None) -> int:
@@ -151,112 +170,61 @@ def _global_batch(z: torch.Tensor, group: dist.ProcessGroup | None) -> int:
     return sizes[0][0] * world_size
 
 
-class _Statistics(NamedTuple):
-    centred: torch.Tensor  # (n, D)
-    variance: torch.Tensor  # (D,), unbiased
-    off_diagonal: torch.Tensor  # scalar, sum_{j != k} C_jk^2; by the Gram matrix, this process's share of it
-    product: torch.Tensor  # (n, D), Zc offdiag(C)
-
-
-def _gram_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGroup | None) -> _Statistics:
-    """N < D: this process's rows of the Gram matrix, n x N. Traffic: Z once, nothing in the backward pass."""
-    everyone = z
-    if group is not None:
-        everyone = z.new_empty(num_samples, z.shape[1])
-        dist.all_gather(list(everyone.chunk(dist.get_world_size(group))), z.contiguous(), group=group)
-    mean = everyone.mean(0)
-    all_centred = everyone - mean
-    # twice: where the spread is small beside the mean, the mean's rounding error would outweigh the gradient
-    residual = all_centred.mean(0)
-    all_centred -= residual
-    variance = _squares(all_centred, 0) / (num_samples - 1)
-    if group is None:
-        centred, gram_rows = all_centred, _times_own_transpose(all_centred)
-    else:
-        centred = (z - mean).sub_(residual)
-        gram_rows = centred @ all_centred.T
-    gram_rows /= num_samples - 1
-    share = _squares(gram_rows) - len(z) / num_samples * _squares(variance)
-    product = torch.mm(gram_rows, all_centred).addcmul_(centred, variance, value=-1)
-    return _Statistics(centred, variance, share, product)
-
-
-def _moment_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGroup | None) -> _Statistics:
-    """N >= D: the D x D covariance, summed over processes. Traffic: D^2 + 2 D, nothing in the backward pass."""
-    centred = z
-    for _ in range(2):  # as in `_gram_statistics`
-        total = centred.sum(0)
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        centred = centred - total / num_samples
-    covariance = _times_own_transpose(centred.T)
-    if group is not None:
-        dist.all_reduce(covariance, group=group)
-    covariance /= num_samples - 1
-    variance = covariance.diagonal().clone()
-    covariance.fill_diagonal_(0)
-    return _Statistics(centred, variance, _squares(covariance), centred @ covariance)
-
-
-def _squares(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Sum of squares, without a tensor of them."""
-    return torch.linalg.vector_norm(values, dim=dim).square()
-
-
-def _times_own_transpose(rows: torch.Tensor) -> torch.Tensor:
-    """`rows @ rows.T` in blocks of rows, each half of the symmetric result computed once."""
-    if len(rows) <= BLOCK:
-        return rows @ rows.T
-    result = rows.new_empty(len(rows), len(rows))
-    for start in range(0, len(rows), BLOCK):
-        end = start + BLOCK
-        result[start:end, :end] = rows[start:end] @ rows[:end].T
-        result[:start, start:end] = result[start:end, :start].T
-    return result
+def _pairs(num_views: int) -> Iterator[tuple[int, int, float]]:
+    """Yield each two views that shall agree, one of the first two and any other, and their share of the mean."""
+    for one in range(2):
+        for other in range(one + 1, num_views):
+            # the two global views are a pair from either side
+            yield one, other, (2 if other < 2 else 1) / (2 * (num_views - 1))
 
 
 class _VicRegTerms(torch.autograd.Function):
-    """s, v(Z), v(Z'), c(Z) and c(Z') with their closed-form gradients."""
+    """s, then v of every view, then c of every view, with their closed-form gradients."""
 
     @staticmethod
-    def forward(ctx, z_a, z_b, gamma, eps, group):
+    def forward(ctx, gamma, eps, group, *views):
         world_size = 1 if group is None else dist.get_world_size(group)
-        num_samples, dimensions = len(z_a) * world_size, z_a.shape[1]
-        by_gram = covariance_form(num_samples, dimensions) == "gram"
-        statistics = _gram_statistics if by_gram else _moment_statistics
-        a, b = statistics(z_a, num_samples, group), statistics(z_b, num_samples, group)
+        num_samples, dimensions = len(views[0]) * world_size, views[0].shape[1]
+        of_views = [view_statistics(z, num_samples, group) for z in views]
 
-        difference = z_a - z_b
-        sums = torch.stack([_squares(difference), a.off_diagonal, b.off_diagonal])
+        distance = sum(share * squares(views[one] - views[other]) for one, other, share in _pairs(len(views)))
+        sums = torch.stack([distance, *(one.off_diagonal for one in of_views)])
         if group is not None:
             # the moments' terms are whole on every process already
+            by_gram = covariance_form(num_samples, dimensions) == "gram"
             dist.all_reduce(sums if by_gram else sums[:1], group=group)
-        invariance, *covariances = sums.unbind()
-        deviations = [(one.variance + eps).sqrt() for one in (a, b)]
+        distance, *off_diagonals = sums.unbind()
+        deviations = [(one.variance + eps).sqrt() for one in of_views]
         variances = [(gamma - deviation).relu().mean() for deviation in deviations]
 
-        ctx.save_for_backward(a.centred, b.centred, difference, *deviations, a.product, b.product)
+        for_backward = zip(views, of_views, deviations, strict=True)
+        ctx.save_for_backward(*(x for z, one, std in for_backward for x in (z, *one.means, one.product, std)))
         ctx.sizes = (num_samples, dimensions, world_size, gamma)
-        return invariance / (num_samples * dimensions), *variances, *(one / dimensions for one in covariances)
+        return distance / (num_samples * dimensions), *variances, *(one / dimensions for one in off_diagonals)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_invariance, grad_variance_a, grad_variance_b, grad_covariance_a, grad_covariance_b):
-        centred_a, centred_b, difference, deviation_a, deviation_b, product_a, product_b = ctx.saved_tensors
+    def backward(ctx, grad_invariance, *grads):
+        saved = ctx.saved_tensors
+        views = [saved[start : start + 5] for start in range(0, len(saved), 5)]
         num_samples, dimensions, world_size, gamma = ctx.sizes
-        gradients = []
         # every process holds the whole loss and DDP averages gradients: times the world size makes the mean a sum
-        pull = world_size * grad_invariance * 2 / (num_samples * dimensions)
         scale = world_size / (dimensions * (num_samples - 1))
-        for sign, centred, deviation, product, grad_variance, grad_covariance in (
-            (1, centred_a, deviation_a, product_a, grad_variance_a, grad_covariance_a),
-            (-1, centred_b, deviation_b, product_b, grad_variance_b, grad_covariance_b),
+        gradients = []
+        grad_variances, grad_covariances = grads[: len(views)], grads[len(views) :]
+        for (z, mean, residual, product, deviation), grad_variance, grad_covariance in zip(
+            views, grad_variances, grad_covariances, strict=True
         ):
             # the hinge is on the standard deviation: d sqrt(var + eps) / dz = Zc / ((N - 1) deviation)
             push = torch.where(deviation < gamma, -scale * grad_variance / deviation, 0)
             gradient = product * (4 * scale * grad_covariance)
-            gradients.append(gradient.addcmul_(centred, push).addcmul_(difference, sign * pull))
-        return *gradients, None, None, None
+            gradients.append(gradient.addcmul_(centre(z, (mean, residual)), push))
+        for one, other, share in _pairs(len(views)):
+            pull = world_size * grad_invariance * 2 * share / (num_samples * dimensions)
+            difference = views[one][0] - views[other][0]
+            gradients[one].addcmul_(difference, pull)
+            gradients[other].addcmul_(difference, -pull)
+        return None, None, None, *gradients
 
 
-__all__ = ["VicRegLoss", "VicRegTerms", "covariance_form", "vicreg_loss"]
+__all__ = ["VicRegLoss", "VicRegTerms", "vicreg_loss"]

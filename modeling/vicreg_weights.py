@@ -27,10 +27,6 @@ class Factors(NamedTuple):
     variance: float
     covariance: float
 
-    def of_terms(self) -> tuple[float, ...]:
-        """The factors of s, v(Z), v(Z'), c(Z), c(Z')."""
-        return self.invariance, self.variance, self.variance, self.covariance, self.covariance
-
 
 def convert_weights(
     invariance_weight: float,

@@ -21,7 +21,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
-from hf_vicreg.modeling.vicreg_loss import covariance_form
+from hf_vicreg.modeling.vicreg_statistics import covariance_form
 from hf_vicreg.training.config import RunConfig, parse_flags, resolve
 from hf_vicreg.training.distributed import build_accelerator
 from hf_vicreg.training.errors import InputError, as_input_error

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_vicreg import vicreg_loss
-from hf_vicreg.modeling.vicreg_loss import VicRegLoss, covariance_form
+from hf_vicreg.modeling.vicreg_loss import VicRegLoss
+from hf_vicreg.modeling.vicreg_statistics import covariance_form
 from hf_vicreg.modeling.vicreg_weights import convert_weights
 
 SHAPES = [(8, 32), (33, 16), (64, 64), (256, 2048), (2, 3), (5, 1)]
@@ -106,6 +107,38 @@ def test_each_view_may_have_its_own_weights(shape):
     torch.testing.assert_close(found.covariance, off_diagonal_squares(a) + off_diagonal_squares(b))
 
 
+@pytest.mark.parametrize("num_local", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=["gram", "moments"])
+def test_local_views_equal_vicregls_global_criterion(shape, num_local):
+    views = [torch.randn(shape, dtype=torch.float64) + torch.randn(shape[1], dtype=torch.float64)]
+    views += [views[0] + 0.5 * torch.randn(shape, dtype=torch.float64) for _ in range(1 + num_local)]
+    views = [view.requires_grad_() for view in views]
+    weights = {"invariance_weight": 3, "variance_weight": 5, "covariance_weight": 7}
+    found = vicreg_loss(*views[:2], local_views=views[2:], convention="vicregl", **weights)
+    # every pair of a global view and another, then every view, as that code counts them
+    pairs = [(one, other) for one in range(2) for other in range(len(views)) if other != one]
+    parts = (
+        sum(F.mse_loss(views[one], views[other]) for one, other in pairs) / len(pairs),
+        sum(hinge(view, 1e-4) for view in views) / len(views),
+        sum(off_diagonal_squares(view) for view in views) / len(views),
+    )
+    for one, other in zip(found[1:], parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
+    wanted = 3 * parts[0] + 5 * parts[1] + 7 * parts[2]
+    gradients, expected = (torch.cat(torch.autograd.grad(one, views)) for one in (found.loss, wanted))
+    assert (gradients - expected).norm() <= 1e-10 * expected.norm()
+    # the other conventions weigh the same parts as they do with two views
+    for convention in CONVENTIONS:
+        converted = convert_weights(3, 5, 7, source="vicregl", target=convention, dimensions=shape[1])
+        again = vicreg_loss(
+            *views[:2],
+            local_views=views[2:],
+            convention=convention,
+            **dict(zip(weights, converted, strict=True)),
+        )
+        torch.testing.assert_close(again.loss, found.loss, rtol=1e-12, atol=0)
+
+
 def test_module_is_the_function():
     leaves = correlated(6, 9)
     module = VicRegLoss(variance_weight=(5.0, 2.0), convention="solo-learn", gamma=0.8)
@@ -171,26 +204,36 @@ def test_each_part_has_its_own_gradient(part):
         assert torch.autograd.gradcheck(lambda *z: getattr(vicreg_loss(*z, gamma=1.5), part), leaves)
 
 
-def test_loss_is_float32_under_autocast():
-    z_a, z_b = (50 * torch.randn(64, 96) for _ in range(2))
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64)], ids=["gram", "moments"])
+def test_loss_is_float32_under_autocast(shape, half):
+    # a standard deviation of 50: the squares of 96 samples overflow float16 long before they are divided by N - 1
+    z_a, z_b = (50 * torch.randn(shape) for _ in range(2))
     expected = vicreg_loss(z_a, z_b)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=half):
         found = vicreg_loss(z_a, z_b)
     assert found.loss.dtype == torch.float32
     assert torch.equal(found.loss, expected.loss)
-    halves = vicreg_loss(z_a.bfloat16(), z_b.bfloat16())
-    same = vicreg_loss(z_a.bfloat16().float(), z_b.bfloat16().float())
+    leaves = [z.to(half).requires_grad_() for z in (z_a, z_b)]
+    wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    with torch.autocast("cpu", dtype=half):
+        halves = vicreg_loss(*leaves)
+    same = vicreg_loss(*wide)
     assert torch.equal(halves.loss, same.loss)
     assert halves.loss.isfinite()
+    gradients = zip(torch.autograd.grad(halves.loss, leaves), torch.autograd.grad(same.loss, wide), strict=True)
+    for one, other in gradients:
+        assert torch.equal(one, other.to(half))
 
 
 def test_gradient_under_autocast_equals_the_one_without():
     leaf = torch.randn(16, 40, requires_grad=True)
     other = torch.randn(16, 40)
     (expected,) = torch.autograd.grad(vicreg_loss(leaf, other).loss, leaf)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        (found,) = torch.autograd.grad(vicreg_loss(leaf, other).loss, leaf)
-    assert torch.equal(found, expected)
+    for half in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=half):
+            (found,) = torch.autograd.grad(vicreg_loss(leaf, other).loss, leaf)
+        assert torch.equal(found, expected)
 
 
 def test_non_finite_values_are_returned():
@@ -210,6 +253,16 @@ def test_non_finite_values_are_returned():
         ((torch.zeros(4, 4),) * 2, {"covariance_weight": (1.0, -1.0)}, "`covariance_weight`: .* got -1"),
         ((torch.zeros(4, 4),) * 2, {"covariance_weight": (1.0, 1.0, 1.0)}, "one for each of 2 views, got"),
         ((torch.zeros(4, 4),) * 2, {"invariance_weight": float("nan")}, "`invariance_weight`: .* got nan"),
+        (
+            (torch.zeros(4, 4),) * 2,
+            {"local_views": [torch.zeros(4, 4), torch.zeros(3, 4)]},
+            r"`local_views\[1\]`: expected the shape of the global views, \(4, 4\), got \(3, 4\)",
+        ),
+        (
+            (torch.zeros(4, 4),) * 2,
+            {"local_views": [torch.zeros(4, 4)], "variance_weight": (1.0, 2.0)},
+            "`variance_weight`: expected one number beside local views",
+        ),
         ((torch.zeros(4, 4),) * 2, {"convention": "mine"}, "`convention`: expected one of .* got 'mine'"),
     ],
     ids=[
@@ -221,6 +274,8 @@ def test_non_finite_values_are_returned():
         "negative-of-two",
         "three-weights",
         "nan",
+        "local-shape",
+        "local-weights",
         "convention",
     ],
 )
