@@ -1,5 +1,6 @@
 """VICReg around an encoder, or two: two views in, the loss and its parts out."""
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
@@ -32,9 +33,9 @@ class VicRegOutput(ModelOutput):
         invariance: Scalar, unweighted.
         variance: Scalar, unweighted.
         covariance: Scalar, unweighted.
-        embeddings: `(batch, 2, dimensions)`, the expander's output for both views.
-        representations: `(batch, 2, features)`, the encoder's pooled output for both views; from two encoders, a tuple
-            of two `(batch, features)`.
+        embeddings: `(batch, views, dimensions)`, the expander's output for each view, local ones last.
+        representations: `(batch, views, features)`, the encoder's pooled output for each view; from two encoders, a
+            tuple of two `(batch, features)`.
     """
 
     loss: torch.Tensor | None = None
@@ -143,49 +144,56 @@ class VicRegForPreTraining(PreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
+        local_pixel_values: torch.Tensor | None = None,
         second_inputs: dict[str, torch.Tensor] | None = None,
+        representations: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        return_loss: bool = True,
         **kwargs,
     ) -> VicRegOutput:
-        """Return the loss of a batch of pairs of views.
+        """Return the loss of a batch of images in two views each, or more.
 
         In training under a process group, loss and statistics are those of the global batch and every process must
         call; in evaluation they are this process's own. An encoder with batch norms of its own (ResNet) still
         normalises over each process's share, so that the result depends on the number of processes: a warning says so.
-        Each view goes through encoder and expander by itself, so that BatchNorm statistics are those of one view, as
-        in the authors' code.
+        Views of one size go through the encoder together, through one with batch norms each by itself; each goes
+        through the expander by itself, so that BatchNorm statistics are those of one view, as in the authors' code.
 
         Args:
             pixel_values: `(batch, 2, channels, height, width)`, two views of each image. With `second_inputs`
                 `(batch, channels, height, width)`, the first branch's.
+            local_pixel_values: `(batch, local views, channels, height, width)`, further, smaller crops of the images.
             second_inputs: What a second encoder takes where that is not an image of the same size: its
                 `pixel_values`, or the inputs of another modality.
+            representations: In place of images, what an earlier call returned as such; the encoder is left out.
+            return_loss: False leaves the expander out and returns representations alone. The two together take a batch
+                through encoder and loss in pieces; see `training/two_pass.py`.
             kwargs: `return_dict`; the rest is ignored.
 
         Raises:
-            ValueError: Inputs of another shape, `second_inputs` without a second encoder, or fewer than two samples in
-                the global batch.
+            ValueError: Inputs of another shape, `second_inputs` without a second encoder, `local_pixel_values` with
+                one, or fewer than two samples in the global batch.
         """
-        inputs = self._inputs(pixel_values, second_inputs)
-        num_samples = len(inputs[0]["pixel_values"])
-        in_group = self.training and dist.is_available() and dist.is_initialized()
-        group = dist.group.WORLD if in_group else None
-        if in_group and self.encoder_has_batch_norm and dist.get_world_size() > 1:
-            logger.warning_once(
-                "The encoder's own batch norms see one process's share of the batch: "
-                "the result depends on the number of processes."
-            )
-        if num_samples * (dist.get_world_size() if in_group else 1) < 2:
+        if representations is None:
+            encoded = self._encode(self._inputs(pixel_values, local_pixel_values, second_inputs))
+        else:
+            encoded = list(representations.unbind(1) if isinstance(representations, torch.Tensor) else representations)
+        joined = torch.stack(encoded, dim=1) if self.second_encoder is None else tuple(encoded)
+        if not return_loss:
+            return VicRegOutput(representations=joined)
+        group = self._process_group()
+        num_samples = len(encoded[0])
+        if num_samples * (1 if group is None else dist.get_world_size(group)) < 2:
             raise ValueError(
                 f"`pixel_values`: expected at least 2 samples for a covariance, got {num_samples}; "
                 "raise the batch size."
             )
-        encoders = (self.encoder, self.encoder if self.second_encoder is None else self.second_encoder)
-        expanders = (self.expander, self.expander if self.second_expander is None else self.second_expander)
-        representations = [pooled_features(encoder(**one)) for encoder, one in zip(encoders, inputs, strict=True)]
-        z_a, z_b = (expander(one, group) for expander, one in zip(expanders, representations, strict=True))
+        expanders = [self.expander] * len(encoded)
+        if self.second_expander is not None:
+            expanders[1] = self.second_expander
+        embeddings = [expander(one, group) for expander, one in zip(expanders, encoded, strict=True)]
         parts = vicreg_loss(
-            z_a,
-            z_b,
+            *embeddings[:2],
+            local_views=embeddings[2:],
             invariance_weight=self.config.invariance_weight,
             variance_weight=self.config.variance_weight,
             covariance_weight=self.config.covariance_weight,
@@ -194,20 +202,52 @@ class VicRegForPreTraining(PreTrainedModel):
             convention=self.config.convention,
             process_group=group,
         )
-        one_width = self.second_encoder is None
-        return VicRegOutput(
-            **parts._asdict(),
-            embeddings=torch.stack([z_a, z_b], dim=1),
-            representations=torch.stack(representations, dim=1) if one_width else tuple(representations),
-        )
+        return VicRegOutput(**parts._asdict(), embeddings=torch.stack(embeddings, dim=1), representations=joined)
 
-    def _inputs(self, pixel_values: torch.Tensor | None, second_inputs: dict | None) -> list[dict[str, torch.Tensor]]:
-        """What each branch's encoder takes."""
+    def _process_group(self) -> dist.ProcessGroup | None:
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        if self.encoder_has_batch_norm and dist.get_world_size() > 1:
+            logger.warning_once(
+                "The encoder's own batch norms see one process's share of the batch: "
+                "the result depends on the number of processes."
+            )
+        return dist.group.WORLD
+
+    def _encode(self, inputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """Pooled features `(batch, features)` of each view."""
+        if self.second_encoder is not None:
+            return [_pooled(encoder, one) for encoder, one in zip(self.encoders, inputs, strict=True)]
+        views = [one["pixel_values"] for one in inputs]
+        if self.encoder_has_batch_norm:
+            return [_pooled(self.encoder, {"pixel_values": view}) for view in views]
+        encoded: list[torch.Tensor] = []
+        for size in dict.fromkeys(view.shape for view in views):
+            alike = [view for view in views if view.shape == size]
+            encoded += _pooled(self.encoder, {"pixel_values": torch.cat(alike)}).chunk(len(alike))
+        return encoded
+
+    def _inputs(
+        self,
+        pixel_values: torch.Tensor | None,
+        local_pixel_values: torch.Tensor | None,
+        second_inputs: dict[str, torch.Tensor] | None,
+    ) -> list[dict[str, torch.Tensor]]:
+        """What the encoder takes for each view, local ones last."""
         found = None if pixel_values is None else tuple(pixel_values.shape)
+        if local_pixel_values is not None:
+            if self.second_encoder is not None:
+                raise ValueError("`local_pixel_values`: expected one encoder for all views, got a `second_encoder`.")
+            if local_pixel_values.ndim != 5 or pixel_values is None or len(local_pixel_values) != len(pixel_values):
+                raise ValueError(
+                    "`local_pixel_values`: expected (batch, local views, channels, height, width) beside "
+                    f"`pixel_values` {found}, got {tuple(local_pixel_values.shape)}."
+                )
         if second_inputs is None:
             if pixel_values is None or pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
                 raise ValueError(f"`pixel_values`: expected (batch, 2 views, channels, height, width), got {found}.")
-            return [{"pixel_values": view} for view in pixel_values.unbind(1)]
+            local_views = () if local_pixel_values is None else local_pixel_values.unbind(1)
+            return [{"pixel_values": view} for view in (*pixel_values.unbind(1), *local_views)]
         if self.second_encoder is None:
             raise ValueError("`second_inputs`: expected a `second_encoder` in the configuration, got none.")
         if pixel_values is None or pixel_values.ndim != 4:
@@ -215,6 +255,17 @@ class VicRegForPreTraining(PreTrainedModel):
                 f"`pixel_values`: expected (batch, channels, height, width) beside `second_inputs`, got {found}."
             )
         return [{"pixel_values": pixel_values}, second_inputs]
+
+
+def _pooled(encoder: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Pooled features; learned positions of a ViT are interpolated where the images are not of its own size."""
+    pixel_values = inputs.get("pixel_values")
+    size = getattr(encoder.config, "image_size", None)
+    own = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
+    interpolates = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
+    if pixel_values is not None and interpolates and own not in (None, tuple(pixel_values.shape[-2:])):
+        return pooled_features(encoder(**inputs, interpolate_pos_encoding=True))
+    return pooled_features(encoder(**inputs))
 
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:

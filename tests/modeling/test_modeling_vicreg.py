@@ -130,6 +130,48 @@ def test_second_branch_may_take_other_inputs():
         VicRegForPreTraining(VicRegConfig(encoder=TINY, expander_sizes=[8]))(first, second_inputs=tokens)
 
 
+# Swin's windows are fixed to its own image size: a stage smaller than a window fails upstream
+@pytest.mark.parametrize("encoder", [one for one in ENCODERS if one.id != "swin"])
+def test_local_views_are_smaller_ones_of_the_same_encoder(encoder):
+    model = VicRegForPreTraining(VicRegConfig(encoder=encoder, expander_sizes=[24, 40])).eval()
+    views, local = torch.randn(4, 2, 3, 32, 32), torch.randn(4, 3, 3, 16, 16)
+    outputs = model(pixel_values=views, local_pixel_values=local)
+    assert outputs.embeddings.shape == (4, 5, 40)
+    assert outputs.representations.shape == (4, 5, 32)
+    z = outputs.embeddings.unbind(1)
+    assert torch.equal(outputs.loss, vicreg_loss(*z[:2], local_views=z[2:]).loss)
+    # each view's features are its own, whatever goes through the encoder beside it
+    torch.testing.assert_close(outputs.embeddings[:, :2], model(pixel_values=views).embeddings, atol=1e-5, rtol=1e-5)
+    again = model(pixel_values=views, local_pixel_values=local[:, [2, 0, 1]])
+    torch.testing.assert_close(again.embeddings[:, 3], outputs.embeddings[:, 2], atol=1e-5, rtol=1e-5)
+    model.train()(pixel_values=views, local_pixel_values=local).loss.backward()
+
+
+def test_one_forward_of_the_encoder_for_each_resolution():
+    model = VicRegForPreTraining(VicRegConfig(encoder=TINY, expander_sizes=[24, 40]))
+    seen = []
+    model.encoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    model(pixel_values=torch.randn(4, 2, 3, 32, 32), local_pixel_values=torch.randn(4, 3, 3, 16, 16))
+    assert [tuple(one["pixel_values"].shape) for one in seen] == [(8, 3, 32, 32), (12, 3, 16, 16)]
+    # local views have a smaller grid and a pattern of their own, made once
+    patterns = [model.encoder.attention_pattern(side, side) for side in (32, 16, 16)]
+    assert [pattern.grid for pattern in patterns] == [(4, 4), (2, 2), (2, 2)]
+    assert patterns[1] is patterns[2]
+
+
+def test_a_batch_may_go_through_encoder_and_loss_in_two_calls():
+    model = VicRegForPreTraining(VicRegConfig(encoder=TINY, expander_sizes=[24, 40])).train()
+    views = torch.randn(4, 2, 3, 32, 32)
+    whole = model(pixel_values=views)
+    encoded = model(pixel_values=views, return_loss=False)
+    assert encoded.to_tuple()[0].shape == (4, 2, 32)
+    assert len(encoded) == 1
+    assert torch.equal(model(representations=encoded.representations).loss, whole.loss)
+    both = two_branches().train()
+    encoded = both(pixel_values=views, return_loss=False).representations
+    assert torch.equal(both(representations=encoded).loss, both(pixel_values=views).loss)
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_pretrained_encoders_are_taken_along(encoder, tmp_path):
     source = VicRegForPreTraining(VicRegConfig(encoder=encoder, expander_sizes=[8])).encoder
@@ -197,6 +239,16 @@ def test_bad_inputs_are_named(pixel_values, message):
     model = VicRegForPreTraining(VicRegConfig(encoder=TINY, expander_sizes=[24, 40]))
     with pytest.raises(ValueError, match=message):
         model(pixel_values=pixel_values)
+
+
+def test_bad_local_views_are_named():
+    model = VicRegForPreTraining(VicRegConfig(encoder=TINY, expander_sizes=[24, 40]))
+    views = torch.zeros(4, 2, 3, 32, 32)
+    for local in (torch.zeros(4, 3, 16, 16), torch.zeros(3, 2, 3, 16, 16)):
+        with pytest.raises(ValueError, match=r"`local_pixel_values`: expected .batch, local views, .* got"):
+            model(pixel_values=views, local_pixel_values=local)
+    with pytest.raises(ValueError, match="`local_pixel_values`: expected one encoder"):
+        two_branches()(pixel_values=views, local_pixel_values=torch.zeros(4, 2, 3, 16, 16))
 
 
 @pytest.mark.parametrize(
