@@ -187,8 +187,8 @@ class _VicRegTerms(torch.autograd.Function):
         num_samples, dimensions = len(views[0]) * world_size, views[0].shape[1]
         of_views = [view_statistics(z, num_samples, group) for z in views]
 
-        distance = sum(share * squares(views[one] - views[other]) for one, other, share in _pairs(len(views)))
-        sums = torch.stack([distance, *(one.off_diagonal for one in of_views)])
+        distances = [share * squares(views[one] - views[other]) for one, other, share in _pairs(len(views))]
+        sums = torch.stack([torch.stack(distances).sum(), *(one.off_diagonal for one in of_views)])
         if group is not None:
             # the moments' terms are whole on every process already
             by_gram = covariance_form(num_samples, dimensions) == "gram"

@@ -25,7 +25,11 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class ViewsConfig:
-    """Augmentation of one view; both views are drawn alike. The defaults are the paper's (VICReg, appendix C.1)."""
+    """Augmentation of one view; all views are drawn alike. The defaults are the paper's (VICReg, appendix C.1).
+
+    Local views are those of multi-crop (Caron et al. 2020, arXiv 2006.09882), their crops' areas DINO's (arXiv
+    2104.14294).
+    """
 
     crop_min_ratio: float = _option(0.08, "Smallest crop, as a share of the image's area.")
     flip_probability: float = _option(0.5, "Horizontal flip.")
@@ -40,12 +44,28 @@ class ViewsConfig:
     grayscale_probability: float = _option(0.2, "Grayscale.")
     blur_probability: float = _option(0.5, "Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels.")
     solarize_probability: float = _option(0.1, "Solarisation above one half.")
+    num_local_views: int = _option(0, "Smaller crops beside the two global views (multi-crop).")
+    local_image_size: int = _option(96, "Side of local views in pixels.")
+    local_crop_min_ratio: float = _option(0.05, "Smallest crop of a local view, as a share of the image's area.")
+    local_crop_max_ratio: float = _option(0.4, "Largest crop of a local view.")
 
     def __post_init__(self) -> None:
+        ranges = {
+            "rotation_degrees": (0, 180),
+            "hue": (0, 0.5),
+            "zoom_ratio": (0, 0.9),
+            "num_local_views": (0, 64),
+            "local_image_size": (1, math.inf),
+        }
         for name, value in dataclasses.asdict(self).items():
-            low, high = {"rotation_degrees": (0, 180), "hue": (0, 0.5), "zoom_ratio": (0, 0.9)}.get(name, (0, 1))
+            low, high = ranges.get(name, (0, 1))
             if not low <= value <= high:
                 raise InputError(f"`views.{name}`: expected a number from {low} to {high}, got {value}.")
+        if self.local_crop_min_ratio > self.local_crop_max_ratio:
+            raise InputError(
+                f"`views.local_crop_min_ratio`: expected at most `local_crop_max_ratio`, {self.local_crop_max_ratio}, "
+                f"got {self.local_crop_min_ratio}."
+            )
 
 
 @dataclass
@@ -61,7 +81,10 @@ class PretrainArguments:
     image_column_name: str | None = _option(None, "Column of images; default: the only image column.")
     label_column_name: str | None = _option(None, "Column of labels for k-NN; default: `label` if there is one.")
     max_train_samples: int | None = _option(None, "Train on the first so many images.")
-    batch_size: int = _option(256, "Images a step over all processes; the batch of the loss.")
+    batch_size: int = _option(256, "Images at once over all processes; a step and the loss's batch.")
+    statistics_batch_size: int | None = _option(
+        None, "Images a step where that is more than go at once: a multiple of `batch_size`, in two passes."
+    )
     per_device_train_batch_size: int | None = _option(None, "Images a step and process; replaces `batch_size`.")
     num_train_epochs: int = _option(100, "Passes over the images; the last batch of a pass is dropped if short.")
     max_steps: int | None = _option(None, "Stop the schedule at this step instead of `num_train_epochs`.")
@@ -126,6 +149,11 @@ class RunConfig:
         """Size of the views, (height, width) in pixels; 224 for encoders that name none."""
         size = getattr(self.vicreg.encoder, "image_size", None) or 224
         return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def step_size(self) -> int:
+        """Images a step over all processes: the batch of the loss."""
+        return self.run.statistics_batch_size or self.run.batch_size
 
     def to_recipe(self) -> dict[str, Any]:
         """Return the plain, complete dictionary that `recipe.yaml` stores and `--config` reads again."""
@@ -255,7 +283,9 @@ def resolve(given: dict[str, Any]) -> RunConfig:
         _check_keys(sections["vicreg"], VicRegConfig(), "vicreg")
         vicreg = VicRegConfig(encoder=encoder, second_encoder=second, **sections["vicreg"])
     _check_ranges(run)
-    return RunConfig(run=run, views=views, vicreg=vicreg)
+    config = RunConfig(run=run, views=views, vicreg=vicreg)
+    _check_local_views(config)
+    return config
 
 
 def _encoder(settings: dict[str, Any], section: str) -> PreTrainedConfig:
@@ -277,6 +307,22 @@ def _encoder(settings: dict[str, Any], section: str) -> PreTrainedConfig:
                 f"`{section}.num_channels`: expected 3, images are read as RGB, got {encoder.num_channels}."
             )
     return encoder
+
+
+def _check_local_views(config: RunConfig) -> None:
+    views = config.views
+    if not views.num_local_views:
+        return
+    if config.vicreg.second_encoder is not None:
+        raise InputError(
+            f"`views.num_local_views`: expected 0 with a second encoder, got {views.num_local_views}; each of two "
+            "branches sees one view."
+        )
+    if views.local_image_size >= min(config.image_size):
+        raise InputError(
+            f"`views.local_image_size`: expected less than the image size {config.image_size}, "
+            f"got {views.local_image_size}."
+        )
 
 
 def _check_ranges(run: PretrainArguments) -> None:
@@ -305,6 +351,8 @@ def _check_ranges(run: PretrainArguments) -> None:
         value = getattr(run, name)
         if value is not None and value < (2 if name == "batch_size" else 1):
             raise InputError(f"`{name}`: expected at least 2 images for a covariance, got {value}; raise it.")
+    if run.statistics_batch_size is not None and run.per_device_train_batch_size is None:
+        check_statistics_batch(run)
     if run.learning_rate == math.inf:
         raise InputError("`learning_rate`: expected a finite number, got inf.")
     if run.warmup_ratio > 1:
@@ -321,6 +369,19 @@ def _check_ranges(run: PretrainArguments) -> None:
     if bool(run.dataset_name) == bool(run.train_dir):
         found = "both" if run.dataset_name else "none"
         raise InputError(f"`dataset_name`, `train_dir`: expected one of the two, got {found}.")
+
+
+def check_statistics_batch(run: PretrainArguments) -> None:
+    """Check the batch of the loss against the batch that goes through the encoder at once.
+
+    Raises:
+        InputError: It is no multiple.
+    """
+    whole = run.statistics_batch_size
+    if whole is not None and (whole < run.batch_size or whole % run.batch_size):
+        raise InputError(
+            f"`statistics_batch_size`: expected a multiple of the batch size {run.batch_size}, got {whole}."
+        )
 
 
 def _check_keys(settings: dict[str, Any], config: PreTrainedConfig, section: str) -> None:

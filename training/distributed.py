@@ -53,3 +53,15 @@ def gather_sets(values: set[int], accelerator: Accelerator) -> set[int]:
     if accelerator.num_processes == 1:
         return set(values)
     return set(gather_object(sorted(values)))
+
+
+def rng_states(device: torch.device) -> list[torch.Tensor]:
+    """Return torch's generator states, of the CPU and of the device where it is another."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def restore_rng(states: list[torch.Tensor], device: torch.device) -> None:
+    """Set torch's generators to what `rng_states` returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

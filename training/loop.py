@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.optim import build_optimizer, learning_rate_at
 from hf_vicreg.training.progress import Progress
 from hf_vicreg.training.sources import ImageSource
+from hf_vicreg.training.two_pass import average_gradients, two_pass_backward
 from hf_vicreg.training.views import ViewSampler, finish_views
 
 logger = logging.getLogger(__name__)
@@ -63,16 +65,23 @@ class Trainer:
         self.config, self.run, self.accelerator, self.measure = config, run, accelerator, measure
         self.source = source
         self.folder = Path(run.output_dir)
-        if run.batch_size > len(source):
+        self.pieces = config.step_size // run.batch_size
+        if config.step_size > len(source):
             raise InputError(
-                f"`batch_size`: expected at most the {len(source)} images of {source.name}, got {run.batch_size}; "
-                "lower it or give more images."
+                f"`{'batch_size' if self.pieces == 1 else 'statistics_batch_size'}`: expected at most the "
+                f"{len(source)} images of {source.name}, got {config.step_size}; lower it or give more images."
+            )
+        if self.pieces > 1 and model.encoder_has_batch_norm:
+            raise InputError(
+                "`statistics_batch_size`: expected an encoder without batch norms, which would see "
+                f"{run.batch_size} of {config.step_size} images, got {model.config.encoder.model_type!r}; use the "
+                "batch size alone, or another encoder."
             )
         if run.batch_size % accelerator.num_processes:
             raise InputError(
                 f"`batch_size`: expected a multiple of {accelerator.num_processes} processes, got {run.batch_size}."
             )
-        self.steps_per_epoch = len(source) // run.batch_size
+        self.steps_per_epoch = len(source) // config.step_size
         self.num_steps = run.max_steps or run.num_train_epochs * self.steps_per_epoch
         optimizer = build_optimizer(model, run.learning_rate, run.weight_decay, (run.adam_beta1, run.adam_beta2))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -109,10 +118,11 @@ class Trainer:
         progress = Progress(self.num_steps, state.step, shown=self.accelerator.is_local_main_process)
         seconds_before, started = state.training_seconds, time.perf_counter()
         images, window_started = 0, started
-        for batch in loader:
-            self.unusable.update(batch["unusable"])
-            if batch["views"] is None:
-                last_one = self.source.describe(batch["unusable"][-1])
+        for batches in zip(*[iter(loader)] * self.pieces, strict=True):
+            self.unusable.update(index for batch in batches for index in batch["unusable"])
+            empty = next((batch for batch in batches if batch["views"] is None), None)
+            if empty is not None:
+                last_one = self.source.describe(empty["unusable"][-1])
                 message = (
                     f"`{self.source.name}`: expected usable images, found {MAX_SUBSTITUTES} drawn in "
                     f"a row that are corrupt or smaller than a patch, the last of them {last_one}; check the data."
@@ -120,9 +130,9 @@ class Trainer:
                 if not self.accelerator.is_main_process:
                     logger.error(message)  # the others do not see this process's share
                 raise InputError(message)
-            outputs, grad_norm, learning_rate = self._step(batch)
+            outputs, grad_norm, learning_rate = self._step(batches)
             state.step += 1
-            images += run.batch_size
+            images += self.config.step_size
             epoch_done = state.step % self.steps_per_epoch == 0
             last = state.step == self.num_steps
             if state.step % run.logging_steps == 0 or last:
@@ -158,22 +168,23 @@ class Trainer:
 
     def _loader(self, first_step: int) -> DataLoader:
         run, accelerator = self.run, self.accelerator
-        sampler = ViewSampler(self.config.views, self.config.image_size)
+        samplers = ViewSampler.of_views(self.config.views, self.config.image_size)
         workers = run.dataloader_num_workers
         if workers is None:
             workers = 0 if accelerator.device.type == "cpu" else min(8, max(1, torch.get_num_threads() - 1))
             logger.info("dataloader_num_workers: %d chosen", workers)
         # not prepared by accelerate: the sampler already knows each process's share of each step
         return DataLoader(
-            ViewDataset(self.source, sampler, run.seed),
+            ViewDataset(self.source, samplers, run.seed),
             batch_sampler=StepSampler(
                 len(self.source),
-                run.batch_size,
+                self.config.step_size,
                 run.seed,
                 first_step,
                 self.num_steps,
                 accelerator.process_index,
                 accelerator.num_processes,
+                self.pieces,
             ),
             num_workers=workers,
             collate_fn=collate,
@@ -183,16 +194,37 @@ class Trainer:
             persistent_workers=False,
         )
 
-    def _step(self, batch: dict[str, Any]) -> tuple[VicRegOutput, float, float]:
+    def _images(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What the model takes of a batch: views finished on the device."""
+        images = {}
+        for name, crops, colours in (
+            ("pixel_values", batch["views"], batch["colours"][:, :2]),
+            ("local_pixel_values", batch.get("local_views"), batch["colours"][:, 2:]),
+        ):
+            if crops is not None:
+                crops = crops.to(self.accelerator.device, non_blocking=True)
+                images[name] = finish_views(crops.flatten(0, 1), colours.flatten(0, 1)).view_as(crops)
+        return images
+
+    def _backward(self, batches: Sequence[dict[str, Any]]) -> VicRegOutput:
+        """The gradient of the loss over all batches of a step."""
+        if self.pieces == 1:
+            outputs = self.model(**self._images(batches[0]))
+            self.accelerator.backward(outputs.loss)
+            return outputs
+        pieces = [partial(self._images, batch) for batch in batches]
+        outputs = two_pass_backward(self.unwrapped, pieces, self.accelerator.backward)
+        if self.accelerator.num_processes > 1:
+            average_gradients(self.unwrapped.parameters())
+        return outputs
+
+    def _step(self, batches: Sequence[dict[str, Any]]) -> tuple[VicRegOutput, float, float]:
         """One optimiser step; returns the outputs, the norm of the encoders' gradient and the learning rate."""
-        run, device = self.run, self.accelerator.device
+        run = self.run
         learning_rate = learning_rate_at(self.state.step, self.num_steps, run.learning_rate, run.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        crops = batch["views"].to(device, non_blocking=True)
-        views = finish_views(crops.flatten(0, 1), batch["colours"].flatten(0, 1)).view_as(crops)
-        outputs = self.model(pixel_values=views)
-        self.accelerator.backward(outputs.loss)
+        outputs = self._backward(batches)
         limit = run.max_grad_norm or math.inf
         parameters = [one for encoder in self.unwrapped.encoders for one in encoder.parameters()]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()

@@ -22,7 +22,7 @@ from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProce
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
-from hf_vicreg.training.config import RunConfig, parse_flags, resolve
+from hf_vicreg.training.config import RunConfig, check_statistics_batch, parse_flags, resolve
 from hf_vicreg.training.distributed import build_accelerator
 from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.evaluation.knn import encode, knn_accuracy, model_encoder
@@ -113,6 +113,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
                 "`per_device_train_batch_size`: expected at least 2 images in all for a covariance, got 1."
             )
         run.per_device_train_batch_size = None  # the stored recipe says it once
+        check_statistics_batch(run)
     set_seed(run.seed)
     with as_input_error("model"):
         density = attention_density(config)
@@ -121,6 +122,8 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         if encoder.main_input_name != "pixel_values":
             found = encoder.config.model_type
             raise InputError(f"`{section}.model_type`: expected an encoder of images, got {found!r}.")
+    if config.views.num_local_views:
+        _refuse_size(model, config.views.local_image_size)
     set_seed(run.seed + accelerator.process_index)  # one set of weights, but every process drops paths of its own
     processor = build_processor(config)
     probe = _Probe(bank, test, processor, model, accelerator, run.knn_neighbours, run.knn_test_samples)
@@ -141,11 +144,11 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         "%s images of %s, batch %d, %d steps; encoder of %s M parameters, attention density %.3f; covariance by %s",
         f"{len(source):,}",
         source.name,
-        run.batch_size,
+        config.step_size,
         trainer.num_steps,
         " and ".join(f"{size / 1e6:.2f}" for size in sizes),
         density,
-        covariance_form(run.batch_size, config.vicreg.expander_sizes[-1]),
+        covariance_form(config.step_size, config.vicreg.expander_sizes[-1]),
     )
     knn = trainer.state.knn
     if probe.possible and "untrained" not in knn:
@@ -289,6 +292,18 @@ def _patch_size(encoder: PreTrainedConfig) -> tuple[int, int]:
     """Return (height, width) in pixels; 1 for encoders without patches."""
     size = getattr(encoder, "patch_size", None) or 1
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _refuse_size(model: VicRegForPreTraining, side: int) -> None:
+    """Fail before anything is written when the encoder takes no images of a local view's size."""
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=torch.zeros(2, 2, 3, side, side), return_loss=False)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"`views.local_image_size`: the encoder {model.config.encoder.model_type!r} takes no images of {side} "
+            f"pixels: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _refuse_foreign_folder(folder: Path, *, resuming: bool) -> None:

@@ -1,4 +1,4 @@
-"""Two views of an image: a crop on the CPU, colour on the device.
+"""Views of an image: a crop on the CPU, colour on the device.
 
 A worker crops, resizes and flips one image at a time and draws the parameters of the colour operations; these then run
 batched on the device. All randomness comes from the generator handed in, so a view depends on its key alone.
@@ -24,11 +24,26 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
 
 
 class ViewSampler:
-    """Draws one view: a uint8 crop and the parameters of its colour operations."""
+    """Draws one view: a uint8 crop and the parameters of its colour operations.
 
-    def __init__(self, config: ViewsConfig, image_size: tuple[int, int]):
+    Attributes:
+        image_size: Of the view, (height, width) in pixels.
+        crop_ratios: Smallest and largest crop, as shares of the image's area.
+    """
+
+    def __init__(self, config: ViewsConfig, image_size: tuple[int, int], crop_ratios: tuple[float, float]):
         self.config = config
         self.image_size = image_size
+        self.crop_ratios = crop_ratios
+
+    @classmethod
+    def of_views(cls, config: ViewsConfig, image_size: tuple[int, int]) -> "list[ViewSampler]":
+        """Return a sampler for each view of an image: two global ones of `image_size`, then the local ones."""
+        local = (config.local_crop_min_ratio, config.local_crop_max_ratio)
+        side = config.local_image_size
+        return [cls(config, image_size, (config.crop_min_ratio, 1.0))] * 2 + [
+            cls(config, (side, side), local)
+        ] * config.num_local_views
 
     def __call__(self, image: Image.Image, rng: random.Random) -> tuple[torch.Tensor, list[float]]:
         """Return a crop `(3, height, width)` uint8 and its colour parameters."""
@@ -37,7 +52,7 @@ class ViewSampler:
             image = image.transform(
                 image.size, Image.Transform.AFFINE, self._draw_affine(image, rng), Image.Resampling.BILINEAR
             )
-        left, top, width, height = crop_box(image.width, image.height, config.crop_min_ratio, rng)
+        left, top, width, height = crop_box(image.width, image.height, self.crop_ratios, rng)
         pixels = torch.from_numpy(np.array(image)[top : top + height, left : left + width]).permute(2, 0, 1)
         if (height, width) != self.image_size:
             pixels = F.interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
@@ -79,14 +94,14 @@ class ViewSampler:
         return [*factors, hue, grayscale, sigma, solarize]
 
 
-def crop_box(width: int, height: int, min_ratio: float, rng: random.Random) -> tuple[int, int, int, int]:
-    """Return a random crop (left, top, width, height): area from `min_ratio` to 1, aspect from 3/4 to 4/3.
+def crop_box(width: int, height: int, ratios: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
+    """Return a random crop (left, top, width, height): share of the area within `ratios`, aspect from 3/4 to 4/3.
 
     Source: Szegedy et al. 2014 (arXiv 1409.4842), as in torchvision's `RandomResizedCrop`, with its fallback to a
     central crop for extreme shapes.
     """
     for _ in range(10):
-        area = width * height * rng.uniform(min_ratio, 1.0)
+        area = width * height * rng.uniform(*ratios)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:

@@ -11,7 +11,7 @@ from hf_vicreg.training.views import ViewSampler
 
 
 def views_of(source, workers=0, first_step=0, rank=0, world_size=1, steps=6, batch_size=8):
-    dataset = ViewDataset(source, ViewSampler(ViewsConfig(), (16, 16)), seed=3)
+    dataset = ViewDataset(source, ViewSampler.of_views(ViewsConfig(), (16, 16)), seed=3)
     sampler = StepSampler(len(source), batch_size, 3, first_step, steps, rank, world_size)
     return list(DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate))
 
