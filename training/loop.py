@@ -31,7 +31,7 @@ from hf_vicreg.training.optim import build_optimizer, learning_rate_at
 from hf_vicreg.training.progress import Progress
 from hf_vicreg.training.sources import ImageSource
 from hf_vicreg.training.two_pass import average_gradients, two_pass_backward
-from hf_vicreg.training.views import ViewSampler, finish_views
+from hf_vicreg.training.views import ViewSampler, finish_batch
 
 logger = logging.getLogger(__name__)
 
@@ -194,25 +194,13 @@ class Trainer:
             persistent_workers=False,
         )
 
-    def _images(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What the model takes of a batch: views finished on the device."""
-        images = {}
-        for name, crops, colours in (
-            ("pixel_values", batch["views"], batch["colours"][:, :2]),
-            ("local_pixel_values", batch.get("local_views"), batch["colours"][:, 2:]),
-        ):
-            if crops is not None:
-                crops = crops.to(self.accelerator.device, non_blocking=True)
-                images[name] = finish_views(crops.flatten(0, 1), colours.flatten(0, 1)).view_as(crops)
-        return images
-
     def _backward(self, batches: Sequence[dict[str, Any]]) -> VicRegOutput:
         """The gradient of the loss over all batches of a step."""
+        pieces = [partial(finish_batch, batch, self.accelerator.device) for batch in batches]
         if self.pieces == 1:
-            outputs = self.model(**self._images(batches[0]))
+            outputs = self.model(**pieces[0]())
             self.accelerator.backward(outputs.loss)
             return outputs
-        pieces = [partial(self._images, batch) for batch in batches]
         outputs = two_pass_backward(self.unwrapped, pieces, self.accelerator.backward)
         if self.accelerator.num_processes > 1:
             average_gradients(self.unwrapped.parameters())

@@ -9,6 +9,7 @@ saturation, hue) instead of a random one, so that a batch can be processed at on
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,6 +111,19 @@ def crop_box(width: int, height: int, ratios: tuple[float, float], rng: random.R
     crop_width = min(width, max(1, round(height * 4 / 3)))
     crop_height = min(height, max(1, round(width * 4 / 3)))
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def finish_batch(batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return what `VicRegForPreTraining` takes of a batch of the loader: its views finished on the device."""
+    images = {}
+    for name, crops, colours in (
+        ("pixel_values", batch["views"], batch["colours"][:, :2]),
+        ("local_pixel_values", batch.get("local_views"), batch["colours"][:, 2:]),
+    ):
+        if crops is not None:
+            crops = crops.to(device, non_blocking=True)
+            images[name] = finish_views(crops.flatten(0, 1), colours.flatten(0, 1)).view_as(crops)
+    return images
 
 
 def finish_views(crops: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
