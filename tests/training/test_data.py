@@ -31,6 +31,16 @@ def test_batches_are_the_same_images_whatever_the_world_size(world_size):
         assert [key for share in shares for key in share[step]] == whole[step]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_pieces_of_a_batch_are_the_batch(world_size):
+    for rank in range(world_size):
+        whole = list(StepSampler(22, 8, 1, 1, 5, rank, world_size))
+        pieces = StepSampler(22, 8, 1, 1, 5, rank, world_size, pieces=4 // world_size)
+        assert len(pieces) == len(whole) * (4 // world_size)
+        assert [key for piece in pieces for key in piece] == [key for batch in whole for key in batch]
+        assert {len(piece) for piece in pieces} == {2}
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_depend_on_their_key_alone(image_folder, workers):

@@ -155,6 +155,39 @@ def test_another_encoder_is_trained_and_loads(tmp_path, tiny_recipe, image_folde
     assert torch.equal(model(**pixels).pooler_output, result.encoder(**pixels).pooler_output)
 
 
+def test_multi_crop_trains_and_resumes(tmp_path, tiny_recipe, image_folder):
+    settings = tiny_recipe | {"views": {"num_local_views": 3, "local_image_size": 16}, "checkpointing_steps": 2}
+    data = image_folder(64)
+    whole = pretrain(out=tmp_path / "whole", data=data, **settings | {"num_train_epochs": 2})
+    assert whole.results["steps"] == 4
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    plain = pretrain(out=tmp_path / "plain", data=data, **settings | {"views": {}})
+    first = json.loads((plain.output_dir / "log.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses[0] != first
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000004")
+    again = pretrain(
+        out=tmp_path / "again", data=data, resume_from_checkpoint="latest", **settings | {"num_train_epochs": 2}
+    )
+    for name, tensor in whole.encoder.state_dict().items():
+        assert torch.equal(again.encoder.state_dict()[name], tensor)
+
+
+def test_larger_statistics_in_two_passes_are_the_larger_batch(tmp_path, tiny_recipe, image_folder):
+    data = image_folder(64)
+    settings = tiny_recipe | {"num_train_epochs": 3, "model": tiny_recipe["model"] | {"drop_path_rate": 0.0}}
+    whole = pretrain(out=tmp_path / "whole", data=data, **settings)
+    pieces = pretrain(out=tmp_path / "pieces", data=data, **settings | {"batch_size": 8, "statistics_batch_size": 32})
+    assert pieces.results["steps"] == whole.results["steps"] == 6
+    losses = [
+        [json.loads(line)["loss"] for line in (run.output_dir / "log.jsonl").read_text().splitlines()]
+        for run in (whole, pieces)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    small = pretrain(out=tmp_path / "small", data=data, **settings | {"batch_size": 8})
+    assert small.results["steps"] == 24
+
+
 def test_encoder_of_text_is_refused(tmp_path, tiny_recipe, image_folder):
     settings = tiny_recipe | {"model": {"model_type": "bert", "num_hidden_layers": 1}}
     with pytest.raises(InputError, match=r"`model.model_type`: expected an encoder of images, got 'bert'"):
@@ -260,6 +293,30 @@ def test_non_finite_steps_are_skipped_and_the_run_stops_with_advice(tmp_path, ti
         (["--train_dir", "{images}", "--per_device_train_batch_size", "1"], "at least 2 images"),
         (["--train_dir", "{images}", "--batch_size", "65"], "`batch_size`: expected at most the 64 images"),
         (["--train_dir", "{images}", "--model.image_size", "4"], "at least one patch"),
+        (
+            ["--train_dir", "{images}", "--statistics_batch_size", "80"],
+            "`statistics_batch_size`: expected a multiple of the batch size 32, got 80",
+        ),
+        (
+            ["--train_dir", "{images}", "--statistics_batch_size", "96"],
+            "`statistics_batch_size`: expected at most the 64 images",
+        ),
+        (
+            ["--train_dir", "{images}", "--statistics_batch_size", "64", "--second_model.model_type", "resnet"],
+            "`statistics_batch_size`: expected an encoder without batch norms, which would see 32 of 64 images",
+        ),
+        (
+            ["--train_dir", "{images}", "--views.num_local_views", "2", "--views.local_image_size", "32"],
+            "`views.local_image_size`: expected less than the image size (32, 32), got 32",
+        ),
+        (
+            ["--train_dir", "{images}", "--views.num_local_views", "2", "--views.local_image_size", "7"],
+            "`views.local_image_size`: the encoder 'bigbird_vit' takes no images of 7 pixels",
+        ),
+        (
+            ["--train_dir", "{images}", "--views.num_local_views", "2", "--second_model.model_type", "vit"],
+            "`views.num_local_views`: expected 0 with a second encoder",
+        ),
         (["--train_dir", "{images}", "--model.no_such_key", "4"], "unknown key"),
         (
             ["--train_dir", "{corrupt}"],
