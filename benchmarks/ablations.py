@@ -2,14 +2,14 @@
 
     python -m benchmarks.ablations --dataset_name CIFAR10_FOLDER --out benchmarks/results/ablations.json
 
-Every arm is the base recipe with one change, trained for the same number of steps on the same images in the same
-order; its k-NN accuracy is that of the encoder's pooled features. Two families: `small`, patches of 8 pixels that
-overlap by half (49 tokens), and `grid16`, 16x16 patches of 2 pixels in tiles of 2x2, where the random links of the
+Every arm is its family's recipe with what its name says, trained for the same number of steps on the same images in
+the same order; its k-NN accuracy is that of the encoder's pooled features. Two families: `small`, patches of 8 pixels
+that overlap by half (49 tokens), and `grid16`, 16x16 patches of 2 pixels in tiles of 2x2, where the random links of the
 attention matter. Objectives other than VICReg see the same views through the same encoder: `infonce` is SimCLR's
 NT-Xent (Chen et al. 2020, arXiv 2002.05709; temperature 0.5, their choice for CIFAR-10) on the same expander,
 `supervised` cross-entropy of a linear layer on both views.
 
-Finished runs are kept in the output and not done again. One run is one process's work on one thread.
+Finished runs are kept in the output and not done again; one process a file. A run takes one thread.
 """
 
 import argparse
@@ -107,14 +107,16 @@ def train(config: RunConfig, objective: str, source: ImageSource, progress: Call
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, num_steps, run.learning_rate, run.warmup_ratio)
-        outputs = model(**finish_batch(collate([dataset[key] for key in keys]), torch.device("cpu")))
-        if objective == "infonce":
-            loss = infonce(outputs.embeddings)
-        elif objective == "supervised":
-            labels = torch.tensor([source.labels[index] for _, index in keys])
-            loss = F.cross_entropy(head(outputs.representations.flatten(0, 1)), labels.repeat_interleave(2))
+        images = finish_batch(collate([dataset[key] for key in keys]), torch.device("cpu"))
+        if objective == "vicreg":
+            loss = model(**images).loss
         else:
-            loss = outputs.loss
+            encoded = model(**images, return_loss=False).representations
+            if objective == "infonce":
+                loss = infonce(torch.stack([model.expander(one) for one in encoded.unbind(1)], dim=1))
+            else:
+                labels = torch.tensor([source.labels[index] for _, index in keys])
+                loss = F.cross_entropy(head(encoded.flatten(0, 1)), labels.repeat_interleave(2))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.encoder.parameters(), run.max_grad_norm)
         optimizer.step()
@@ -141,6 +143,7 @@ def measure(arm: str, seed: int, dataset_name: str, samples: int) -> dict:
     return {
         "arm": arm,
         "seed": seed,
+        "knn_samples": samples,
         "knn_accuracy": accuracy,
         "density": round(attention_density(config), 3),
         "training_seconds": round(seconds, 1),
@@ -171,15 +174,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file; runs found there are not done again")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(arguments.out.read_text()) if arguments.out is not None and arguments.out.exists() else {}
     rows = found.get("rows", [])
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            if not any(row["arm"] == arm and row["seed"] == seed for row in rows):
+            key = {"arm": arm, "seed": seed, "knn_samples": arguments.knn_samples}
+            if not any(key.items() <= row.items() for row in rows):
                 rows.append(measure(arm, seed, arguments.dataset_name, arguments.knn_samples))
                 print(rows[-1], flush=True)
                 if arguments.out is not None:
-                    content = {"machine": machine("cpu"), "knn_samples": arguments.knn_samples, "rows": rows}
+                    content = {"machine": machine("cpu"), "rows": rows}
                     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
     print(table(rows))
 

@@ -20,6 +20,7 @@ from .configuration_vicreg import VicRegConfig
 from .global_batch_norm import GlobalBatchNorm1d
 from .modeling_bigbird_vit import BigBirdViTModel
 from .vicreg_loss import vicreg_loss
+from .vicreg_statistics import share_sizes
 
 logger = logging.get_logger(__name__)
 
@@ -97,9 +98,7 @@ class VicRegForPreTraining(PreTrainedModel):
             self.second_expander = VicRegExpander(
                 representation_size(config.second_encoder), sizes, config.expander_norm
             )
-        self.encoder_has_batch_norm = any(
-            isinstance(one, nn.modules.batchnorm._BatchNorm) for encoder in self.encoders for one in encoder.modules()
-        )
+        self.encoder_has_batch_norm = any(has_batch_norm(encoder) for encoder in self.encoders)
         self.post_init()
 
     @torch.no_grad()
@@ -175,13 +174,20 @@ class VicRegForPreTraining(PreTrainedModel):
         """
         if representations is None:
             encoded = self._encode(self._inputs(pixel_values, local_pixel_values, second_inputs))
+        elif pixel_values is None and local_pixel_values is None and second_inputs is None:
+            encoded = self._given(representations)
         else:
-            encoded = list(representations.unbind(1) if isinstance(representations, torch.Tensor) else representations)
+            raise ValueError("`representations`: expected no images beside them, got some.")
         joined = torch.stack(encoded, dim=1) if self.second_encoder is None else tuple(encoded)
         if not return_loss:
             return VicRegOutput(representations=joined)
         group = self._process_group()
         num_samples = len(encoded[0])
+        if group is not None and self.config.expander_norm == "batch":
+            # before the expander's batch norms wait for each other: as many samples and views everywhere
+            sizes = share_sizes([num_samples, len(encoded)], group, encoded[0].device)
+            if any(size != sizes[0] for size in sizes):
+                raise ValueError(f"`pixel_values`: expected as many samples and views on every process, got {sizes}.")
         if num_samples * (1 if group is None else dist.get_world_size(group)) < 2:
             raise ValueError(
                 f"`pixel_values`: expected at least 2 samples for a covariance, got {num_samples}; "
@@ -227,6 +233,23 @@ class VicRegForPreTraining(PreTrainedModel):
             encoded += _pooled(self.encoder, {"pixel_values": torch.cat(alike)}).chunk(len(alike))
         return encoded
 
+    def _given(self, representations: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Representations of an earlier call, one for each view."""
+        if isinstance(representations, torch.Tensor):
+            given = list(representations.unbind(1)) if representations.ndim == 3 else [representations]
+        else:
+            given = list(representations)
+        widths = [self.expander.in_features] * max(2, len(given))
+        if self.second_expander is not None:
+            widths = [self.expander.in_features, self.second_expander.in_features]
+        expected = [(len(given[0]) if given else 0, width) for width in widths]
+        if [tuple(one.shape) for one in given] != expected:
+            raise ValueError(
+                "`representations`: expected what an earlier call returned, (batch, features) of each view "
+                f"{expected}, got {[tuple(one.shape) for one in given]}."
+            )
+        return given
+
     def _inputs(
         self,
         pixel_values: torch.Tensor | None,
@@ -264,7 +287,7 @@ def _pooled(encoder: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.
     own = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
     interpolates = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
     if pixel_values is not None and interpolates and own not in (None, tuple(pixel_values.shape[-2:])):
-        return pooled_features(encoder(**inputs, interpolate_pos_encoding=True))
+        return pooled_features(encoder(**{"interpolate_pos_encoding": True, **inputs}))
     return pooled_features(encoder(**inputs))
 
 
@@ -272,6 +295,11 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """Return an encoder with new weights; the default one is a sibling, so that it needs no registration."""
     is_default = config.model_type == BigBirdViTConfig.model_type
     return BigBirdViTModel(config) if is_default else AutoModel.from_config(config)
+
+
+def has_batch_norm(encoder: nn.Module) -> bool:
+    """Return whether an encoder's output for an image depends on the others of the batch."""
+    return any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in encoder.modules())
 
 
 def load_encoder(source: str | os.PathLike) -> PreTrainedModel:
@@ -300,4 +328,4 @@ def representation_size(config) -> int:
     raise ValueError(f"`encoder`: expected a config with `hidden_size` or `hidden_sizes`, got {config.model_type!r}.")
 
 
-__all__ = ["VicRegExpander", "VicRegForPreTraining", "VicRegOutput", "pooled_features"]
+__all__ = ["VicRegExpander", "VicRegForPreTraining", "VicRegOutput", "has_batch_norm", "pooled_features"]

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .vicreg_statistics import centre, covariance_form, squares, view_statistics
+from .vicreg_statistics import centre, covariance_form, share_sizes, squares, view_statistics
 from .vicreg_weights import Convention, Weight, check_weights, convention_factors
 
 
@@ -70,23 +70,10 @@ def vicreg_loss(
             every process).
     """
     views = (z_a, z_b, *local_views)
-    if z_a.ndim != 2 or z_a.shape != z_b.shape:
-        raise ValueError(
-            "`z_a`, `z_b`: expected two tensors of one shape (batch, dimensions), "
-            f"got {tuple(z_a.shape)} and {tuple(z_b.shape)}."
-        )
-    names = ("z_a", "z_b", *(f"local_views[{index}]" for index in range(len(local_views))))
-    for name, z in zip(names, views, strict=True):
-        if z.shape != z_a.shape:
-            raise ValueError(
-                f"`{name}`: expected the shape of the global views, {tuple(z_a.shape)}, got {tuple(z.shape)}."
-            )
-        if not z.is_floating_point():
-            raise ValueError(f"`{name}`: expected a floating point tensor, got {z.dtype}.")
     pairs = check_weights(invariance_weight, variance_weight, covariance_weight, gamma, eps)
     weights = [_view_weights(*one, len(views)) for one in zip(("variance", "covariance"), pairs, strict=True)]
+    num_samples = _global_batch(views, process_group)
     factors = convention_factors(convention, z_a.shape[1])
-    num_samples = _global_batch(z_a, process_group)
     if num_samples < 2:
         raise ValueError(
             f"`z_a`, `z_b`: expected at least 2 samples for a covariance, got a batch of {num_samples}; "
@@ -156,18 +143,39 @@ def _view_weights(name: str, pair: tuple[float, float], num_views: int) -> list[
     return list(pair) if num_views == 2 else [pair[0]] * num_views
 
 
-def _global_batch(z: torch.Tensor, group: dist.ProcessGroup | None) -> int:
-    """Return N; refuse unequal shares on every process, where a later collective would hang or mix them up."""
+def _global_batch(views: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> int:
+    """Return N; refuse bad or unequal shares on every process, where a later collective would hang or mix them up."""
+    problem = _find_problem(views)
     if group is None:
-        return len(z)
-    world_size = dist.get_world_size(group)
-    share = torch.tensor([len(z), z.shape[1]], device=z.device)
-    shares = share.new_empty(world_size, 2)
-    dist.all_gather(list(shares.unbind()), share, group=group)
-    sizes = shares.tolist()
+        if problem:
+            raise ValueError(problem)
+        return len(views[0])
+    own = [0, 0, 0] if problem else [len(views[0]), views[0].shape[1], len(views)]
+    sizes = share_sizes(own, group, views[0].device)
+    if problem:
+        raise ValueError(problem)
     if any(size != sizes[0] for size in sizes):
-        raise ValueError(f"`z_a`: expected one (batch, dimensions) on every process of the group, got {sizes}.")
-    return sizes[0][0] * world_size
+        raise ValueError(
+            "`z_a`: expected one (batch, dimensions) and number of views on every process of the group, got "
+            f"{sizes}; 0 stands for embeddings that the process itself refuses."
+        )
+    return sizes[0][0] * len(sizes)
+
+
+def _find_problem(views: Sequence[torch.Tensor]) -> str | None:
+    z_a, z_b, *local_views = views
+    if z_a.ndim != 2 or z_a.shape != z_b.shape:
+        return (
+            "`z_a`, `z_b`: expected two tensors of one shape (batch, dimensions), "
+            f"got {tuple(z_a.shape)} and {tuple(z_b.shape)}."
+        )
+    names = ("z_a", "z_b", *(f"local_views[{index}]" for index in range(len(local_views))))
+    for name, z in zip(names, views, strict=True):
+        if z.shape != z_a.shape:
+            return f"`{name}`: expected the shape of the global views, {tuple(z_a.shape)}, got {tuple(z.shape)}."
+        if not z.is_floating_point():
+            return f"`{name}`: expected a floating point tensor, got {z.dtype}."
+    return None
 
 
 def _pairs(num_views: int) -> Iterator[tuple[int, int, float]]:

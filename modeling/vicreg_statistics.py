@@ -3,8 +3,9 @@
 For N < D the covariance never forms the D x D matrix C: with the Gram matrix `G = Zc Zc^T` (N x N),
 `sum_{j != k} C_jk^2 = ||G||_F^2 / (N - 1)^2 - sum_j Var_j^2` (Garrido et al. 2022, arXiv 2206.02574, the duality of
 contrastive and non-contrastive losses), and its gradient is `4 / (D (N - 1)) (G Zc / (N - 1) - Zc diag(Var))`. The
-difference cancels in float32 where a few dimensions hold nearly all the variance: its error is about 1e-7 of
-`sum_j Var_j^2`.
+difference cancels in float32 where a few dimensions hold nearly all the variance: its error is a few 1e-7 of
+`sum_j Var_j^2`. Measured at N = 256, D = 512 with one dimension 100 times as wide as the others: value 3.5e-5 off,
+gradient 1.2e-5.
 """
 
 from typing import Literal, NamedTuple
@@ -53,14 +54,14 @@ def _gram_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGroup
     all_centred = everyone - mean
     residual = all_centred.mean(0)
     all_centred -= residual
-    variance = squares(all_centred, 0) / (num_samples - 1)
+    variance = torch.linalg.vector_norm(all_centred, dim=0).square() / (num_samples - 1)
     if group is None:
         centred, gram_rows = all_centred, _times_own_transpose(all_centred)
     else:
         centred = centre(z, (mean, residual))
         gram_rows = centred @ all_centred.T
     gram_rows /= num_samples - 1
-    share = squares(gram_rows) - len(z) / num_samples * squares(variance)
+    share = squares(gram_rows) - len(z) / num_samples * variance.square().sum()
     product = torch.mm(gram_rows, all_centred).addcmul_(centred, variance, value=-1)
     return ViewStatistics((mean, residual), variance, share, product)
 
@@ -83,9 +84,17 @@ def _moment_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGro
     return ViewStatistics((means[0], means[1]), variance, squares(covariance), centred @ covariance)
 
 
-def squares(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Sum of squares, without a tensor of them."""
-    return torch.linalg.vector_norm(values, dim=dim).square()
+def squares(values: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of a matrix, without one of them: row by row, for one long sum in float32 loses four digits."""
+    return torch.linalg.vector_norm(values, dim=-1).square().sum()
+
+
+def share_sizes(sizes: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
+    """Return every process's sizes; all must call, with as many of them."""
+    own = torch.tensor(sizes, device=device)
+    everyone = own.new_empty(dist.get_world_size(group), len(sizes))
+    dist.all_gather(list(everyone.unbind()), own, group=group)
+    return everyone.tolist()
 
 
 def _times_own_transpose(rows: torch.Tensor) -> torch.Tensor:
@@ -100,4 +109,4 @@ def _times_own_transpose(rows: torch.Tensor) -> torch.Tensor:
     return result
 
 
-__all__ = ["ViewStatistics", "centre", "covariance_form", "squares", "view_statistics"]
+__all__ = ["ViewStatistics", "centre", "covariance_form", "share_sizes", "squares", "view_statistics"]

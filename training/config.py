@@ -61,10 +61,10 @@ class ViewsConfig:
             low, high = ranges.get(name, (0, 1))
             if not low <= value <= high:
                 raise InputError(f"`views.{name}`: expected a number from {low} to {high}, got {value}.")
-        if self.local_crop_min_ratio > self.local_crop_max_ratio:
+        if not 0 < self.local_crop_max_ratio >= self.local_crop_min_ratio:
             raise InputError(
-                f"`views.local_crop_min_ratio`: expected at most `local_crop_max_ratio`, {self.local_crop_max_ratio}, "
-                f"got {self.local_crop_min_ratio}."
+                "`views.local_crop_max_ratio`: expected a number above 0 and at least `local_crop_min_ratio`, "
+                f"{self.local_crop_min_ratio}, got {self.local_crop_max_ratio}."
             )
 
 
@@ -318,6 +318,10 @@ def _check_local_views(config: RunConfig) -> None:
             f"`views.num_local_views`: expected 0 with a second encoder, got {views.num_local_views}; each of two "
             "branches sees one view."
         )
+    for name in ("variance_weight", "covariance_weight"):
+        weight = getattr(config.vicreg, name)
+        if not isinstance(weight, int | float) and len(set(weight)) > 1:
+            raise InputError(f"`vicreg.{name}`: expected one number beside local views, got {list(weight)}.")
     if views.local_image_size >= min(config.image_size):
         raise InputError(
             f"`views.local_image_size`: expected less than the image size {config.image_size}, "

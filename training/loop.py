@@ -30,7 +30,7 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.optim import build_optimizer, learning_rate_at
 from hf_vicreg.training.progress import Progress
 from hf_vicreg.training.sources import ImageSource
-from hf_vicreg.training.two_pass import average_gradients, two_pass_backward
+from hf_vicreg.training.two_pass import average_gradients, refuse_batch_norm, two_pass_backward
 from hf_vicreg.training.views import ViewSampler, finish_batch
 
 logger = logging.getLogger(__name__)
@@ -71,12 +71,11 @@ class Trainer:
                 f"`{'batch_size' if self.pieces == 1 else 'statistics_batch_size'}`: expected at most the "
                 f"{len(source)} images of {source.name}, got {config.step_size}; lower it or give more images."
             )
-        if self.pieces > 1 and model.encoder_has_batch_norm:
-            raise InputError(
-                "`statistics_batch_size`: expected an encoder without batch norms, which would see "
-                f"{run.batch_size} of {config.step_size} images, got {model.config.encoder.model_type!r}; use the "
-                "batch size alone, or another encoder."
-            )
+        if self.pieces > 1:
+            try:
+                refuse_batch_norm(model)
+            except ValueError as error:
+                raise InputError(str(error)) from error
         if run.batch_size % accelerator.num_processes:
             raise InputError(
                 f"`batch_size`: expected a multiple of {accelerator.num_processes} processes, got {run.batch_size}."

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput, has_batch_norm
 from hf_vicreg.training.distributed import restore_rng, rng_states
 
 
@@ -28,10 +28,16 @@ def two_pass_backward(
     yet: see `average_gradients`.
 
     Args:
-        model: In training mode, without batch norms in its encoders: they would see one piece.
+        model: In training mode.
         pieces: Each returns the arguments of the model for some of the images, the same in both passes.
         backward: Called with the loss; computes gradients, scaled or not.
+
+    Raises:
+        ValueError: No piece, or an encoder with batch norms.
     """
+    if not pieces:
+        raise ValueError("`pieces`: expected at least one, got none.")
+    refuse_batch_norm(model)
     device = next(model.parameters()).device
     states, encoded = [], []
     with torch.no_grad():
@@ -45,11 +51,24 @@ def two_pass_backward(
     for piece, state, parts in zip(pieces, states, encoded, strict=True):
         restore_rng(state, device)
         end = start + len(parts[0])
-        torch.autograd.backward(
-            _views(model(**piece(), return_loss=False)), [_gradient(leaf)[start:end] for leaf in leaves]
-        )
+        again = _views(model(**piece(), return_loss=False))
+        # a frozen encoder has no graph
+        gradients = [leaf.grad[start:end] for leaf in leaves if leaf.grad is not None]
+        with_graph = [index for index, one in enumerate(again) if one.requires_grad]
+        if with_graph:
+            torch.autograd.backward([again[index] for index in with_graph], [gradients[index] for index in with_graph])
         start = end
     return outputs
+
+
+def refuse_batch_norm(model: VicRegForPreTraining) -> None:
+    """Raise ValueError for an encoder with batch norms, which would see one piece of the batch and not the whole."""
+    found = [one.config.model_type for one in model.encoders if has_batch_norm(one)]
+    if found:
+        raise ValueError(
+            "`statistics_batch_size`: expected an encoder without batch norms, which would see a part of the images, "
+            f"got {found[0]!r}; use the batch size alone, or another encoder."
+        )
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -65,8 +84,3 @@ def _views(outputs: VicRegOutput) -> list[torch.Tensor]:
     found = outputs.representations
     assert found is not None
     return list(found.unbind(1) if isinstance(found, torch.Tensor) else found)
-
-
-def _gradient(leaf: torch.Tensor) -> torch.Tensor:
-    assert leaf.grad is not None
-    return leaf.grad

@@ -71,8 +71,9 @@ def test_gradients_through_ddp_are_those_of_the_joined_batch(results, norm, dtyp
         torch.testing.assert_close(results[f"{key}_running"], running, rtol=tolerance, atol=tolerance)
 
 
-def test_unequal_shares_are_refused_everywhere(results):
-    assert results["unequal_refused"] == (results["world_size"] > 1)  # one process has no other
+@pytest.mark.parametrize("what", ["samples", "views", "shapes", "types", "batch_views", "layer_views"])
+def test_unequal_shares_are_refused_everywhere(results, what):
+    assert results[f"{what}_refused"] == (results["world_size"] > 1)  # one process has no other
 
 
 def test_global_batch_norm_alone_is_batch_norm():

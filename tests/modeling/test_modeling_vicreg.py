@@ -110,6 +110,9 @@ def test_second_branch_may_take_other_inputs():
     first, second = torch.randn(6, 3, 32, 32), torch.randn(6, 3, 48, 40)
     loss = model(pixel_values=first, second_inputs={"pixel_values": second}).loss
     same = torch.randn(6, 2, 3, 32, 32)
+    vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    other_size = {"pixel_values": second, "interpolate_pos_encoding": True}
+    assert two_branches(second_encoder=vit)(pixel_values=first, second_inputs=other_size).loss.isfinite()
     model.eval()
     expected = model(pixel_values=same).loss
     assert torch.equal(model(pixel_values=same[:, 0], second_inputs={"pixel_values": same[:, 1]}).loss, expected)
@@ -239,6 +242,19 @@ def test_bad_inputs_are_named(pixel_values, message):
     model = VicRegForPreTraining(VicRegConfig(encoder=TINY, expander_sizes=[24, 40]))
     with pytest.raises(ValueError, match=message):
         model(pixel_values=pixel_values)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [torch.zeros(4, 32), [torch.zeros(4, 32)], torch.zeros(4, 2, 31), [torch.zeros(4, 32), torch.zeros(3, 32)], []],
+    ids=["no-views", "one-view", "width", "batch", "none"],
+)
+def test_bad_representations_are_named(given):
+    model = VicRegForPreTraining(VicRegConfig(encoder=TINY, expander_sizes=[24, 40]))
+    with pytest.raises(ValueError, match="`representations`: expected what an earlier call returned"):
+        model(representations=given)
+    with pytest.raises(ValueError, match="`representations`: expected no images beside them"):
+        model(pixel_values=torch.zeros(4, 2, 3, 32, 32), representations=torch.zeros(4, 2, 32))
 
 
 def test_bad_local_views_are_named():

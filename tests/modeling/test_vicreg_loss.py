@@ -186,6 +186,20 @@ def test_equals_the_official_formula(num_samples, dimensions, dtype, scale):
     assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.mark.parametrize("shape", [(2048, 1024), (600, 2048)], ids=["moments", "gram"])
+def test_long_sums_keep_their_digits(shape):
+    # a million squares added one after another in float32 are 1e-3 off
+    leaves = [torch.randn(shape).requires_grad_() for _ in range(2)]
+    found = vicreg_loss(*leaves)
+    reference = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = official(*reference)
+    for one, other in zip(found[1:], expected, strict=True):
+        assert one.item() == pytest.approx(other.item(), rel=2e-6)
+    wanted = torch.cat(torch.autograd.grad(25 * expected[0] + 25 * expected[1] + expected[2], reference))
+    gradient = torch.cat(torch.autograd.grad(found.loss, leaves)).double()
+    assert (gradient - wanted).norm() <= 2e-6 * wanted.norm()
+
+
 @pytest.mark.parametrize(("num_samples", "dimensions"), [(64, 512), (512, 64)], ids=["gram", "moments"])
 def test_gradient_survives_a_collapse_far_from_zero(num_samples, dimensions):
     # where the spread is small beside the mean, centring once leaves the mean's rounding error in the gradient

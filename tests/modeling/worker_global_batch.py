@@ -97,16 +97,35 @@ def main():
     # a loss computed on one rank alone must not wait for the others
     if rank == 0:
         model.eval()(pixel_values=images(torch.float32))
-    # unequal shares are refused on every rank, without a hang
-    try:
-        vicreg_loss(*(torch.zeros(2 + rank, 4) for _ in range(2)), process_group=dist.group.WORLD)
-    except ValueError as error:
-        refused = "every process" in str(error)
-    else:
-        refused = False
-    everyone = [None] * world_size
-    dist.all_gather_object(everyone, refused)
-    results["unequal_refused"] = torch.tensor(all(everyone))
+    # unequal or bad shares are refused on every rank, without a hang
+    z = torch.zeros(4, 6)
+    for name, views in (
+        ("samples", [torch.zeros(2 + rank, 4)] * 2),
+        ("views", [z] * (3 + rank)),
+        ("shapes", [z, z, torch.zeros(4 - min(rank, 1), 6)]),
+        ("types", [z, z.long() if rank else z]),
+    ):
+        try:
+            vicreg_loss(*views[:2], local_views=views[2:], process_group=dist.group.WORLD)
+        except ValueError as error:
+            refused = "every process" in str(error) or (rank > 0 and "expected" in str(error))
+        else:
+            refused = False
+        everyone = [None] * world_size
+        dist.all_gather_object(everyone, refused)
+        results[f"{name}_refused"] = torch.tensor(all(everyone))
+    for norm in ("batch", "layer"):
+        model = build_model(norm, torch.float32)
+        local = torch.zeros(4, 1 + rank, 3, 8, 8)
+        try:
+            model(pixel_values=torch.zeros(4, 2, 3, 16, 16), local_pixel_values=local)
+        except ValueError as error:
+            refused = "every process" in str(error)
+        else:
+            refused = False
+        everyone = [None] * world_size
+        dist.all_gather_object(everyone, refused)
+        results[f"{norm}_views_refused"] = torch.tensor(all(everyone))
     if rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in results.items()}, sys.argv[2])
     dist.barrier()

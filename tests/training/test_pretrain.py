@@ -303,7 +303,8 @@ def test_non_finite_steps_are_skipped_and_the_run_stops_with_advice(tmp_path, ti
         ),
         (
             ["--train_dir", "{images}", "--statistics_batch_size", "64", "--second_model.model_type", "resnet"],
-            "`statistics_batch_size`: expected an encoder without batch norms, which would see 32 of 64 images",
+            "`statistics_batch_size`: expected an encoder without batch norms, which would see a part of the images, "
+            "got 'resnet'",
         ),
         (
             ["--train_dir", "{images}", "--views.num_local_views", "2", "--views.local_image_size", "32"],
@@ -316,6 +317,14 @@ def test_non_finite_steps_are_skipped_and_the_run_stops_with_advice(tmp_path, ti
         (
             ["--train_dir", "{images}", "--views.num_local_views", "2", "--second_model.model_type", "vit"],
             "`views.num_local_views`: expected 0 with a second encoder",
+        ),
+        (
+            ["--train_dir", "{images}", "--views.num_local_views", "2", "--vicreg.variance_weight", "[25, 10]"],
+            "`vicreg.variance_weight`: expected one number beside local views, got [25, 10]",
+        ),
+        (
+            ["--train_dir", "{images}", "--views.local_crop_max_ratio", "0", "--views.local_crop_min_ratio", "0"],
+            "`views.local_crop_max_ratio`: expected a number above 0",
         ),
         (["--train_dir", "{images}", "--model.no_such_key", "4"], "unknown key"),
         (

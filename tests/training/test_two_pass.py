@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_vicreg import VicRegConfig, VicRegForPreTraining
 from hf_vicreg.modeling.bigbird_blocks import BigBirdViTDropPath
 from hf_vicreg.training.two_pass import two_pass_backward
 
@@ -102,6 +103,26 @@ def test_the_second_pass_is_the_first_bit_for_bit():
     assert torch.equal(torch.rand(1), after)
 
 
+def test_a_frozen_encoder_needs_no_second_pass():
+    batch = worker.images()
+    for frozen in (True, False):
+        models = [worker.build_model("layer") for _ in range(2)]
+        for model in models:
+            model.encoder.requires_grad_(not frozen)
+        (_, expected), (_, found) = whole(models[0], batch), in_pieces(models[1], batch, 3)
+        assert (found - expected).norm() <= 1e-10 * expected.norm()
+    assert len(expected) > len(torch.cat([one.flatten() for one in models[0].expander.parameters()]))
+
+
+def test_encoders_with_batch_norms_are_refused():
+    resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    model = VicRegForPreTraining(VicRegConfig(encoder=worker.ENCODER, second_encoder=resnet, expander_sizes=[8, 8]))
+    with pytest.raises(ValueError, match=r"`statistics_batch_size`: .* without batch norms, .*, got 'resnet'"):
+        two_pass_backward(model, [dict], torch.Tensor.backward)
+    with pytest.raises(ValueError, match="`pieces`: expected at least one"):
+        two_pass_backward(model, [], torch.Tensor.backward)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_pieces_of_several_processes_have_the_gradient_of_one_batch(world_size, run_process, tmp_path):
@@ -111,7 +132,7 @@ def test_pieces_of_several_processes_have_the_gradient_of_one_batch(world_size, 
     assert finished.returncode == 0, finished.stderr[-3000:]
     results = load_file(output)
     assert results["world_size"] == world_size
-    for norm in ("batch", "layer"):
-        loss, expected = whole(worker.build_model(norm), worker.images(num_local=2))
+    for norm, width in worker.EXPANDERS:
+        loss, expected = whole(worker.build_model(norm, width), worker.images(num_local=2))
         assert results[f"{norm}_loss"].item() == pytest.approx(loss, rel=1e-12)
         assert (results[f"{norm}_gradient"] - expected).norm() <= 1e-10 * expected.norm()

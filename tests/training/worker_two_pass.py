@@ -25,9 +25,12 @@ ENCODER = {
 }
 
 
-def build_model(norm, **changes):
+EXPANDERS = [("batch", 32), ("layer", 12)]  # covariances of 24 samples by the Gram matrix, and by moments
+
+
+def build_model(norm, width=32, **changes):
     torch.manual_seed(1)
-    config = VicRegConfig(encoder=ENCODER | changes, expander_sizes=[24, 32], expander_norm=norm)
+    config = VicRegConfig(encoder=ENCODER | changes, expander_sizes=[24, width], expander_norm=norm)
     return VicRegForPreTraining(config).double().train()
 
 
@@ -53,8 +56,8 @@ def main():
     if accelerator.num_processes != int(sys.argv[1]):
         raise SystemExit(f"expected {sys.argv[1]} processes, got {accelerator.num_processes}")
     results = {"world_size": torch.tensor(accelerator.num_processes)}
-    for norm in ("batch", "layer"):
-        model = build_model(norm)
+    for norm, width in EXPANDERS:
+        model = build_model(norm, width)
         accelerator.prepare(model)  # DistributedDataParallel around it must not be in the way
         share = split(images(num_local=2), accelerator.num_processes)[accelerator.process_index]
         pieces = [lambda piece=piece: piece for piece in split(share, 3)]
