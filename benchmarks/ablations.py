@@ -4,8 +4,8 @@
 
 Every arm is its family's recipe with what its name says, trained for the same number of steps on the same images in
 the same order; its k-NN accuracy is that of the encoder's pooled features. Two families: `small`, patches of 8 pixels
-that overlap by half (49 tokens), and `grid16`, 16x16 patches of 2 pixels in tiles of 2x2, where the random links of the
-attention matter. Objectives other than VICReg see the same views through the same encoder: `infonce` is SimCLR's
+that overlap by half (49 tokens), and `grid16`, 16x16 patches of 2 pixels in tiles of 2x2, where the random links of
+the attention matter. Objectives other than VICReg see the same views through the same encoder: `infonce` is SimCLR's
 NT-Xent (Chen et al. 2020, arXiv 2002.05709; temperature 0.5, their choice for CIFAR-10) on the same expander,
 `supervised` cross-entropy of a linear layer on both views.
 
