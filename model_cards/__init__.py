@@ -1,1 +1,1 @@
-"""Templates of model cards, and one card per checkpoint with its evidence."""
+"""The model card's template and generator, and one card per checkpoint with its evidence."""

@@ -39,7 +39,15 @@ def test_training_imports_modeling_and_itself_only(path):
     for level, module in imports_of(path):
         assert level == 0, f"{path.name}: absolute imports"
         if module.split(".")[0] == "hf_vicreg":
-            assert module.split(".")[1] in ("modeling", "training"), f"{path.name}: {module}"
+            assert module.split(".")[1] in ("modeling", "training", "model_cards"), f"{path.name}: {module}"
+
+
+def test_model_cards_import_nothing_of_ours():
+    for path in (REPOSITORY / "model_cards").glob("*.py"):
+        for level, module in imports_of(path):
+            assert not level, f"{path.name}: absolute imports"
+            allowed = {"yaml", "huggingface_hub"} | set(sys.stdlib_module_names)
+            assert module.split(".")[0] in allowed or module.startswith("hf_vicreg.model_cards."), module
 
 
 def test_importing_the_package_loads_no_training():

@@ -1,24 +1,16 @@
 """The finished run as a folder that others can load: encoder, processor, card and results at its root."""
 
 import json
-import string
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
+from hf_vicreg.model_cards.card import CardFacts, model_card
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 
-PATHS = {"output_dir", "train_dir", "dataset_name"}  # of the machine it ran on; the card names the data itself
 SECOND = "second_encoder"  # where the second branch's encoder lies
-LOADING_SNIPPET = """\
-import hf_vicreg; from transformers import AutoImageProcessor, AutoModel
-processor, model = AutoImageProcessor.from_pretrained("{folder}"), AutoModel.from_pretrained("{folder}")
-features = model(**processor(images, return_tensors="pt")).pooler_output  # (images, {features})"""
 
 
 def export_run(
@@ -47,27 +39,27 @@ def export_run(
             transformers_logging.enable_progress_bar()
     processor.save_pretrained(folder)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "README.md").write_text(model_card(folder.resolve().name, recipe, results))
-
-
-def model_card(name: str, recipe: dict[str, Any], results: dict[str, Any]) -> str:
-    """Return the model card in Markdown; what was not measured reads "not measured"."""
-    template = (resources.files("hf_vicreg.model_cards") / "template.md").read_text()
-    knn = results.get("knn_accuracy", {})
-    measured = {
-        key: f"{knn[key]:.3f}" if key in knn else "not measured" for key in ("raw_pixels", "untrained", "trained")
-    }
-    return string.Template(template).substitute(
-        measured,
-        name=name,
-        model_type=recipe["model"].get("model_type", BigBirdViTConfig.model_type),
-        dataset=results["dataset"],
-        num_images=f"{results['num_images']:,}",
-        parameters=f"{results['encoder_parameters'] / 1e6:.2f}",
-        density=f"{results['attention_density']:.3f}",
-        minutes=f"{results['training_seconds'] / 60:.1f}",
-        hardware=results["hardware"],
-        neighbours=results["knn_neighbours"],
-        snippet=LOADING_SNIPPET.format(folder=name, features=results["features"]),
-        recipe=yaml.safe_dump({key: value for key, value in recipe.items() if key not in PATHS}, sort_keys=False),
+    (folder / "README.md").write_text(
+        model_card(
+            CardFacts(
+                name=folder.resolve().name,
+                config=json.loads((folder / "config.json").read_text()),
+                results=results,
+                recipe=recipe,
+                log=read_log(folder / "log.jsonl"),
+                has_second_encoder=model.second_encoder is not None,
+                has_pretraining=True,
+            )
+        )
     )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's `log.jsonl`, without a line that a kill cut short; none if there is no log."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

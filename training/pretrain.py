@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
+from hf_vicreg.model_cards.card import LOCAL_SNIPPET
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
@@ -26,7 +27,7 @@ from hf_vicreg.training.config import RunConfig, check_statistics_batch, parse_f
 from hf_vicreg.training.distributed import build_accelerator
 from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.evaluation.knn import encode, knn_accuracy, model_encoder
-from hf_vicreg.training.export import LOADING_SNIPPET, export_run
+from hf_vicreg.training.export import export_run
 from hf_vicreg.training.loop import Trainer, checkpoint_to_resume
 from hf_vicreg.training.sources import ImageSource, is_image_folder, load_sources
 
@@ -162,8 +163,11 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
             len(state.unusable),
             ", ".join(map(source.describe, state.unusable[:10])) + (", ..." if len(state.unusable) > 10 else ""),
         )
+    name = run.dataset_name
     results = {
         "dataset": source.name,
+        # what others can load it by; a folder of this machine they cannot
+        "hub_dataset": name if name and name != "digits" and not os.path.exists(name) else None,
         "num_images": len(source),
         "unusable_images": len(state.unusable),
         "steps": state.step,
@@ -225,7 +229,7 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
             if key in knn:
                 lines.append(f"  {text:<18} {knn[key]:.3f}")
     lines.append(f"\nThe encoder is in {folder}. To load it:\n")
-    lines.append(LOADING_SNIPPET.format(folder=folder, features=results["features"]))
+    lines.append(LOCAL_SNIPPET.format(name=folder, features=results["features"]))
     return "\n" + "\n".join(lines)
 
 

@@ -1,0 +1,239 @@
+"""The model card of a run or a fine-tuned folder: what was measured, and nothing that was not.
+
+Every figure comes from `results.json` or `log.jsonl`; one that is not there reads "not measured". What is generated
+lies between two comment lines a section, which is what `merging.py` goes by.
+"""
+
+import re
+import statistics
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from hf_vicreg.model_cards.merging import BEGIN, END, SECTIONS
+from hf_vicreg.model_cards.results import MISSING, count, evaluation_results, evaluations_table, figure, knn_table
+
+PATHS = {"output_dir", "train_dir", "dataset_name"}  # of the machine it ran on; the card names the data itself
+LICENSE = "apache-2.0"
+LOCAL_SNIPPET = """\
+import hf_vicreg; from transformers import AutoImageProcessor, AutoModel
+processor, model = AutoImageProcessor.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")
+features = model(**processor(images, return_tensors="pt")).pooler_output  # (images, {features})"""
+HUB_SNIPPET = """\
+from transformers import AutoImageProcessor, AutoModel
+
+name = "{name}"
+processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
+model = AutoModel.from_pretrained(name, trust_remote_code=True)
+features = model(**processor(images, return_tensors="pt")).pooler_output  # (images, {features})"""
+CLASSIFIER_SNIPPET = """\
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="{name}", trust_remote_code=True)
+labels = classify(images)  # for each image its likeliest labels and their scores"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made from.
+
+    Attributes:
+        name: Heading of the card, and the model's name in its metadata.
+        config: What the model's `config.json` holds.
+        results: What `results.json` holds; may be empty.
+        recipe: The run's resolved configuration; empty for a model that no run of ours left.
+        log: The records of `log.jsonl`.
+        repo_id: The repository on the Hub; None for a folder on a disk, loaded with the package.
+        pictures: File names of those of `training_curves.png`, `attention_pattern.png` and `neighbours.png` that lie
+            beside the card.
+        has_second_encoder: Whether the folder `second_encoder` comes along.
+        has_pretraining: Whether the folder `pretraining` comes along.
+    """
+
+    name: str
+    config: dict[str, Any]
+    results: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    repo_id: str | None = None
+    pictures: tuple[str, ...] = ()
+    has_second_encoder: bool = False
+    has_pretraining: bool = False
+
+    @property
+    def dataset(self) -> str:
+        """What the images are called: of a folder on the machine it ran on, the last part of its path alone."""
+        name = str(self.results.get("dataset", MISSING))
+        return PurePath(name).name if name.startswith((".", "~")) or PurePath(name).is_absolute() else name
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the model has a head that names classes."""
+        return any(one.endswith("ForImageClassification") for one in self.config.get("architectures") or ())
+
+    @property
+    def model_type(self) -> str:
+        """The architecture, in transformers' word for it."""
+        return self.config.get("model_type", MISSING)
+
+
+def model_card(facts: CardFacts) -> str:
+    """Return the model card in Markdown, metadata in front."""
+    template = (resources.files(__package__) / "template.md").read_text()
+    marks = {f"BEGIN_{one}": BEGIN.format(one) for one in SECTIONS}
+    marks |= {f"END_{one}": END.format(one) for one in SECTIONS}
+    body = string.Template(template).substitute(
+        marks,
+        name=facts.name,
+        about=_about(facts),
+        snippet=loading_snippet(facts),
+        loading_note=_loading_note(facts),
+        results="\n".join(_results(facts)),
+        training="\n".join(_fine_tuning(facts) if facts.is_classifier else _training(facts)),
+        attention=_attention(facts),
+    )
+    return f"---\n{metadata(facts).to_yaml()}\n---\n\n{body}"
+
+
+def metadata(facts: CardFacts) -> ModelCardData:
+    """Return the card's metadata as the Hub reads it."""
+    dataset = facts.results.get("hub_dataset")
+    measured = evaluation_results(facts.results, facts.dataset)
+    return ModelCardData(
+        license=LICENSE,
+        library_name="transformers",
+        pipeline_tag="image-classification" if facts.is_classifier else "image-feature-extraction",
+        tags=["vicreg", facts.model_type, "self-supervised-learning", "sparse-attention"],
+        datasets=[dataset] if dataset else None,
+        metrics=["accuracy"] if measured else None,
+        model_name=facts.name if measured else None,
+        eval_results=measured or None,
+    )
+
+
+def loading_snippet(facts: CardFacts) -> str:
+    """Return the code that loads the model and uses it on a list of PIL images called `images`."""
+    if facts.is_classifier:
+        return CLASSIFIER_SNIPPET.format(name=facts.repo_id or facts.name)
+    features = facts.results.get("features") or facts.config.get("hidden_size") or "features"
+    if facts.repo_id is None:
+        return LOCAL_SNIPPET.format(name=facts.name, features=features)
+    return HUB_SNIPPET.format(name=facts.repo_id, features=features)
+
+
+def _about(facts: CardFacts) -> str:
+    results = facts.results
+    parameters = results.get("encoder_parameters")
+    size = f"{parameters:,}" if parameters is not None else MISSING
+    if facts.is_classifier:
+        labels = facts.config.get("id2label") or {}
+        return f"A `{facts.model_type}` classifier of {len(labels)} classes. Parameters: {size}."
+    pretrained = f"pretrained without labels by VICReg on {count(results, 'num_images')} images of"
+    text = f"A `{facts.model_type}` encoder, {pretrained} `{facts.dataset}`. Parameters: {size}."
+    if facts.has_second_encoder:
+        kind = facts.recipe.get("second_model", {}).get("model_type", "bigbird_vit")
+        text += (
+            f"\n\nThe folder `second_encoder` holds the encoder of the other branch, a `{kind}`: the two share "
+            "nothing and saw one view of every image each."
+        )
+    return text
+
+
+def _loading_note(facts: CardFacts) -> str:
+    if facts.repo_id is None:
+        return "`images` is a list of PIL images."
+    lines = [
+        "`images` is a list of PIL images. The code of the model lies in this repository and needs torch and "
+        "transformers alone. Once `hf_vicreg` is installed and imported, `trust_remote_code` is not needed."
+    ]
+    if facts.has_second_encoder:
+        lines.append('The other encoder: `AutoModel.from_pretrained(name, subfolder="second_encoder", ...)`.')
+    if facts.has_pretraining:
+        lines.append(
+            "The encoder with its expander and the loss, to go on with pretraining: "
+            '`AutoModelForPreTraining.from_pretrained(name, subfolder="pretraining", ...)`.'
+        )
+    return "\n\n".join(lines)
+
+
+def _results(facts: CardFacts) -> Iterator[str]:
+    if not facts.is_classifier:
+        yield from knn_table(facts.results, facts.dataset, second_encoder=facts.has_second_encoder)
+    elif not facts.results.get("evaluations"):
+        yield f"Accuracy on held-out images: {MISSING}."
+    yield from evaluations_table(facts.results)
+    if "neighbours.png" in facts.pictures:
+        yield "\n![Held-out images and their nearest neighbours](neighbours.png)"
+
+
+def _fine_tuning(facts: CardFacts) -> Iterator[str]:
+    found = [one for one in facts.results.get("evaluations", []) if one.get("task") == "finetune_classification"]
+    last = found[-1] if found else {}
+    details, hardware = last.get("details", {}), last.get("environment", {}).get("hardware", MISSING)
+    yield "| | |\n| --- | --- |"
+    yield f"| pretrained encoder | {details.get('pretrained_model') or MISSING} |"
+    yield f"| data | {last.get('data', {}).get('dataset') or MISSING} |"
+    yield f"| labelled images | {count(details, 'num_labelled')} |"
+    yield f"| unlabelled images | {count(details, 'num_unlabelled')} |"
+    yield f"| steps | {count(details, 'steps')} |"
+    yield f"| hardware | {hardware} |"
+    yield f"| time | {figure(details, 'training_seconds', '.1f', ' s')} |"
+    if "training_curves.png" in facts.pictures:
+        yield "\n![The loss by step](training_curves.png)"
+
+
+def _training(facts: CardFacts) -> Iterator[str]:
+    results, steps = facts.results, [one for one in facts.log if "loss" in one]
+    last = steps[-1] if steps else {}
+    speeds = [one["images_per_second"] for one in steps if "images_per_second" in one]
+    speed = f"{statistics.median_low(speeds):.0f} images/s (median of the log)" if speeds else MISSING
+    yield "| | |\n| --- | --- |"
+    yield f"| data | {count(results, 'num_images')} images of `{facts.dataset}` |"
+    yield f"| steps | {count(results, 'steps')} |"
+    yield f"| steps skipped as not finite | {count(results, 'skipped_steps')} |"
+    yield f"| batch | {facts.recipe.get('batch_size', MISSING)} images |"
+    yield f"| hardware | {results.get('hardware', MISSING)} |"
+    yield f"| time | {figure(results, 'training_seconds', '.1f', ' s')} |"
+    yield f"| throughput | {speed} |"
+    yield f"| loss at the end | {figure(last, 'loss', '.3f')} |"
+    for part in ("invariance", "variance", "covariance"):
+        yield f"| its {part}, unweighted | {figure(last, part, '.4f')} |"
+    if "training_curves.png" in facts.pictures:
+        yield "\n![The loss, its parts and k-NN accuracy by step](training_curves.png)"
+    if facts.recipe:
+        yield "\nThe command, with the recipe below as `recipe.yaml`:\n"
+        yield f"```bash\n{training_command(facts)}\n```\n"
+        recipe = {key: value for key, value in facts.recipe.items() if key not in PATHS}
+        yield f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).strip()}\n```"
+
+
+def training_command(facts: CardFacts) -> str:
+    """Return the command that trains the model again, the images' place aside."""
+    if facts.recipe.get("train_dir"):
+        data = "--train_dir FOLDER_OF_IMAGES"
+    else:
+        data = f"--dataset_name {facts.results.get('hub_dataset') or facts.dataset}"
+    name = re.sub(r"[^\w.-]+", "-", facts.name.rpartition("/")[2]) or "again"
+    return f"accelerate launch -m hf_vicreg.training.pretrain --config recipe.yaml {data} --output_dir runs/{name}"
+
+
+def _attention(facts: CardFacts) -> str:
+    if facts.model_type != "bigbird_vit":
+        return f"That of `{facts.model_type}`, dense or none."
+    if facts.config.get("attention_type", "block_sparse") == "original_full":
+        return "Dense: every patch sees every other."
+    density = figure(facts.results, "attention_density", ".3f")
+    text = (
+        "BigBird's, on a 2-D grid: every tile of patches sees the tiles around it and a few random ones, the same in "
+        "training and use; CLS and registers see and are seen by all. Share of the pairs of tokens computed at the "
+        f"training grid: {density}."
+    )
+    if "attention_pattern.png" in facts.pictures:
+        text += "\n\n![Which tile sees which at the training grid](attention_pattern.png)"
+    return text

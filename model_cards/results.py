@@ -1,0 +1,100 @@
+"""What was measured, as tables of a card: every figure beside the command that gave it."""
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+MISSING = "not measured"
+COMMANDS = {
+    "knn": "evaluate knn",
+    "linear": "evaluate linear",
+    "retrieval": "evaluate retrieval",
+    "few_labels": "evaluate few-labels",
+    "finetune_classification": "finetune classification",
+}
+METADATA_TASKS = ("knn", "linear", "finetune_classification")  # of which accuracies go into the card's metadata
+
+
+def figure(measured: dict[str, Any], key: str, form: str, unit: str = "") -> str:
+    """Return a figure as it is written, "not measured" if it is not there."""
+    value = measured.get(key)
+    return MISSING if value is None else format(value, form) + unit
+
+
+def count(measured: dict[str, Any], key: str) -> str:
+    """Return a whole number as it is written, "not measured" if it is not there."""
+    return figure(measured, key, ",d")
+
+
+def knn_table(results: dict[str, Any], dataset: str, *, second_encoder: bool) -> Iterator[str]:
+    """Yield lines of the table of the run's own k-NN accuracies."""
+    knn = results.get("knn_accuracy", {})
+    rows = [("raw pixels", "raw_pixels"), ("untrained encoder", "untrained"), ("**this encoder**", "trained")]
+    if second_encoder:
+        rows += [("second encoder, untrained", "second_untrained"), ("**second encoder**", "second_trained")]
+    yield f"| features | {results.get('knn_neighbours', 'k')}-NN accuracy on held-out images |"
+    yield "| --- | --- |"
+    for words, key in rows:
+        yield f"| {words} | {figure(knn, key, '.3f')} |"
+    yield ""
+    if knn:
+        yield (
+            f"k-NN by cosine similarity: {count(results, 'knn_test_samples')} held-out images of `{dataset}` against "
+            f"{count(results, 'knn_train_samples')} labelled ones, measured by the training command below."
+        )
+
+
+def evaluations_table(results: dict[str, Any]) -> Iterator[str]:
+    """Yield lines of the table of evaluations that were made afterwards; none if there were none."""
+    evaluations = results.get("evaluations", [])
+    if evaluations:
+        yield "\n| evaluation | data | figures | command |"
+        yield "| --- | --- | --- | --- |"
+    for one in evaluations:
+        data = one.get("data", {})
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in one.get("metrics", {}).items())
+        images = f"{count(data, 'num_test')} images of `{data.get('dataset', MISSING)}`"
+        yield f"| {one.get('task', MISSING)} | {images} | {figures or MISSING} | `{_command(one)}` |"
+
+
+def evaluation_results(results: dict[str, Any], dataset: str) -> list[EvalResult]:
+    """Return what goes into the card's metadata: accuracies of the run's own k-NN and of later evaluations."""
+    found = []
+    accuracy = results.get("knn_accuracy", {}).get("trained")
+    if accuracy is not None:
+        name = f"{results['knn_neighbours']}-NN accuracy"
+        found.append(
+            _entry("k-NN classification of frozen features", results.get("hub_dataset"), dataset, name, accuracy)
+        )
+    for one in results.get("evaluations", []):
+        for name, value in one.get("metrics", {}).items():
+            if one.get("task") in METADATA_TASKS and name.startswith("accuracy"):
+                where = one.get("data", {}).get("dataset", MISSING)
+                found.append(_entry(COMMANDS[one["task"]], None, where, name, value))
+    return found
+
+
+def _entry(task: str, dataset_id: str | None, dataset: str, name: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="image-classification",
+        task_name=task,
+        dataset_type=dataset_id or dataset,
+        dataset_name=dataset,
+        metric_type="accuracy",
+        metric_name=name,
+        metric_value=value,
+    )
+
+
+def _command(evaluation: dict[str, Any]) -> str:
+    """Return the command of an evaluation, with the flags that change a figure."""
+    task, data = str(evaluation.get("task")), evaluation.get("data", {})
+    flags = {"dataset_name": data.get("dataset"), "dataset_config_name": data.get("config")}
+    flags |= {key: data.get(key) for key in ("train_split", "test_split")} | evaluation.get("settings", {})
+    words = ["hf-vicreg", *COMMANDS.get(task, task).split(), "MODEL"]
+    for key, value in flags.items():
+        if isinstance(value, str | int | float | list) and value != []:
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words).replace("|", "\\|")

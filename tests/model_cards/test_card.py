@@ -1,0 +1,234 @@
+"""The model card: nothing that was not measured, metadata that the Hub reads, and room for people's own words."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+
+from hf_vicreg.model_cards.card import CardFacts, loading_snippet, model_card
+from hf_vicreg.model_cards.merging import SECTIONS, merged_card
+
+CARDS = Path(__file__).resolve().parents[2] / "model_cards"
+PICTURES = ("training_curves.png", "attention_pattern.png", "neighbours.png")
+CONFIG = {"model_type": "bigbird_vit", "hidden_size": 128, "architectures": ["BigBirdViTModel"]}
+RESULTS = {
+    "dataset": "digits",
+    "hub_dataset": None,
+    "num_images": 1437,
+    "steps": 396,
+    "skipped_steps": 3,
+    "training_seconds": 158.3,
+    "hardware": "2 CPU cores (x86_64)",
+    "encoder_parameters": 812416,
+    "features": 128,
+    "attention_density": 0.5708,
+    "knn_neighbours": 20,
+    "knn_train_samples": 1437,
+    "knn_test_samples": 360,
+    "knn_accuracy": {"raw_pixels": 0.7139, "untrained": 0.3472, "trained": 0.925},
+}
+LOG = [
+    {
+        "step": 10 * index,
+        "loss": 9.5 - index / 7,
+        "invariance": 0.0912,
+        "variance": 0.7541,
+        "covariance": 0.5233,
+        "images_per_second": 301.0 + index,
+    }
+    for index in range(1, 8)
+]
+RECIPE = {"batch_size": 128, "dataset_name": "digits", "output_dir": "/home/me/runs/x", "train_dir": None}
+FACTS = {"name": "demo", "config": CONFIG, "results": RESULTS, "recipe": RECIPE, "log": LOG, "repo_id": "lab/demo"}
+
+
+EVALUATION = {
+    "task": "finetune_classification",
+    "data": {"dataset": "digits", "config": None, "test_split": "test", "num_test": 360, "num_train": 100},
+    "settings": {"learning_rate": 1e-3, "labels_per_class": None},
+    "metrics": {"accuracy": 0.9111},
+    "details": {"pretrained_model": "run", "num_labelled": 100, "num_unlabelled": 0, "training_seconds": 9.5},
+}
+
+
+def card_of(**changes):
+    return model_card(CardFacts(**FACTS | changes))
+
+
+def section(card, name):
+    """The text between a section's two comment lines."""
+    return re.search(rf"<!-- hf_vicreg:{name} .*?-->\n(.*?)<!-- /hf_vicreg:{name} -->", card, re.DOTALL)[1]
+
+
+def figures(text):
+    """Every number of a text, outside of words and code blocks."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.findall(r"(?<![\w.\"-])\d[\d,]*(?:\.\d+)?(?![\w\"])", text)
+
+
+def known_figures(results, log, recipe):
+    """What results, log and recipe hold, as a card may write it."""
+    values = [recipe["batch_size"], *[value for record in log for value in record.values()]]
+    values += [value for one in (results, results["knn_accuracy"]) for value in one.values()]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    forms = (",d", ".0f", ".1f", ".3f", ".4f")
+    written = {format(int(one) if form == ",d" else one, form) for one in numbers for form in forms}
+    return written | set(re.findall(r"\d+", results["hardware"]))
+
+
+def test_every_figure_is_one_that_was_measured():
+    card = card_of()
+    known = known_figures(RESULTS, LOG, RECIPE)
+    found = [one for name in ("about", "results", "training", "attention") for one in figures(section(card, name))]
+    assert len(found) > 15
+    assert [one for one in found if one not in known] == []
+    assert {"0.925", "0.714", "0.347", "158.3", "305", "8.500", "812,416", "0.571"} <= set(found)
+    assert "not measured" not in section(card, "results") + section(card, "training") + section(card, "attention")
+
+
+@pytest.mark.parametrize(
+    ("missing", "where"),
+    [
+        (("knn_accuracy", "untrained"), "| untrained encoder | not measured |"),
+        (("knn_accuracy", "trained"), "| **this encoder** | not measured |"),
+        (("training_seconds",), "| time | not measured |"),
+        (("attention_density",), "computed at the training grid: not measured."),
+        (("encoder_parameters",), "Parameters: not measured."),
+        (("num_images",), "not measured images of `digits`"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_missing_figure_reads_not_measured(missing, where):
+    results = json.loads(json.dumps(RESULTS))
+    inside = results
+    for key in missing[:-1]:
+        inside = inside[key]
+    value = inside.pop(missing[-1])
+    card = card_of(results=results)
+    assert where in card
+    assert where not in card_of()
+    if missing[0] == "knn_accuracy":
+        assert str(value) not in card
+
+
+def test_a_card_without_log_or_results_measures_nothing():
+    card = card_of(results={}, log=[], recipe={})
+    assert "| throughput | not measured |" in card
+    assert "| loss at the end | not measured |" in card
+    assert "model-index" not in ModelCard(card).data.to_dict()
+    assert [one for name in ("about", "results", "training") for one in figures(section(card, name))] == []
+
+
+def test_metadata_round_trips_through_huggingface_hub(tmp_path):
+    results = RESULTS | {"hub_dataset": "lab/numbers", "dataset": "lab/numbers"}
+    (tmp_path / "README.md").write_text(card_of(results=results))
+    read = metadata_load(tmp_path / "README.md")
+    assert read == ModelCardData(**read).to_dict() == ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert read["library_name"] == "transformers"
+    assert read["pipeline_tag"] == "image-feature-extraction"
+    assert read["license"] == "apache-2.0"
+    assert read["datasets"] == ["lab/numbers"]
+    assert read["metrics"] == ["accuracy"]
+    (index,) = read["model-index"]
+    (result,) = index["results"]
+    assert index["name"] == "demo"
+    assert result["dataset"] == {"type": "lab/numbers", "name": "lab/numbers"}
+    assert result["metrics"] == [{"type": "accuracy", "value": 0.925, "name": "20-NN accuracy"}]
+    assert "datasets" not in ModelCard(card_of()).data.to_dict()  # `digits` is no data set of the Hub's
+
+
+def test_nothing_of_the_machine_is_in_the_card():
+    results = RESULTS | {"dataset": "/home/me/secret/photos"}
+    card = card_of(results=results, recipe=RECIPE | {"train_dir": "/home/me/secret/photos"})
+    assert "/home" not in card
+    assert "secret" not in card
+    assert "images of `photos`" in card
+    assert "--train_dir FOLDER_OF_IMAGES --output_dir runs/demo" in card
+
+
+def test_a_second_encoder_is_mentioned_where_there_is_one():
+    knn = RESULTS["knn_accuracy"] | {"second_untrained": 0.2111, "second_trained": 0.8333}
+    second = {
+        "results": RESULTS | {"knn_accuracy": knn},
+        "recipe": RECIPE | {"second_model": {"model_type": "resnet"}},
+    }
+    card = card_of(has_second_encoder=True, **second)
+    assert "`second_encoder` holds the encoder of the other branch, a `resnet`" in card
+    assert "| second encoder, untrained | 0.211 |\n| **second encoder** | 0.833 |" in card
+    assert 'subfolder="second_encoder"' in card
+    assert "second" not in card_of()
+
+
+def test_a_classifier_has_a_card_of_its_own():
+    config = CONFIG | {"architectures": ["BigBirdViTForImageClassification"], "id2label": {"0": "cat", "1": "dog"}}
+    card = card_of(config=config, results={}, recipe={}, log=[])
+    assert "Accuracy on held-out images: not measured." in card
+    assert "| pretrained encoder | not measured |" in card
+    tuned = card_of(config=config, results={"evaluations": [EVALUATION]}, recipe={}, log=[])
+    assert (
+        "| finetune_classification | 360 images of `digits` | accuracy 0.911 | `hf-vicreg finetune classification"
+        in tuned
+    )
+    assert "--dataset_name digits --test_split test --learning_rate 0.001`" in tuned
+    assert "| labelled images | 100 |" in tuned
+    (result,) = ModelCard(tuned).data.to_dict()["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "value": 0.9111, "name": "accuracy"}]
+    assert ModelCard(card).data.pipeline_tag == "image-classification"
+    assert "A `bigbird_vit` classifier of 2 classes" in card
+    assert 'pipeline("image-classification", model="lab/demo", trust_remote_code=True)' in card
+
+
+def test_the_snippet_of_a_folder_needs_the_package_and_no_trust():
+    local, remote = (loading_snippet(CardFacts(**FACTS | {"repo_id": repo})) for repo in (None, "lab/demo"))
+    assert "import hf_vicreg" in local
+    assert "trust_remote_code" not in local
+    assert "hf_vicreg" not in remote
+    assert remote.count("trust_remote_code=True") == 2
+
+
+def test_what_people_wrote_around_the_sections_stays():
+    old = card_of(results=RESULTS | {"training_seconds": 1.0})
+    edited = old.replace("# demo\n", "# Our model\n\nWhy we made it.\n").replace("license: apache-2.0", "license: mit")
+    edited = edited.replace("tags:\n", "base_model: lab/older\ntags:\n- medical\n")
+    edited = edited.replace(section(edited, "limits"), "- none at all\n")  # inside of a section it is overwritten
+    merged = merged_card(edited, card_of())
+    assert "Why we made it." in merged
+    assert "# demo" not in merged
+    assert "| time | 158.3 s |" in merged
+    assert "| time | 1.0 s |" not in merged
+    assert "none at all" not in merged
+    data = ModelCard(merged).data.to_dict()
+    assert (data["license"], data["base_model"], data["tags"][0]) == ("mit", "lab/older", "medical")
+    assert "vicreg" in data["tags"]
+    assert merged_card(merged, card_of()) == merged
+
+
+def test_a_section_taken_out_stays_out_and_a_card_without_any_gets_all():
+    without = re.sub(r"<!-- hf_vicreg:attention .*?/hf_vicreg:attention -->\n", "", card_of(), flags=re.DOTALL)
+    assert "hf_vicreg:attention" not in merged_card(without, card_of())
+    merged = merged_card("# Mine\n\nMy words.\n", card_of())
+    assert merged.index("# Mine") < merged.index("My words.") < merged.index("<!-- hf_vicreg:about")
+    assert all(f"<!-- hf_vicreg:{name} " in merged for name in SECTIONS)
+    assert merged_card(card_of(), card_of()).strip() == card_of().strip()
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in CARDS.glob("*/README.md")), ids=lambda path: path.name
+)
+def test_a_committed_card_is_what_its_evidence_gives(folder):
+    card = (folder / "README.md").read_text()
+    config, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
+    facts = CardFacts(
+        name=folder.name,
+        config=config,
+        results=results,
+        recipe=yaml.safe_load((folder / "recipe.yaml").read_text()),
+        log=[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()],
+        repo_id=re.search(r'name = "(.*)"', card)[1],
+        pictures=tuple(name for name in PICTURES if (folder / name).exists()),
+        has_second_encoder="second_trained" in results.get("knn_accuracy", {}),
+    )
+    assert card == model_card(facts)
