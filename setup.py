@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 ROOMS = ("modeling", "training", "model_cards")
 
 setup(
-    packages=["hf_vicreg"]
+    packages=["hf_vicreg", "hf_vicreg.publishing"]
     + [
         f"hf_vicreg.{package}"
         for room in ROOMS

@@ -1,0 +1,40 @@
+"""Writes the card of a finished run into `model_cards/NAME/`, with the evidence that every figure of it comes from.
+
+    python -m benchmarks.committed_card runs/digits OWNER/bigbird-vit-digits
+
+Beside the card lie `config.json`, `results.json`, `recipe.yaml`, the pictures and `log.jsonl`; weights and code do
+not. A test makes each committed card again from these and compares.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from hf_vicreg.publishing.staging import stage
+from hf_vicreg.training.export import read_log
+
+CARDS = Path(__file__).resolve().parents[1] / "model_cards"
+EVIDENCE = ("README.md", "config.json", "results.json", "recipe.yaml")
+
+
+def main() -> None:
+    """Stage the run as publishing does, and keep what is evidence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="where it is or will be published")
+    arguments = parser.parse_args()
+    folder = CARDS / arguments.repo.partition("/")[2]
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = stage(arguments.run, Path(scratch), repo=arguments.repo)
+        for name in [*EVIDENCE, *staged.facts.pictures]:
+            shutil.copyfile(staged.folder / name, folder / name)
+    log = read_log(arguments.run / "log.jsonl")
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    main()

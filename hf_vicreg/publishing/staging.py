@@ -1,0 +1,230 @@
+"""What leaves the machine: a copy of a run's folder, by an allow-list, in a folder of its own.
+
+Weights, configurations and results are read from the run; code, card and pictures are made anew. Nothing else is
+copied, so checkpoints, optimiser state, logs, pickles and whatever else lies there stay where they are.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from hf_vicreg.model_cards.card import PATHS, CardFacts, model_card
+from hf_vicreg.publishing.custom_code import AUTO_MAPS, write_custom_code
+from hf_vicreg.publishing.pictures import draw_pictures
+from hf_vicreg.publishing.secret_scan import refuse_secrets
+
+WEIGHTS, INDEX, PROCESSOR = "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SECOND, PRETRAINING, NEIGHBOURS = "second_encoder", "pretraining", "neighbours.png"
+# names of a repository that publishing writes and takes away again when a run has them no more
+GENERATED = re.compile(
+    rf"(({SECOND}|{PRETRAINING})/)?(config\.json|preprocessor_config\.json|model(-\d{{5}}-of-\d{{5}})?\.safetensors"
+    r"|model\.safetensors\.index\.json)|results\.json|recipe\.yaml|training_curves\.png|attention_pattern\.png"
+    rf"|{re.escape(NEIGHBOURS)}"
+)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A folder ready to be published.
+
+    Attributes:
+        folder: Where the files lie.
+        names: Their names, relative, with `/` between folder and file, in order.
+        facts: What its card was made from.
+        left_out: What lies in the run's folder and does not leave, by name.
+    """
+
+    folder: Path
+    names: list[str]
+    facts: CardFacts
+    left_out: list[str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each file in bytes."""
+        return {name: (self.folder / name).stat().st_size for name in self.names}
+
+    @property
+    def card(self) -> str:
+        """The card as it will be published."""
+        return (self.folder / "README.md").read_text(encoding="utf-8")
+
+
+def stage(run: Path, into: Path, *, repo: str, include_pretraining: bool = False) -> Staged:
+    """Copy what may be published of a run, or of a fine-tuned folder, into an empty folder.
+
+    Args:
+        run: The folder to publish; only read.
+        into: An empty folder.
+        repo: The repository's id, for the card.
+        include_pretraining: Take `pretraining/` along, the encoder with its expander.
+
+    Raises:
+        ValueError: Not such a folder, an unfinished run, weights that are not safetensors, or something secret in it.
+    """
+    config = _read_config(run)
+    results = _read_json(run / "results.json") if (run / "results.json").exists() else {}
+    recipe = _without_paths(_read_recipe(run))
+    parts = [""]
+    if (run / SECOND / "config.json").exists():
+        parts.append(SECOND)
+    if include_pretraining:
+        if not (run / PRETRAINING / "config.json").exists():
+            raise ValueError(f"`include_pretraining`: expected {PRETRAINING}/config.json in {run}, found none.")
+        parts.append(PRETRAINING)
+    for part in parts:
+        (into / part).mkdir(exist_ok=True)
+        _copy_model(run, part, into)
+    write_custom_code(into, [into / part / "config.json" for part in parts])
+    if results:
+        (into / "results.json").write_text(json.dumps(_without_paths(results), indent=1) + "\n")
+    if recipe:
+        public = {key: value for key, value in recipe.items() if key not in PATHS}
+        (into / "recipe.yaml").write_text(yaml.safe_dump(public, sort_keys=False))
+    log = _read_log(run)
+    pictures = draw_pictures(into, _encoder_config(into), log)
+    if (run / NEIGHBOURS).exists():
+        Image.open(_inside(run, NEIGHBOURS)).convert("RGB").save(into / NEIGHBOURS)  # the pixels, without comments
+        pictures.append(NEIGHBOURS)
+    facts = CardFacts(
+        name=repo.partition("/")[2],
+        config=config,
+        results=results,
+        recipe=recipe,
+        log=log,
+        repo_id=repo,
+        pictures=tuple(pictures),
+        has_second_encoder=SECOND in parts,
+        has_pretraining=PRETRAINING in parts,
+    )
+    (into / "README.md").write_text(model_card(facts), encoding="utf-8")
+    names = sorted(path.relative_to(into).as_posix() for path in into.rglob("*") if path.is_file())
+    refuse_secrets(into, names)
+    left_out = sorted(
+        path.name + "/" * path.is_dir()
+        for path in run.iterdir()
+        if path.name not in names and not any(name.startswith(f"{path.name}/") for name in names)
+    )
+    return Staged(into, names, facts, left_out)
+
+
+def _read_config(run: Path) -> dict[str, Any]:
+    """Return the model's configuration, or say why this is no folder to publish."""
+    if not run.is_dir():
+        raise ValueError(f"`RUN`: expected the folder of a run, got {str(run)!r}, which is none.")
+    is_run = (run / "recipe.yaml").exists()
+    missing = [name for name in ("config.json", PROCESSOR) if not (run / name).exists()]
+    if is_run and (missing or not (run / "results.json").exists()):
+        raise ValueError(
+            f"`RUN`: expected a finished run, {run} has no {(missing or ['results.json'])[0]} yet; finish it with "
+            "--resume_from_checkpoint latest."
+        )
+    if missing:
+        raise ValueError(f"`RUN`: expected the folder of a run or a fine-tuned model, {run} has no {missing[0]}.")
+    config = _read_json(_inside(run, "config.json"))
+    model_type = config.get("model_type")
+    if model_type == "vicreg":
+        raise ValueError(f"`RUN`: expected the run's folder, {run} is its wrapper; give the folder above it.")
+    if not is_run and model_type not in AUTO_MAPS:
+        raise ValueError(f"`RUN`: expected a run or a model of type 'bigbird_vit', {run} holds a {model_type!r}.")
+    return config
+
+
+def _copy_model(run: Path, part: str, into: Path) -> None:
+    """Copy configuration, processor and weights of the folder `part` of a run, checked."""
+    config = _read_json(_inside(run, part, "config.json"))
+    config.pop("_name_or_path", None)
+    _write_json(into / part / "config.json", config)
+    if (run / part / PROCESSOR).exists():
+        _write_json(into / part / PROCESSOR, _read_json(_inside(run, part, PROCESSOR)))
+    names = [WEIGHTS]
+    if (run / part / INDEX).exists():
+        index = _read_json(_inside(run, part, INDEX))
+        names = sorted(set(index.get("weight_map", {}).values()))
+        foreign = [name for name in names if not SHARD.fullmatch(str(name))]
+        if foreign or not names:
+            raise ValueError(f"`{INDEX}`: expected names of shards in {run / part}, got {foreign[:1] or 'none'}.")
+        _write_json(into / part / INDEX, index)
+    for name in names:
+        source = run / part / name
+        if not source.exists():
+            raise ValueError(f"`RUN`: expected {part}{'/' * bool(part)}{name} in {run}, found none; safetensors only.")
+        source = _inside(run, part, name)
+        try:
+            with safe_open(source, framework="pt") as weights:  # its header is checked against its length
+                weights.keys()
+        except SafetensorError as error:
+            raise ValueError(f"`{name}`: expected safetensors in {run / part}, cannot be read: {error}.") from None
+        shutil.copyfile(source, into / part / name)
+
+
+def _inside(run: Path, *parts: str) -> Path:
+    """Return a file of the run, or raise ValueError if it is a link that leads out of its folder."""
+    path = run.joinpath(*parts)
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise ValueError(f"`{path.relative_to(run)}`: expected a file of {run}, got a link out of it; copy it there.")
+    return path
+
+
+def _read_recipe(run: Path) -> dict[str, Any]:
+    """Return what of a run's recipe is known to be one: a file may hold anything."""
+    path = run / "recipe.yaml"
+    if not path.exists():
+        return {}
+    from dataclasses import fields
+
+    from hf_vicreg.training.config import SECTIONS, PretrainArguments
+
+    try:
+        recipe = yaml.safe_load(_inside(run, "recipe.yaml").read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"`recipe.yaml`: expected a mapping of settings in {run}, cannot be read.")
+    known = {one.name for one in fields(PretrainArguments)} | set(SECTIONS)
+    return {key: value for key, value in recipe.items() if key in known and value is not None}
+
+
+def _read_log(run: Path) -> list[dict[str, Any]]:
+    from hf_vicreg.training.export import read_log
+
+    return [record for record in read_log(run / "log.jsonl") if isinstance(record, dict) and "step" in record]
+
+
+def _encoder_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+def _without_paths(value: Any) -> Any:
+    """Return results with the last part of a path in place of the path."""
+    if isinstance(value, dict):
+        return {key: _without_paths(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(one) for one in value]
+    if isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith(("./", "../", "~"))):
+        return PurePath(value).name
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path.name}`: expected a JSON object in {path.parent}, cannot be read.")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
