@@ -29,6 +29,7 @@ from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_loss import vicreg_loss
 
 if TYPE_CHECKING:
+    from hf_vicreg.publishing.publish import publish
     from hf_vicreg.training.pretrain import pretrain
 
 AutoConfig.register("bigbird_vit", BigBirdViTConfig)
@@ -53,6 +54,7 @@ __all__ = [
     "VicRegForPreTraining",
     "__version__",
     "pretrain",
+    "publish",
     "vicreg_loss",
 ]
 
@@ -62,4 +64,8 @@ def __getattr__(name: str) -> Any:
         from hf_vicreg.training.pretrain import pretrain
 
         return pretrain
+    if name == "publish":
+        from hf_vicreg.publishing.publish import publish
+
+        return publish
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

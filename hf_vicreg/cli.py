@@ -54,6 +54,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="sides in pixels to compare on; default: the source's, 1.5 and 2 times it",
     )
     convert.set_defaults(run=_convert)
+
+    publish = verbs.add_parser("publish", help="a run's folder, or a fine-tuned one, onto the Hub")
+    publish.add_argument("folder", metavar="RUN", help="folder of a finished run or fine-tuned BigBirdViT; only read")
+    publish.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository on the Hub; made if new")
+    publish.add_argument("--private", action="store_true", help="make it a private repository")
+    publish.add_argument("--revision", help="branch to publish to, made if new; default: main")
+    publish.add_argument("--create_pr", action="store_true", help="open a pull request instead")
+    publish.add_argument("--dry_run", action="store_true", help="print files, sizes and card; send nothing")
+    publish.add_argument(
+        "--include_pretraining", action="store_true", help="with pretraining/, the encoder and its expander"
+    )
+    publish.set_defaults(run=_publish)
     return parser
 
 
@@ -99,6 +111,25 @@ def _convert(arguments: argparse.Namespace) -> None:
     config = BigBirdViTConfig.from_pretrained(arguments.out)
     print(report(found, config))
     print(f"\nwritten to {arguments.out}, attention_type={config.attention_type!r}")
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    import logging
+
+    from hf_vicreg.publishing.publish import publish, report
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_vicreg").setLevel(logging.INFO)
+    done = publish(
+        arguments.folder,
+        arguments.repo,
+        private=arguments.private,
+        revision=arguments.revision,
+        create_pr=arguments.create_pr,
+        dry_run=arguments.dry_run,
+        include_pretraining=arguments.include_pretraining,
+    )
+    print(report(done))
 
 
 def _configuration(arguments: argparse.Namespace):

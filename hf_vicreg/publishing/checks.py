@@ -1,0 +1,104 @@
+"""Does a folder give others what the run gives here? Asked in processes that have nothing of this one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from hf_vicreg.model_cards.card import loading_snippet
+from hf_vicreg.publishing.secret_scan import SECRET_NAMES
+from hf_vicreg.publishing.staging import PRETRAINING, SECOND, Staged
+
+TIMEOUT_S = 900
+
+
+def check_loads(staged: Staged, run: Path) -> dict[str, torch.Tensor]:
+    """Load a staged folder with the package and without it, run the card's code, and compare with the run.
+
+    Args:
+        staged: The folder to be published.
+        run: Where it came from, loaded with the package: its features are what all others have to equal, bit for bit.
+
+    Returns:
+        The run's features of two fixed images, by name.
+
+    Raises:
+        ValueError: The folder does not load, or its features are others.
+    """
+    reference, here = _features([run, staged.folder], staged, package=True)
+    _refuse_difference(reference, here, "loaded with the package")
+    check_loads_without_package(staged, staged.folder, reference)
+    return reference
+
+
+def check_loads_without_package(staged: Staged, folder: Path, reference: dict[str, torch.Tensor]) -> None:
+    """Load a folder where `hf_vicreg` cannot be imported, run the card's code, and compare with `reference`.
+
+    Raises:
+        ValueError: It does not load, or its features are others.
+    """
+    (found,) = _features([folder], staged, package=False)
+    _refuse_difference(reference, found, "loaded without the package")
+
+
+def _features(folders: list[Path], staged: Staged, *, package: bool) -> list[dict[str, torch.Tensor]]:
+    facts = staged.facts
+    with tempfile.TemporaryDirectory() as scratch:
+        outs = [Path(scratch) / f"{index}.safetensors" for index in range(len(folders))]
+        request = {
+            "package": str(Path(str(resources.files("hf_vicreg"))).parent) if package else None,
+            "folders": {str(folder.resolve()): str(out) for folder, out in zip(folders, outs, strict=True)},
+            "subfolders": [SECOND] * facts.has_second_encoder + [PRETRAINING] * facts.has_pretraining,
+            # the run itself is loaded as its own card says; what is published, as the one on the Hub will
+            "snippet": "" if package else loading_snippet(facts),
+            "repo": facts.repo_id,
+        }
+        path = Path(scratch) / "request.json"
+        path.write_text(json.dumps(request))
+        program = resources.files("hf_vicreg.publishing") / "features_program.py"
+        try:
+            finished = subprocess.run(
+                [sys.executable, "-I", str(program), str(path)],
+                env=_clean_environment(scratch),
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                cwd=scratch,
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"`RUN`: expected the model to load within {TIMEOUT_S} s, it did not.") from None
+        if finished.returncode:
+            how = "with" if package else "without"
+            reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise ValueError(f"`RUN`: expected a model that loads {how} the package, got: {reason}")
+        return [load_file(out) for out in outs]
+
+
+def _clean_environment(scratch: str) -> dict[str, str]:
+    """The environment of a stranger on this machine: no network, no cache, no secrets, no GPU."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not SECRET_NAMES.search(name) and not re.match(r"HF_|TRANSFORMERS_|PYTHON", name)
+    }
+    return environment | {
+        "HF_HOME": f"{scratch}/home",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # sums in one order, whoever computes them
+    }
+
+
+def _refuse_difference(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], how: str) -> None:
+    for name, tensor in expected.items():
+        if name not in found or not torch.equal(found[name], tensor):
+            difference = "none" if name not in found else f"{(found[name] - tensor).abs().max():.1e} off"
+            raise ValueError(f"`RUN`: expected {name} equal to the run's when {how}, got {difference}.")

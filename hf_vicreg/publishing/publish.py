@@ -1,0 +1,118 @@
+"""`hf-vicreg publish` and `hf_vicreg.publish`: stage, check, push one commit, download it again and compare."""
+
+import logging
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassError
+
+from hf_vicreg.publishing.checks import check_loads, check_loads_without_package
+from hf_vicreg.publishing.hub_errors import patience
+from hf_vicreg.publishing.push import bring_up_to_date, check_account, download, push, read_remote
+from hf_vicreg.publishing.secret_scan import refuse_secrets
+from hf_vicreg.publishing.staging import Staged, stage
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 300.0
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What `publish` did, or would do.
+
+    Attributes:
+        url: The repository or the pull request; None after a dry run.
+        commit: The commit that holds the files; None after a dry run.
+        files: Size in bytes of each file, by name.
+        card: The model card.
+        left_out: What of the run's folder does not leave the machine.
+        changed: Names of files that were sent or removed; empty if the Hub had them all.
+    """
+
+    url: str | None
+    commit: str | None
+    files: dict[str, int]
+    card: str
+    left_out: list[str]
+    changed: list[str]
+
+
+def publish(
+    run: str | os.PathLike,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    include_pretraining: bool = False,
+) -> Publication:
+    """Publish a run's folder, or a fine-tuned one, on the Hub. The token is the stored login's, or `HF_TOKEN`'s.
+
+    Nothing is sent before the folder loads with and without this package and gives the run's features bit for bit. Run
+    again it sends what has changed: nothing after an undisturbed run, the rest after an interrupted one.
+
+    Args:
+        run: The folder, which is only read.
+        repo: The repository's id, OWNER/NAME; made if there is none.
+        private: Make it a private one.
+        revision: Branch to publish to, made if there is none; default: `main`.
+        create_pr: Open a pull request instead.
+        dry_run: Stage and check, and send nothing; no network is needed.
+        include_pretraining: Publish `pretraining/` as well, the encoder with its expander.
+
+    Raises:
+        ValueError: A folder that cannot be published, something secret in it, or anything that went wrong on the way
+            to the Hub; the branch is then as it was, unless the line says that a download differs.
+    """
+    if not REPO.fullmatch(repo):
+        raise ValueError(f"`repo`: expected OWNER/NAME, got {repo!r}.")
+    if create_pr and revision is not None:
+        raise ValueError("`create_pr`, `revision`: expected one of the two, got both; pull requests are for `main`.")
+    run, api = Path(run), HfApi()
+    with tempfile.TemporaryDirectory(prefix="hf_vicreg_") as scratch, patience(TIMEOUT_S):
+        into = Path(scratch) / "staged"
+        into.mkdir()
+        try:
+            staged = stage(run, into, repo=repo, include_pretraining=include_pretraining)
+        except StrictDataclassError as error:
+            raise ValueError(f"`config.json`: {str(error).strip().splitlines()[-1].strip()}") from None
+        if dry_run:
+            check_loads(staged, run)
+            return _publication(staged, None, None, [])
+        check_account(api, repo, create_pr=create_pr)
+        remote = read_remote(api, repo, revision=revision, private=private)
+        bring_up_to_date(staged, remote)
+        refuse_secrets(staged.folder, ["README.md"])
+        logger.info("checking that %s loads with and without the package", run)
+        reference = check_loads(staged, run)
+        logger.info("publishing %d files, %s bytes", len(staged.names), f"{sum(staged.sizes.values()):,}")
+        pushed = push(api, staged, remote, private=private, create_pr=create_pr)
+        logger.info("downloading commit %s again", pushed.commit[:8])
+        again = Path(scratch) / "downloaded"
+        download(api, repo, pushed.commit, staged, again)
+        check_loads_without_package(staged, again, reference)
+        return _publication(staged, pushed.url, pushed.commit, pushed.added + pushed.removed)
+
+
+def report(publication: Publication) -> str:
+    """Return what `hf-vicreg publish` prints at its end."""
+    lines = [f"{size:>12,}  {name}" for name, size in publication.files.items()]
+    lines.append(f"{sum(publication.files.values()):>12,}  bytes in {len(lines)} files")
+    if publication.left_out:
+        lines.append(f"left out: {', '.join(publication.left_out)}")
+    if publication.commit is None:
+        return "\n".join([*lines, "", publication.card, "", "dry run: loads and is complete; nothing was sent"])
+    changed = f"{len(publication.changed)} files sent or removed" if publication.changed else "nothing had changed"
+    lines.append(f"{publication.url} at {publication.commit[:8]}: {changed}; downloaded again, and the same")
+    return "\n".join(lines)
+
+
+def _publication(staged: Staged, url: str | None, commit: str | None, changed: list[str]) -> Publication:
+    return Publication(url, commit, staged.sizes, staged.card, staged.left_out, changed)
