@@ -111,7 +111,7 @@ class Trainer:
         """
         run, state = self.run, self.state
         if self.accelerator.is_main_process:
-            _truncate_log(self.folder / "log.jsonl", state.step)
+            truncate_log(self.folder / "log.jsonl", state.step)
         loader = self._loader(state.step)
         self.model.train()
         progress = Progress(self.num_steps, state.step, shown=self.accelerator.is_local_main_process)
@@ -286,7 +286,7 @@ def checkpoint_to_resume(run: Any) -> Path | None:
     return found
 
 
-def _truncate_log(path: Path, step: int) -> None:
+def truncate_log(path: Path, step: int) -> None:
     """Drop lines of steps that will be done again, and a line cut short by a kill."""
     if not path.exists():
         return

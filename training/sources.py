@@ -104,17 +104,17 @@ def load_sources(
             for encoded, labels in (_digits(split) for split in ("train", "test"))
         )
         return train, test
-    splits = _load_splits(dataset_name, dataset_config_name)
+    splits = load_splits(dataset_name, dataset_config_name)
     for flag, split in (("train_split", train_split), ("test_split", test_split)):
         if split is not None and split not in splits:
             raise InputError(f"`{flag}`: expected one of {sorted(splits)} in {dataset_name}, got {split!r}.")
     columns = (image_column_name, label_column_name)
-    source = _dataset_source(dataset_name, splits[train_split], *columns)
+    source = dataset_source(dataset_name, splits[train_split], *columns)
     if test_split is not None:
-        return source, _dataset_source(dataset_name, splits[test_split], *columns)
+        return source, dataset_source(dataset_name, splits[test_split], *columns)
     for split in ("test", "validation"):
         if source.labels is not None and split in splits and split != train_split and len(splits[split]):
-            held_out = _dataset_source(dataset_name, splits[split], *columns)
+            held_out = dataset_source(dataset_name, splits[split], *columns)
             if held_out.labels is not None:
                 return source, held_out
     return source, None
@@ -183,7 +183,12 @@ def _read_file(paths: list[str], index: int) -> bytes:
     return Path(paths[index]).read_bytes()
 
 
-def _load_splits(name: str, config: str | None) -> dict[str, Any]:
+def load_splits(name: str, config: str | None) -> dict[str, Any]:
+    """Return the splits of a Hub dataset or a local folder, by name.
+
+    Raises:
+        InputError: It cannot be loaded.
+    """
     import datasets
 
     if os.path.exists(name) and (not os.path.isdir(name) or not os.listdir(name)):
@@ -197,13 +202,20 @@ def _load_splits(name: str, config: str | None) -> dict[str, Any]:
             loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name, config)
+    except IndexError as error:  # a split that was saved to disk without a row
+        raise InputError(f"`dataset_name`: expected images in every split of {name}, found an empty one.") from error
     except Exception as error:  # the library raises dozens of kinds for what is all the same to a user
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"`dataset_name`: cannot load {name}: {type(error).__name__}: {reason}") from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _dataset_source(name: str, dataset: Any, image_column: str | None, label_column: str | None) -> ImageSource:
+def dataset_source(name: str, dataset: Any, image_column: str | None, label_column: str | None) -> ImageSource:
+    """Return the images of a split.
+
+    Raises:
+        InputError: No or several image columns, an unknown column, labels that are no class indices, or no rows.
+    """
     import datasets
 
     image_columns = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
