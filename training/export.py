@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_vicreg.model_cards.card import CardFacts, model_card
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.training.evaluation.results import EVALUATIONS, FILE, read_results
 
 SECOND = "second_encoder"  # where the second branch's encoder lies
 
@@ -38,7 +39,9 @@ def export_run(
         if bars:
             transformers_logging.enable_progress_bar()
     processor.save_pretrained(folder)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    # what `hf-vicreg evaluate` has added since stays: a finished run may be resumed
+    kept = {key: one for key, one in read_results(folder).items() if key == EVALUATIONS}
+    (folder / FILE).write_text(json.dumps(results | kept, indent=1) + "\n")
     (folder / "README.md").write_text(
         model_card(
             CardFacts(

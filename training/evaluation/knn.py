@@ -1,6 +1,6 @@
 """k-NN accuracy: how often an image's nearest neighbours in feature space share its class."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,15 +37,41 @@ def knn_accuracy(
         neighbours: k; all of the bank if it is smaller.
         temperature: Of the weights.
     """
+    (found,) = knn_predictions(
+        bank, bank_labels, queries, neighbours=[min(neighbours, len(bank))], temperature=temperature
+    ).values()
+    return float((found == query_labels).float().mean())
+
+
+def knn_predictions(
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
+    queries: torch.Tensor,
+    *,
+    neighbours: Sequence[int],
+    temperature: float = TEMPERATURE,
+) -> dict[int, torch.Tensor]:
+    """Return the classes `(queries,)` that weighted k-NN finds, for each k; arguments as for `knn_accuracy`.
+
+    Each k is at most the size of the bank.
+    """
+    classes = int(bank_labels.max()) + 1
+    found: dict[int, list[torch.Tensor]] = {k: [] for k in neighbours}
+    for similarity, nearest in nearest_in_bank(bank, queries, max(neighbours)):
+        weights, voted = (similarity / temperature).exp(), bank_labels[nearest]
+        for k, parts in found.items():
+            votes = torch.zeros(len(nearest), classes, device=bank.device)
+            parts.append(votes.scatter_add_(1, voted[:, :k], weights[:, :k]).argmax(1))
+    return {k: torch.cat(parts) for k, parts in found.items()}
+
+
+def nearest_in_bank(
+    bank: torch.Tensor, queries: torch.Tensor, count: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield cosine similarities and places in the bank, both `(some queries, count)`, nearest first."""
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    correct = 0
-    for some, truth in zip(queries.split(1024), query_labels.split(1024), strict=True):
-        similarity, nearest = (some @ bank.T).topk(min(neighbours, len(bank)), dim=1)
-        votes = torch.zeros(len(some), classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
-        correct += int((votes.argmax(1) == truth).sum())
-    return correct / len(queries)
+    for some in queries.split(1024):
+        yield (some @ bank.T).topk(count, dim=1)
 
 
 @torch.no_grad()
@@ -69,15 +95,33 @@ def encode(
     """
     assert source.labels is not None
     features, labels = [torch.empty(0, 0)], []
-    indices = list(range(share[0], len(source), share[1]))
-    for start in range(0, len(indices), BATCH_SIZE):
-        read = [(source.read(index), source.labels[index]) for index in indices[start : start + BATCH_SIZE]]
-        images: list[Image.Image] = [image for image, _ in read if image is not None]
-        if images:
-            pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-            features.append(encode_pixels(pixel_values).float().cpu())
-            labels += [label for image, label in read if image is not None]
+    for _, indices, encoded in encoded_batches(source, processor, encode_pixels, share=share):
+        features.append(encoded)
+        labels += [source.labels[index] for index in indices]
     return torch.cat(features[1:] or features), torch.tensor(labels, dtype=torch.int64)
+
+
+@torch.no_grad()
+def encoded_batches(
+    source: ImageSource,
+    processor: Callable[..., Any],
+    encode_pixels: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    share: tuple[int, int] = (0, 1),
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[tuple[int, list[int], torch.Tensor]]:
+    """Yield batch after batch of a source: where it starts in the share, indices of its readable images, features.
+
+    Arguments are those of `encode`; features are `(readable images, features)` float32 on the CPU.
+    """
+    indices = range(share[0], len(source), share[1])
+    for start in range(0, len(indices), batch_size):
+        read = [(index, source.read(index)) for index in indices[start : start + batch_size]]
+        readable = [index for index, image in read if image is not None]
+        if readable:
+            images: list[Image.Image] = [image for _, image in read if image is not None]
+            pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+            yield start, readable, encode_pixels(pixel_values).float().cpu()
 
 
 def model_encoder(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,0 +1,200 @@
+"""A vision model to evaluate: any that transformers loads, with its image processor and what identifies it."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, pooled_features
+from hf_vicreg.training.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+FIRST_TOKEN, POOLED, MEAN_TOKEN = "first token", "pooler_output", "mean token"
+BOOKKEEPING = {"transformers_version", "_name_or_path", "architectures", "dtype", "auto_map", "id2label", "label2id"}
+
+
+@dataclass(frozen=True)
+class VisionEncoder:
+    """A model in evaluation mode, on its device, and its image processor.
+
+    Attributes:
+        name: Folder name or Hub id.
+        model: The encoder.
+        processor: Turns images into `pixel_values`.
+        feature: What is taken for the feature of an image.
+        weights: Hash of configuration and weights.
+    """
+
+    name: str
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    feature: str
+    weights: str
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return features `(batch, features)` of `pixel_values` `(batch, channels, height, width)`."""
+        outputs = self.model(pixel_values=pixel_values.to(self.model.device))
+        return outputs.last_hidden_state[:, 0] if self.feature == FIRST_TOKEN else pooled_features(outputs)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The image processor's settings, plain."""
+        return json.loads(json.dumps(self.processor.to_dict(), sort_keys=True, default=str))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `results.json` says of the model."""
+        return {
+            "name": self.name,
+            "model_type": self.model.config.model_type,
+            "parameters": sum(one.numel() for one in self.model.parameters()),
+            "weights": self.weights,
+            "feature": self.feature,
+            "preprocessing": self.preprocessing,
+        }
+
+
+def load_vision_encoder(name: str) -> VisionEncoder:
+    """Return the encoder in a folder or on the Hub: of a run, of a run's `pretraining`, or of another maker.
+
+    Some checkpoints (DINO's ViTs, classifiers) have no weights for the pooler that their class has; then the first
+    token is the feature, not what random weights make of it.
+
+    Raises:
+        InputError: No model there, no encoder of images, or weights missing.
+    """
+    config = load_config(name)
+    try:
+        if config.model_type == VicRegForPreTraining.config_class.model_type:
+            wrapper, info = load_weights(VicRegForPreTraining, name)
+            model: PreTrainedModel = wrapper.encoder
+        else:
+            model, info = load_weights(AutoModel, name)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise _no_model(name, error) from error
+    if model.main_input_name != "pixel_values":
+        raise InputError(
+            f"`MODEL`: expected a vision encoder, got a model of type {config.model_type!r}, whose input is "
+            f"`{model.main_input_name}`; give the vision model alone."
+        )
+    missing = sorted(info["missing_keys"])
+    in_pooler = [key for key in missing if "pooler" in key]
+    if len(in_pooler) < len(missing):
+        raise InputError(
+            f"`MODEL`: expected weights for the whole encoder in {name}, found none for "
+            f"{next(key for key in missing if key not in in_pooler)} and {len(missing) - 1} more."
+        )
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    processor = load_processor(name, model.config)
+    try:
+        outputs = model(processor([Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"].to(model.device))
+        pooled = getattr(outputs, "pooler_output", None)
+        assert pooled_features(outputs).ndim == 2
+    except Exception as error:  # whatever a model of another kind makes of an image
+        raise InputError(
+            f"`MODEL`: expected a vision encoder, but {name} of type {config.model_type!r} does not encode an image: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    feature = FIRST_TOKEN if in_pooler else MEAN_TOKEN if pooled is None else POOLED
+    logger.info("features of %s: %s", name, feature)
+    return VisionEncoder(public_name(name), model, processor, feature, weights_digest(model))
+
+
+def load_weights(model_class: Any, name: str, **config_fields: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return a model in full precision and what its checkpoint lacked, without transformers' own remarks on it.
+
+    Raises:
+        OSError: No safetensors there.
+        ValueError: No such model class for this configuration.
+    """
+    with quiet_transformers():
+        return model_class.from_pretrained(
+            name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **config_fields
+        )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing bars and from remarks on heads and poolers, which are judged here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """Return a model's configuration.
+
+    Raises:
+        InputError: None there.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise _no_model(name, error) from error
+
+
+def load_processor(name: str, config: PreTrainedConfig) -> BaseImageProcessor:
+    """Return a model's image processor; where none is stored, ours at the model's image size, and says so.
+
+    Raises:
+        InputError: One that cannot be read.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if (Path(name) / "preprocessor_config.json").exists():
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"`MODEL`: the image processor of {name} cannot be read: {reason}") from error
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    logger.warning(
+        "%s has no image processor: images are resized to %dx%d, ImageNet's mean and deviation", name, height, width
+    )
+    return BigBirdViTImageProcessor(size={"height": height, "width": width})
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Return a hash of a model's configuration and weights."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in BOOKKEEPING}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def public_name(name: str) -> str:
+    """Return a Hub id as it is, of a folder its name alone: where it lies on this machine is nobody's business."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _no_model(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:300]
+    return InputError(
+        f"`MODEL`: expected the folder or Hub id of a vision model in safetensors form, got {name!r}: {reason}"
+    )

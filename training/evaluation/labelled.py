@@ -1,0 +1,231 @@
+"""Labelled images to evaluate on: checked, with class names, and fingerprinted by all of their bytes."""
+
+import hashlib
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.arguments import LabelledDataArguments
+from hf_vicreg.training.sources import ImageSource, dataset_source, load_sources, load_splits
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A split.
+
+    Attributes:
+        split: Its name.
+        source: The images, with a class index each.
+        class_names: One for each class index.
+    """
+
+    split: str
+    source: ImageSource
+    class_names: list[str]
+
+    @property
+    def labels(self) -> list[int]:
+        """One class index an image."""
+        assert self.source.labels is not None
+        return self.source.labels
+
+    @cached_property
+    def digests(self) -> list[bytes]:
+        """One hash an image, of its encoded bytes."""
+        found = []
+        for index in range(len(self.source)):
+            try:
+                found.append(hashlib.sha256(self.source.read_bytes(index)).digest())
+            except OSError as error:
+                found.append(type(error).__name__.encode())
+        return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any byte of any image and with their order, not with their labels."""
+        return hashlib.sha256(b"".join(self.digests)).hexdigest()[:16]
+
+    def select(self, indices: Sequence[int]) -> "LabelledImages":
+        """Return the images at `indices`, in that order."""
+        source, indices = self.source, list(indices)
+        names = None if source.file_names is None else [source.file_names[index] for index in indices]
+        digest = hashlib.sha256(str(indices).encode()).hexdigest()[:16]
+        chosen = replace(
+            source,
+            length=len(indices),
+            read_bytes=_Chosen(source.read_bytes, indices),
+            labels=[self.labels[index] for index in indices],
+            file_names=names,
+            fingerprint=f"{source.fingerprint}[{digest}]",
+        )
+        return LabelledImages(self.split, chosen, self.class_names)
+
+    def draw(self, amount: float | int, seed: int) -> list[int]:
+        """Return indices of images drawn class by class, in the split's order; the same for the same seed.
+
+        Args:
+            amount: A number of images of each class, or, as a float, a share of each class, at least one image.
+            seed: Of the draw.
+
+        Raises:
+            InputError: A class with fewer images.
+        """
+        by_class: dict[int, list[int]] = {}
+        for index, label in enumerate(self.labels):
+            by_class.setdefault(label, []).append(index)
+        chosen = []
+        for label, indices in sorted(by_class.items()):
+            count = amount if isinstance(amount, int) else max(1, round(amount * len(indices)))
+            if count > len(indices):
+                raise InputError(
+                    f"`labels`: expected at most {len(indices)} images, which is all of class "
+                    f"{self.class_names[label]!r}, got {amount} a class."
+                )
+            chosen += random.Random(f"{seed}/{amount}/{label}").sample(indices, count)
+        return sorted(chosen)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Reads the images at some indices; a class, so that loader processes can take it along."""
+
+    read_bytes: Any
+    indices: list[int]
+
+    def __call__(self, index: int) -> bytes:
+        return self.read_bytes(self.indices[index])
+
+
+def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, LabelledImages]:
+    """Return the training and the test split.
+
+    Class names in a column of strings are numbered in alphabetical order of the training split.
+
+    Raises:
+        InputError: No labels, one class only, an empty or missing split, and what `load_sources` refuses.
+    """
+    name, column = arguments.dataset_name, arguments.label_column_name
+    if name == "digits":
+        digits, held_out = load_sources(dataset_name=name)
+        assert held_out is not None
+        names = [str(digit) for digit in range(10)]
+        train, test = LabelledImages("train", digits, names), LabelledImages("test", held_out, names)
+    else:
+        splits = load_splits(name, arguments.dataset_config_name)
+        test_split = arguments.test_split or next((one for one in ("test", "validation") if one in splits), None)
+        if test_split is None:
+            raise InputError(
+                f"`test_split`: expected a split `test` or `validation` in {name}, found {sorted(splits)}; name the "
+                "one to test on with --test_split."
+            )
+        for field, split in (("train_split", arguments.train_split), ("test_split", test_split)):
+            if split not in splits:
+                raise InputError(f"`{field}`: expected one of {sorted(splits)} in {name}, got {split!r}.")
+            if len(splits[split]) == 0:
+                raise InputError(f"`{field}`: expected images in split {split!r} of {name}, found it empty.")
+        if arguments.train_split == test_split:
+            raise InputError(f"`test_split`: expected another split than the {test_split!r} trained on.")
+        names = _class_names(name, splits[arguments.train_split], column)
+        train, test = (
+            LabelledImages(
+                split,
+                dataset_source(
+                    name, _numbered(name, split, splits[split], column, names), arguments.image_column_name, column
+                ),
+                names,
+            )
+            for split in (arguments.train_split, test_split)
+        )
+    train = replace(train, source=train.source.first(arguments.max_train_samples))
+    test = replace(test, source=test.source.first(arguments.max_test_samples))
+    present = sorted(set(train.labels))
+    if len(present) < 2:
+        raise InputError(
+            f"`label_column_name`: expected at least 2 classes among the {len(train.source)} training images, found "
+            f"only {train.class_names[present[0]]!r}; take another column or more images."
+        )
+    unknown = sorted(set(test.labels) - set(present))
+    if unknown:
+        logger.warning(
+            "%d classes of the test images are not among the training images and cannot be found, %s for one",
+            len(unknown),
+            repr(test.class_names[unknown[0]]),
+        )
+    logger.info(
+        "%s: %d training and %d test images of %d classes", name, len(train.source), len(test.source), len(present)
+    )
+    return train, test
+
+
+def count_overlap(train: LabelledImages, test: LabelledImages) -> int:
+    """Return how many test images are byte for byte among the training images; warns if there are any."""
+    known = set(train.digests)
+    count = sum(digest in known for digest in test.digests)
+    if count:
+        logger.warning(
+            "%d of the %d test images are byte for byte among the training images: the figures flatter",
+            count,
+            len(test.digests),
+        )
+    return count
+
+
+def _class_names(name: str, dataset: Any, column: str) -> list[str]:
+    """Return the classes of the training split, by index.
+
+    Raises:
+        InputError: No such column, or one that holds no classes.
+    """
+    import datasets
+
+    if column not in dataset.features:
+        raise InputError(
+            f"`label_column_name`: expected a column {column!r} with labels in {name}, found "
+            f"{sorted(dataset.features)}; name it with --label_column_name."
+        )
+    feature = dataset.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    values = list(dataset[column])
+    if all(isinstance(one, str) for one in values):
+        return sorted(set(values))
+    wrong = next((one for one in values if isinstance(one, bool) or not isinstance(one, int) or one < 0), None)
+    if wrong is not None or not all(isinstance(one, int) for one in values):
+        raise InputError(
+            f"`label_column_name`: expected class indices from 0 on or class names in column {column!r} of {name}, "
+            f"got {wrong!r}."
+        )
+    return [str(index) for index in range(max(values) + 1)]
+
+
+def _numbered(name: str, split: str, dataset: Any, column: str, names: list[str]) -> Any:
+    """Return the split with its labels as indices into `names`.
+
+    Raises:
+        InputError: A class that the training split does not know, or a missing label.
+    """
+    import datasets
+
+    if column not in dataset.features:
+        raise InputError(f"`label_column_name`: expected column {column!r} in split {split!r} of {name}, got none.")
+    feature = dataset.features[column]
+    if isinstance(feature, datasets.ClassLabel) and list(feature.names) == names:
+        return dataset
+    values = list(dataset[column])
+    if isinstance(feature, datasets.ClassLabel):
+        values = [None if one is None or one < 0 else feature.names[one] for one in values]
+    number = {one: index for index, one in enumerate(names)}
+    numbers = [number.get(one) if isinstance(one, str) else one for one in values]
+    for value, one in zip(values, numbers, strict=True):
+        if not isinstance(one, int) or not 0 <= one < len(names):
+            raise InputError(
+                f"`label_column_name`: expected one of the {len(names)} classes of the training images in column "
+                f"{column!r} of split {split!r}, got {value!r}."
+            )
+    return dataset.remove_columns(column).add_column(column, numbers)

@@ -1,0 +1,134 @@
+"""`results.json`: what was measured, in one form for the card, the report and anybody's script.
+
+The file is one object. A pretraining run writes its own fields there; evaluations are a list under `evaluations`, each
+
+    task         "knn", "linear", "retrieval", "few_labels" or "finetune_classification"
+    model        name, model_type, parameters, weights (a hash of configuration and weights), feature, preprocessing
+    data         dataset, config, splits, columns, numbers of images and classes, fingerprints of the images' bytes,
+                 test_images_in_train (how many are byte for byte among the training images)
+    settings     all flags that change a figure
+    metrics      name to number; accuracies are shares from 0 to 1
+    details      what stands behind the metrics: confusion counts, the C's tried, single runs
+    pictures     files in the same folder, relative
+    environment  hardware and versions
+    date         UTC, ISO 8601
+    seconds      of the evaluation, cached features included if they had to be made
+"""
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.arguments import LabelledDataArguments
+from hf_vicreg.training.evaluation.encoder import public_name
+from hf_vicreg.training.evaluation.labelled import LabelledImages
+
+FILE = "results.json"
+EVALUATIONS = "evaluations"
+SAME = ("task", "model", "data", "settings")  # an evaluation that agrees in these takes the place of an earlier one
+PACKAGES = ("torch", "torchvision", "transformers", "datasets", "scikit-learn", "pillow")
+
+
+def evaluation_record(
+    task: str,
+    model: dict[str, Any],
+    data: dict[str, Any],
+    settings: dict[str, Any],
+    metrics: dict[str, float],
+    *,
+    details: dict[str, Any],
+    pictures: Sequence[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """Return one entry of `evaluations`; the module's docstring says what is in it."""
+    return {
+        "task": task,
+        "model": model,
+        "data": data,
+        "settings": settings,
+        "metrics": metrics,
+        "details": details,
+        "pictures": list(pictures),
+        "environment": _environment(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+    }
+
+
+def describe_data(
+    arguments: LabelledDataArguments, train: LabelledImages, test: LabelledImages, overlap: int
+) -> dict[str, Any]:
+    """Return the `data` of an entry."""
+    return {
+        "dataset": public_name(arguments.dataset_name),
+        "config": arguments.dataset_config_name,
+        "train_split": train.split,
+        "test_split": test.split,
+        "image_column": arguments.image_column_name,
+        "label_column": arguments.label_column_name,
+        "num_train": len(train.source),
+        "num_test": len(test.source),
+        "num_classes": len(set(train.labels)),
+        "class_names": train.class_names,
+        "train_fingerprint": train.fingerprint,
+        "test_fingerprint": test.fingerprint,
+        "test_images_in_train": overlap,
+    }
+
+
+def add_evaluation(folder: Path, record: dict[str, Any]) -> None:
+    """Add an entry to a folder's `results.json`, in place of an earlier one of the same; the rest stays as it is.
+
+    Raises:
+        InputError: The file there is not ours to change.
+    """
+    path = folder / FILE
+    results = read_results(folder)
+    known = results.get(EVALUATIONS, [])
+    kept = [one for one in known if any(one.get(key) != record[key] for key in SAME)]
+    results[EVALUATIONS] = [*kept, record]
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return a folder's results, empty if it has none.
+
+    Raises:
+        InputError: A file of that name that holds something else.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(
+            f"`output_dir`: expected JSON in {path}, got something else ({error}); move it away."
+        ) from error
+    if not isinstance(results, dict) or not isinstance(results.get(EVALUATIONS, []), list):
+        raise InputError(f"`output_dir`: expected the results of a run in {path}, found something else; move it away.")
+    return results
+
+
+def _environment() -> dict[str, str]:
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+    found = {"hardware": hardware, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
