@@ -20,6 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of every verb; `run` of its result does what was asked."""
+    from hf_vicreg.evaluation_commands import add_verbs
+
     parser = argparse.ArgumentParser(prog="hf-vicreg", description="Vision transformers pretrained by VICReg.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -66,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--include_pretraining", action="store_true", help="with pretraining/, the encoder and its expander"
     )
     publish.set_defaults(run=_publish)
+    add_verbs(verbs)
     return parser
 
 

@@ -1,0 +1,104 @@
+"""The verbs `evaluate` and `finetune` of `hf-vicreg`: flags from dataclasses, work imported when asked for."""
+
+import argparse
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from hf_vicreg.training.evaluation.arguments import (
+    FewLabelsArguments,
+    FinetuneArguments,
+    KnnArguments,
+    LinearArguments,
+    RetrievalArguments,
+)
+
+DATA = "--dataset_name my_labelled_images"
+EVALUATIONS = {
+    "knn": (KnnArguments, "k-NN accuracy of features", f"hf-vicreg evaluate knn runs/mine {DATA}"),
+    "linear": (LinearArguments, "accuracy of a linear probe", f"hf-vicreg evaluate linear runs/mine {DATA}"),
+    "retrieval": (RetrievalArguments, "mean average precision", f"hf-vicreg evaluate retrieval runs/mine {DATA}"),
+    "few-labels": (
+        FewLabelsArguments,
+        "accuracy with few labels, linear and fine-tuned",
+        f"hf-vicreg evaluate few-labels runs/mine {DATA} --labels 10% 2 --max_steps 10 --num_seeds 2",
+    ),
+}
+FINETUNE_EXAMPLE = (
+    f"hf-vicreg finetune classification runs/mine {DATA} --output_dir runs/classifier --num_train_epochs 5"
+)
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add `evaluate` and `finetune` to the command's sub-parsers."""
+    evaluate = verbs.add_parser("evaluate", help="what a model's features are worth on labelled images")
+    whats = evaluate.add_subparsers(required=True, metavar="WHAT", parser_class=HfArgumentParser)
+    for name, (kind, text, example) in EVALUATIONS.items():
+        _add(whats, name, kind, text, example, _evaluate)
+    finetune = verbs.add_parser("finetune", help="a pretrained encoder for a task of your own")
+    tasks = finetune.add_subparsers(required=True, metavar="TASK", parser_class=HfArgumentParser)
+    _add(
+        tasks,
+        "classification",
+        FinetuneArguments,
+        "a classifier of images",
+        FINETUNE_EXAMPLE,
+        _finetune_classification,
+    )
+
+
+def _add(whats: Any, name: str, kind: type, text: str, example: str, run: Any) -> None:
+    parser = whats.add_parser(
+        name,
+        dataclass_types=kind,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of any vision model of transformers")
+    parser.set_defaults(run=run, arguments_class=kind, what=name)
+
+
+def _arguments(parsed: argparse.Namespace) -> Any:
+    kind = parsed.arguments_class
+    return kind(**{one.name: getattr(parsed, one.name) for one in dataclasses.fields(kind)})
+
+
+def _evaluate(parsed: argparse.Namespace) -> None:
+    _log_to_stderr()
+    from hf_vicreg.training.evaluation.evaluate import evaluate_knn, evaluate_linear, evaluate_retrieval
+    from hf_vicreg.training.evaluation.few_labels import evaluate_few_labels
+
+    runs: dict[str, Callable[[str, Any], dict[str, Any]]] = {
+        "knn": evaluate_knn,
+        "linear": evaluate_linear,
+        "retrieval": evaluate_retrieval,
+        "few-labels": evaluate_few_labels,
+    }
+    runs[parsed.what](parsed.model, _arguments(parsed))
+
+
+def _finetune_classification(parsed: argparse.Namespace) -> None:
+    _log_to_stderr()
+    import torch.distributed
+
+    from hf_vicreg.training.evaluation.finetune import finetune_classification
+
+    try:
+        finetune_classification(parsed.model, _arguments(parsed))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _log_to_stderr() -> None:
+    """Show what the package logs, from one process."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("hf_vicreg").setLevel(logging.INFO if main_process else logging.ERROR)

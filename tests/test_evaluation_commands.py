@@ -1,0 +1,157 @@
+"""`hf-vicreg evaluate` and `finetune`: the examples of --help as written, what they leave, and what they refuse."""
+
+import json
+import re
+import shlex
+
+import huggingface_hub.constants
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, BertModel
+
+from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
+from hf_vicreg.cli import main
+
+COMMANDS = [
+    ("evaluate", "knn"),
+    ("evaluate", "linear"),
+    ("evaluate", "retrieval"),
+    ("evaluate", "few-labels"),
+    ("finetune", "classification"),
+]
+OWN = {"steps": 12, "knn_accuracy": {"trained": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a run, and images of two colours in folders by split and class."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    torch.manual_seed(0)
+    config = BigBirdViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
+        tile_size=1,
+    )
+    run = folder / "runs" / "mine"
+    BigBirdViTModel(config).save_pretrained(run)
+    BigBirdViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(run)
+    (run / "results.json").write_text(json.dumps(OWN))
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    ).save_pretrained(folder / "runs" / "text")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for name, colour in (("ripe", (180, 30, 30)), ("unripe", (40, 150, 40))):
+            where = folder / "my_labelled_images" / split / name
+            where.mkdir(parents=True)
+            for index in range(count):
+                noise = torch.randint(-30, 30, (36, 36, 3), generator=generator)
+                pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8).numpy()
+                Image.fromarray(pixels).save(where / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _at_work(workplace, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(workplace / "hf_home"))
+    yield
+    torch.set_num_threads(threads)
+
+
+def example(verb, what, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, what, "--help"])
+    assert caught.value.code == 0
+    (line,) = re.findall(r"^example:\n\s+(hf-vicreg .*)$", capsys.readouterr().out, re.MULTILINE)
+    return shlex.split(line)[1:]
+
+
+@pytest.mark.parametrize(("verb", "what"), COMMANDS)
+def test_the_example_of_help_runs_as_written(verb, what, workplace, capsys):
+    arguments = example(verb, what, capsys)
+    assert arguments[:2] == [verb, what]
+    code = main(arguments)
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    folder = workplace / ("runs/classifier" if verb == "finetune" else "runs/mine")
+    results = json.loads((folder / "results.json").read_text())
+    task = {"classification": "finetune_classification"}.get(what, what.replace("-", "_"))
+    (record,) = (one for one in results["evaluations"] if one["task"] == task)
+    assert record["metrics"]
+    assert record["data"]["class_names"] == ["ripe", "unripe"]
+    assert (record["data"]["num_train"], record["data"]["num_test"]) == (24, 12)
+    assert record["data"]["test_images_in_train"] == 0
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in record["pictures"])
+    assert str(workplace) not in json.dumps(record)
+    if verb == "evaluate":
+        assert {key: results[key] for key in OWN} == OWN
+        assert "24 training images, 2 classes" in printed.out
+        for name in ["results.json", *record["pictures"]]:
+            assert name in printed.out
+    if what == "knn":
+        assert list(record["metrics"]) == ["accuracy_k1", "accuracy_k5", "accuracy_k10", "accuracy_k20"]
+        assert record["metrics"]["accuracy_k5"] == 1
+        assert record["details"]["confusion"] == [[6, 0], [0, 6]]
+        assert set(record["pictures"]) == {"knn_confusion.png", "neighbours.png"}
+    if what == "few-labels":
+        assert {(run["labels"], run["num_labels"]) for run in record["details"]["runs"]} == {("10%", 2), ("2", 4)}
+        assert {run["method"] for run in record["details"]["runs"]} == {"linear", "finetuned"}
+        assert record["metrics"]["linear_2_mean"] > 0.8
+
+
+def test_all_methods_of_few_labels_and_a_folder_of_its_own(workplace, capsys):
+    flags = "--labels 3 --methods scratch consistency --max_steps 2 --num_seeds 1 --output_dir few --seed 5"
+    assert main(["evaluate", "few-labels", "runs/mine", "--dataset_name", "my_labelled_images", *flags.split()]) == 0
+    (record,) = json.loads((workplace / "few" / "results.json").read_text())["evaluations"]
+    assert [(run["method"], run["seed"]) for run in record["details"]["runs"]] == [("scratch", 5), ("consistency", 5)]
+    assert record["settings"]["max_steps"] == 2
+
+
+KNN = ["evaluate", "knn"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*KNN, "nowhere", "--dataset_name", "my_labelled_images"], "`MODEL`: expected the folder or Hub id"),
+        (
+            [*KNN, "runs/text", "--dataset_name", "my_labelled_images"],
+            "expected a vision encoder, got a model of type",
+        ),
+        ([*KNN, "runs/mine"], "`dataset_name`: expected labelled images, got none"),
+        ([*KNN, "runs/mine", "--dataset_name", "no/such/folder"], "`dataset_name`: expected a Hub id or an existing"),
+        (
+            [*KNN, "runs/mine", "--dataset_name", "my_labelled_images", "--neighbours", "500"],
+            "`neighbours`: expected a k of at most the 24 training images, got [500]",
+        ),
+        (
+            [*KNN, "runs/mine", "--dataset_name", "my_labelled_images", "--label_column_name", "kind"],
+            "`label_column_name`: expected a column 'kind' with labels",
+        ),
+        (
+            ["evaluate", "few-labels", "runs/mine", "--dataset_name", "my_labelled_images", "--labels", "13"],
+            "`labels`: expected at most 12 images, which is all of class 'ripe', got 13 a class",
+        ),
+        (
+            ["evaluate", "few-labels", "runs/mine", "--dataset_name", "my_labelled_images", "--methods", "magic"],
+            "`methods`: expected some of linear, finetuned, scratch, consistency, got 'magic'",
+        ),
+        (
+            ["finetune", "classification", "runs/text", "--dataset_name", "my_labelled_images", "--output_dir", "o"],
+            "`MODEL`: expected the folder or Hub id of a vision model",
+        ),
+    ],
+    ids=["no-model", "text", "no-data", "no-folder", "neighbours", "column", "labels", "methods", "text-classifier"],
+)
+def test_bad_input_gets_one_line(arguments, message, workplace, capsys):
+    assert main(arguments) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+    assert message in line
+    assert not (workplace / "o").exists()
