@@ -71,9 +71,10 @@ def evaluate_few_labels(model: str, arguments: FewLabelsArguments) -> dict[str, 
             some = [run for run in runs if run["method"] == method and run["labels"] == text]
             mean, spread = mean_and_spread([run["accuracy"] for run in some])
             metrics |= {f"{method}_{text}_mean": mean, f"{method}_{text}_std": spread}
-            rows.append([text, str(some[0]["num_labels"]), method, f"{mean:.3f} ± {spread:.3f}"])
+            shown = f"{mean:.3f} ± {spread:.3f}" if len(some) > 1 else f"{mean:.3f}"
+            rows.append([text, str(some[0]["num_labels"]), method, shown])
     record = evaluation.store("few_labels", metrics, {"runs": runs})
-    print_table(["labels", "images", "method", f"accuracy of {arguments.num_seeds} seeds"], rows, evaluation)
+    print_table(["labels", "images", "method", f"accuracy, {arguments.num_seeds} seed(s)"], rows, evaluation)
     return record
 
 
