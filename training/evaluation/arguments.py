@@ -85,7 +85,7 @@ class TuningArguments:
     confidence_threshold: float = flag(0.8, "Unlabelled images predicted with less than this are left out.")
     sharpening_temperature: float = flag(0.4, "Divides the logits of the prediction that is the target.")
     annealing: Literal["none", "log", "linear", "exp"] = flag(
-        "linear", "Schedule below which labelled images count: those already predicted better wait."
+        "log", "Schedule below which labelled images count: those already predicted better wait."
     )
     strong_crop_min_ratio: float = flag(0.2, "Smallest crop of the strongly augmented view.")
     mixed_precision: str = flag("auto", "`auto` (bf16 where the device has it), `bf16` or `no`.")
