@@ -209,7 +209,7 @@ def test_frozen_encoder_keeps_its_weights(encoder, colours, tmp_path):
     ],
     ids=["resnet", "dinov2"],
 )
-def test_encoders_of_other_makers_are_tuned(colours, tmp_path, other):
+def test_encoders_of_other_makers_are_tuned(colours, tmp_path, image_folder, other):
     other().save_pretrained(tmp_path / "other")
     BigBirdViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "other")
     arguments = FinetuneArguments(
@@ -218,11 +218,14 @@ def test_encoders_of_other_makers_are_tuned(colours, tmp_path, other):
         max_steps=3,
         labels_per_class=2,
         consistency=True,
+        unlabelled_dir=str(image_folder(24)),
         confidence_threshold=0.05,
         unlabelled_batch_size=8,
     )
     record = finetune_classification(str(tmp_path / "other"), arguments)
-    assert (record["details"]["num_labelled"], record["details"]["num_unlabelled"]) == (8, 60)
+    assert (record["details"]["num_labelled"], record["details"]["num_unlabelled"]) == (8, 24)
+    assert record["details"]["unlabelled"] == "images"
+    assert str(tmp_path) not in json.dumps(record) + (tmp_path / "out" / "finetuning.json").read_text()
     assert log(tmp_path / "out")[-1]["confident_ratio"] == 1
     assert log(tmp_path / "out")[-1]["consistency_loss"] > 0
 

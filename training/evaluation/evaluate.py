@@ -30,7 +30,17 @@ from hf_vicreg.training.evaluation.retrieval import mean_average_precision
 PICTURED_QUERIES, PICTURED_NEIGHBOURS = 8, 8
 MAX_STORED_CLASSES = 100  # of a confusion matrix in results.json
 SHOWN_K = 20  # whose confusions are shown
-WHERE = {"output_dir", "cache_dir"}  # of flags, what changes no figure
+# flags that change no figure; where things lie on this machine is not stored
+WATCHING = {
+    "output_dir",
+    "cache_dir",
+    "unlabelled_dir",  # told by its name, and by its images' fingerprint to a resumed run
+    "dataloader_num_workers",
+    "logging_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+}
 
 
 @dataclass
@@ -119,7 +129,7 @@ def results_folder(model: str, output_dir: str | None) -> Path:
 def settings_of(arguments: LabelledDataArguments) -> dict[str, Any]:
     """Return the flags that change a figure and are not said among the data."""
     data = {one.name for one in dataclasses.fields(LabelledDataArguments)}
-    return {key: value for key, value in vars(arguments).items() if key not in data | WHERE}
+    return {key: value for key, value in vars(arguments).items() if key not in data | WATCHING}
 
 
 def evaluate_knn(model: str, arguments: KnnArguments) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
         "pretrained_model": None if arguments.from_scratch else public_name(model_name),
         "pretrained_weights": None if arguments.from_scratch else encoder_weights,
         "num_labelled": len(sources[LABELLED]),
+        "unlabelled": sources[UNLABELLED].name if UNLABELLED in sources else None,
         "num_unlabelled": len(sources[UNLABELLED]) if UNLABELLED in sources else 0,
         "steps": trainer.state.step,
         "skipped_steps": trainer.state.skipped_steps,

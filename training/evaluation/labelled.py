@@ -43,7 +43,8 @@ class LabelledImages:
             try:
                 found.append(hashlib.sha256(self.source.read_bytes(index)).digest())
             except OSError as error:
-                found.append(type(error).__name__.encode())
+                # its own, or two unreadable images would count as the same one
+                found.append(f"{type(error).__name__}/{self.split}/{index}".encode())
         return found
 
     @cached_property
