@@ -1,6 +1,5 @@
 """The training loop: one step is batch, views, loss, backward, guard, update; then log, measure, checkpoint."""
 
-import json
 import logging
 import math
 import time
@@ -27,8 +26,10 @@ from hf_vicreg.training.config import RESUMABLE_CHANGES, RunConfig
 from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate
 from hf_vicreg.training.distributed import gather_sets
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.health import measure_health
 from hf_vicreg.training.optim import build_optimizer, learning_rate_at
 from hf_vicreg.training.progress import Progress
+from hf_vicreg.training.run_log import RunLog, Stopwatch
 from hf_vicreg.training.sources import ImageSource
 from hf_vicreg.training.two_pass import average_gradients, refuse_batch_norm, two_pass_backward
 from hf_vicreg.training.views import ViewSampler, finish_batch
@@ -56,7 +57,7 @@ class Trainer:
             source: Images to train on.
             model: Encoder, expander and loss.
             accelerator: Processes and device.
-            measure: Called on every process; returns each encoder's k-NN accuracy by the name it has in the log.
+            measure: Called on every process; returns accuracies by the names they have in the log.
 
         Raises:
             InputError: The batch does not fit the data or the number of processes.
@@ -88,6 +89,7 @@ class Trainer:
         self.state = RunState(recipe=config.to_recipe(), data_fingerprint=source.fingerprint)
         self.unusable: set[int] = set()
         self.skipped_in_a_row = 0
+        self.process_group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint.
@@ -110,14 +112,13 @@ class Trainer:
             InputError: No readable image where one was needed, or loss or gradient not finite many times in a row.
         """
         run, state = self.run, self.state
-        if self.accelerator.is_main_process:
-            truncate_log(self.folder / "log.jsonl", state.step)
+        log = RunLog(self.folder, state.step, self.accelerator, self.config.vicreg.gamma)
         loader = self._loader(state.step)
         self.model.train()
         progress = Progress(self.num_steps, state.step, shown=self.accelerator.is_local_main_process)
         seconds_before, started = state.training_seconds, time.perf_counter()
-        images, window_started = 0, started
-        for batches in zip(*[iter(loader)] * self.pieces, strict=True):
+        stopwatch = Stopwatch()
+        for batches in zip(*[stopwatch.waits(loader)] * self.pieces, strict=True):
             self.unusable.update(index for batch in batches for index in batch["unusable"])
             empty = next((batch for batch in batches if batch["views"] is None), None)
             if empty is not None:
@@ -131,21 +132,22 @@ class Trainer:
                 raise InputError(message)
             outputs, grad_norm, learning_rate = self._step(batches)
             state.step += 1
-            images += self.config.step_size
+            stopwatch.count(self.config.step_size, grad_norm)
             epoch_done = state.step % self.steps_per_epoch == 0
             last = state.step == self.num_steps
             if state.step % run.logging_steps == 0 or last:
-                now = time.perf_counter()
                 record = {
                     "step": state.step,
                     "epoch": state.step / self.steps_per_epoch,
                     **{part: outputs[part].item() for part in ("loss", "invariance", "variance", "covariance")},
+                    **measure_health(outputs, self.process_group),
                     "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
-                    "images_per_second": images / (now - window_started),
+                    "skipped_steps": state.skipped_steps,
+                    **stopwatch.read(self.accelerator),
                 }
-                images, window_started = 0, now
-                self._log(record)
+                for verdict in log.write(record):
+                    progress.write(f"warning: {verdict}")
                 progress.describe(
                     "loss {loss:.2f} inv {invariance:.3f} var {variance:.3f} cov {covariance:.2f} "
                     "{images_per_second:.0f} img/s".format(**record)
@@ -155,10 +157,10 @@ class Trainer:
             if self.measure and epoch_done and not last and run.knn_every_epochs and epoch % run.knn_every_epochs == 0:
                 pause = time.perf_counter()
                 accuracies = self.measure()
-                self._log({"step": state.step, "epoch": epoch, **accuracies})
-                found = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies.values())
-                progress.write(f"epoch {epoch}: {run.knn_neighbours}-NN accuracy {found}")
-                window_started += time.perf_counter() - pause
+                log.write({"step": state.step, "epoch": epoch, **accuracies})
+                found = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in accuracies.items())
+                progress.write(f"epoch {epoch}: {found}")
+                stopwatch.exclude(time.perf_counter() - pause)
             if state.step % run.checkpointing_steps == 0 or last:
                 state.training_seconds = seconds_before + time.perf_counter() - started
                 self._checkpoint()
@@ -249,11 +251,6 @@ class Trainer:
             )
         accelerator.wait_for_everyone()
 
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-
 
 def refuse_other_configuration(found: RunState, expected: RunState) -> None:
     """Raise InputError if a checkpoint's configuration or data differ from the run's, naming each difference."""
@@ -284,20 +281,3 @@ def checkpoint_to_resume(run: Any) -> Path | None:
             )
         logger.info("no checkpoint in %s yet: starting at step 0", run.output_dir)
     return found
-
-
-def truncate_log(path: Path, step: int) -> None:
-    """Drop lines of steps that will be done again, and a line cut short by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)

@@ -1,0 +1,113 @@
+"""The log of a run: a line of JSON every so many steps, timed, watched, and sent to trackers where there are any."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from hf_vicreg.training.diagnosis import Verdict, Watch
+
+LOG_FILE = "log.jsonl"
+
+
+class Stopwatch:
+    """Counts and times the steps between two lines of the log."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self.started, self.waited, self.images, self.grad_norm_max = time.perf_counter(), 0.0, 0, 0.0
+
+    def waits(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches, adding up how long each one was waited for."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    def count(self, images: int, grad_norm: float) -> None:
+        """Note a step: its images over all processes, and the norm of its gradient."""
+        self.images += images
+        self.grad_norm_max = max(self.grad_norm_max, grad_norm)  # a NaN is passed over: its step is skipped
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out time spent on something else than training."""
+        self.started += seconds
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the figures of these steps, by their names in the log, and begin anew; every process must call."""
+        seconds = time.perf_counter() - self.started
+        # one process that waits makes all the others wait for it: the longest wait is the run's
+        waited = accelerator.gather(torch.tensor([self.waited / seconds], device=accelerator.device)).max().item()
+        found = {
+            "grad_norm_max": self.grad_norm_max,
+            "data_wait_ratio": min(1.0, waited),
+            "images_per_second": self.images / seconds,
+        }
+        self._restart()
+        return found
+
+
+class RunLog:
+    """The log of a run on its main process; the others have none, and what is written there goes nowhere."""
+
+    def __init__(self, folder: Path, step: int, accelerator: Accelerator, gamma: float):
+        """Continue the log at a step, or begin it.
+
+        Args:
+            folder: The run's.
+            step: Steps done; lines of later ones, which will be done again, are dropped.
+            accelerator: Its trackers get every line.
+            gamma: Target of the embeddings' standard deviation.
+        """
+        self.path, self.accelerator = folder / LOG_FILE, accelerator
+        self.watch = Watch(gamma)
+        if accelerator.is_main_process:
+            for record in _truncate(self.path, step):
+                self.watch.follow(record)
+
+    def write(self, record: dict[str, Any]) -> list[Verdict]:
+        """Append a line, send it to the trackers, and return what is found wrong for the first time."""
+        figures = {key: value for key, value in record.items() if key != "step"}
+        self.accelerator.log(figures, step=record["step"])
+        if not self.accelerator.is_main_process:
+            return []
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        return self.watch.follow(record)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log, none if there is no log yet, without one that a kill cut short."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop lines of steps that will be done again, and a line cut short by a kill; return those that stay."""
+    if not path.exists():
+        return []
+    kept = [record for record in read_log(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)
+    return kept
