@@ -33,7 +33,8 @@ class RunState:
         step: Optimiser steps done.
         recipe: The resolved configuration, to refuse a checkpoint of another one.
         data_fingerprint: The same for the data.
-        knn: Accuracies measured so far, by what they measure.
+        knn: k-NN accuracies measured so far, by what they measure.
+        linear: The same of linear probes.
         unusable: Indices of corrupt or too small images met so far.
         training_seconds: Time spent, over all interruptions.
         skipped_steps: Steps left out because loss or gradient was not finite.
@@ -43,9 +44,15 @@ class RunState:
     recipe: dict[str, Any] = field(default_factory=dict)
     data_fingerprint: str = ""
     knn: dict[str, float] = field(default_factory=dict)
+    linear: dict[str, float] = field(default_factory=dict)
     unusable: list[int] = field(default_factory=list)
     training_seconds: float = 0.0
     skipped_steps: int = 0
+
+    def note(self, accuracies: dict[str, dict[str, float]]) -> None:
+        """Add accuracies of kinds `knn` and `linear`."""
+        self.knn |= accuracies["knn"]
+        self.linear |= accuracies.get("linear", {})
 
 
 def save_checkpoint(

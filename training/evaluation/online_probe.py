@@ -1,0 +1,92 @@
+"""What a run's encoders are worth while it lasts: k-NN and, if asked for, a linear probe on labels kept apart."""
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import BaseImageProcessor
+
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.knn import encode, knn_accuracy, model_encoder
+from hf_vicreg.training.evaluation.linear_probe import linear_accuracy
+from hf_vicreg.training.sources import ImageSource
+
+PIXELS_SIDE = 32
+
+Accuracies = dict[str, dict[str, float]]
+
+
+class OnlineProbe:
+    """Accuracies of pixels and of the frozen encoders on a fixed bank and fixed queries.
+
+    Every process encodes its share and all of them see the same numbers. Nothing of it reaches the training: no
+    gradient, no random number, and the encoders are back in training mode afterwards.
+    """
+
+    def __init__(
+        self,
+        bank: ImageSource,
+        test: ImageSource | None,
+        processor: BaseImageProcessor,
+        model: VicRegForPreTraining,
+        accelerator: Accelerator,
+        *,
+        neighbours: int,
+        num_queries: int,
+        linear: bool,
+    ):
+        self.bank, self.test = bank, None if test is None else test.first(num_queries)
+        self.processor, self.model, self.accelerator = processor, model, accelerator
+        self.neighbours, self.linear = neighbours, linear
+        self.possible = self.test is not None and bank.labels is not None and self.test.labels is not None
+        self.num_queries = len(self.test) if self.test is not None and self.possible else 0
+
+    def of_pixels(self) -> Accuracies:
+        """Return the accuracies of raw pixels, `{"knn": {"raw_pixels": ...}}`, with `linear` if asked for."""
+        return {kind: {"raw_pixels": value} for kind, value in self._accuracies(small_pixels).items()}
+
+    def of_encoders(self, name: str) -> Accuracies:
+        """Return the accuracies of each encoder under `name`, the second one's with `second_` before it."""
+        found: Accuracies = {}
+        for key, encoder in zip((name, f"second_{name}"), self.model.encoders, strict=False):
+            for kind, value in self._accuracies(model_encoder(encoder)).items():
+                found.setdefault(kind, {})[key] = value
+        return found
+
+    def logged(self) -> dict[str, float]:
+        """Return the same by the names of the log: `knn_accuracy`, `linear_accuracy`, `second_knn_accuracy`, ..."""
+        return {
+            f"{key}{kind}_accuracy": value
+            for kind, values in self.of_encoders("").items()
+            for key, value in values.items()
+        }
+
+    def _accuracies(self, encode_pixels) -> dict[str, float]:
+        """Return accuracies by kind, `knn` and `linear`.
+
+        Raises:
+            InputError: No usable image in the bank or among the queries.
+        """
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        both: list[torch.Tensor] = []
+        for field, source in (("train_split", self.bank), ("test_split", self.test)):
+            assert source is not None
+            encoded = encode(source, self.processor, encode_pixels, share=(rank, processes))
+            shares = gather_object([encoded]) if processes > 1 else [encoded]
+            shares = [(features, labels) for features, labels in shares if len(labels)]
+            if not shares:
+                raise InputError(
+                    f"`{field}`: expected usable images for the k-NN accuracy, all {len(source)} of {source.name} "
+                    "looked at are corrupt or too small; name another split or mend them."
+                )
+            both += [torch.cat(parts) for parts in zip(*shares, strict=True)]
+        found = {"knn": knn_accuracy(*both, neighbours=self.neighbours)}
+        return found | ({"linear": linear_accuracy(*both)} if self.linear else {})
+
+
+def small_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return `(batch, features)` pixels, of a 32x32 image where it is larger: a bank of whole ones fills memories."""
+    if max(pixel_values.shape[-2:]) > PIXELS_SIDE:
+        pixel_values = F.interpolate(pixel_values, (PIXELS_SIDE, PIXELS_SIDE), mode="bilinear", antialias=True)
+    return pixel_values.flatten(1)
