@@ -8,14 +8,14 @@ from hf_vicreg._version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; return the exit code, 2 for bad input."""
+    """Run from the command line; return the exit code: 2 for bad input, else what the verb says."""
     parsed = build_parser().parse_args(arguments)
     try:
-        parsed.run(parsed)
+        code = parsed.run(parsed)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,6 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--include_pretraining", action="store_true", help="with pretraining/, the encoder and its expander"
     )
     publish.set_defaults(run=_publish)
+    doctor = verbs.add_parser(
+        "doctor",
+        help="what is wrong with a pretraining run, told from its log",
+        description="Tell from a run's log, finished or not, whether it is healthy. Exit code 0: healthy; 1: "
+        "something is wrong at the last line; 2: bad input.",
+    )
+    doctor.add_argument("folder", metavar="RUN", type=Path, help="the run's output_dir")
+    doctor.set_defaults(run=_doctor)
     add_verbs(verbs)
     return parser
 
@@ -133,6 +141,14 @@ def _publish(arguments: argparse.Namespace) -> None:
         include_pretraining=arguments.include_pretraining,
     )
     print(report(done))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from hf_vicreg.training.doctor import read_run, report
+
+    text, healthy = report(*read_run(arguments.folder))
+    print(text)
+    return 0 if healthy else 1
 
 
 def _configuration(arguments: argparse.Namespace):

@@ -104,6 +104,9 @@ class PretrainArguments:
     knn_neighbours: int = _option(20, "k of the k-NN.")
     knn_train_samples: int = _option(10_000, "Bank: the first so many training images.")
     knn_test_samples: int = _option(2_000, "Queries: the first so many test images.")
+    linear_probe: bool = _option(False, "Beside each k-NN, a logistic regression on the same features.")
+    with_tracking: bool = _option(False, "Send what log.jsonl holds to the trackers of `report_to` as well.")
+    report_to: str = _option("all", "`tensorboard`, `wandb`, or `all`: those that are installed.")
     seed: int = _option(0, "Seed of weights, order and augmentation.")
 
 
@@ -118,6 +121,9 @@ RESUMABLE_CHANGES = {
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "knn_every_epochs",
+    "linear_probe",
+    "with_tracking",
+    "report_to",
     "per_device_train_batch_size",  # resolved into batch_size
 }
 
@@ -409,7 +415,7 @@ def _typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
                 typed[key] = None
             elif expected is str:
                 typed[key] = "no" if value is False else str(value)  # YAML reads a bare `no` as false
-            elif isinstance(value, bool) or value is None:
+            elif isinstance(value, bool) != (expected is bool) or value is None:
                 raise ValueError
             else:
                 typed[key] = expected(value)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -10,12 +12,20 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 logger = logging.getLogger(__name__)
 
 
-def build_accelerator(mixed_precision: str, *, find_unused_parameters: bool = False) -> Accelerator:
+def build_accelerator(
+    mixed_precision: str,
+    *,
+    find_unused_parameters: bool = False,
+    log_with: Sequence[str] = (),
+    project_dir: Path | None = None,
+) -> Accelerator:
     """Return the accelerator, with threads set and precision chosen, both logged.
 
     Args:
         mixed_precision: `auto` is bf16 where a CUDA device has it, else full precision.
         find_unused_parameters: DistributedDataParallel's, at the price of a walk through the graph in each step.
+        log_with: Trackers to send figures to.
+        project_dir: Folder for the trackers' files.
     """
     if mixed_precision == "auto":
         use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -24,6 +34,8 @@ def build_accelerator(mixed_precision: str, *, find_unused_parameters: bool = Fa
         mixed_precision = "bf16" if has_bf16 else "no"
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
+        log_with=list(log_with) or None,
+        project_dir=project_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
     threads = set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

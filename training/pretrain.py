@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from hf_vicreg.model_cards.card import LOCAL_SNIPPET
@@ -24,16 +23,19 @@ from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
 from hf_vicreg.training.config import RunConfig, check_statistics_batch, parse_flags, resolve
+from hf_vicreg.training.curves import CURVES_FILE, draw_curves
 from hf_vicreg.training.distributed import build_accelerator
+from hf_vicreg.training.doctor import health_of, health_table
 from hf_vicreg.training.errors import InputError, as_input_error
-from hf_vicreg.training.evaluation.knn import encode, knn_accuracy, model_encoder
+from hf_vicreg.training.evaluation.online_probe import OnlineProbe
 from hf_vicreg.training.export import export_run
 from hf_vicreg.training.loop import Trainer, checkpoint_to_resume
+from hf_vicreg.training.run_log import LOG_FILE, read_log
 from hf_vicreg.training.sources import ImageSource, is_image_folder, load_sources
+from hf_vicreg.training.tracking import TRACKERS_FOLDER, finish_trackers, start_trackers, tracker_names
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
 
-PIXELS_SIDE = 32
 OWN_FILE = "recipe.yaml"  # what a folder has to hold to be taken for a run of ours
 
 
@@ -89,6 +91,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     run = config.run
     folder = Path(run.output_dir)
     _refuse_foreign_folder(folder, resuming=run.resume_from_checkpoint is not None)
+    trackers = tracker_names(run.report_to) if run.with_tracking else []
     source, test = load_sources(
         dataset_name=run.dataset_name,
         dataset_config_name=run.dataset_config_name,
@@ -106,7 +109,12 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     types = [one.model_type for one in (config.vicreg.encoder, config.vicreg.second_encoder) if one is not None]
     # encoders of others may have parameters that no forward pass reaches (DINOv2's mask token)
     all_used = set(types) == {BigBirdViTModel.config_class.model_type}
-    accelerator = build_accelerator(run.mixed_precision, find_unused_parameters=not all_used)
+    accelerator = build_accelerator(
+        run.mixed_precision,
+        find_unused_parameters=not all_used,
+        log_with=trackers,
+        project_dir=folder / TRACKERS_FOLDER,
+    )
     if run.per_device_train_batch_size is not None:
         run.batch_size = run.per_device_train_batch_size * accelerator.num_processes
         if run.batch_size < 2:
@@ -127,7 +135,16 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         _refuse_size(model, config.views.local_image_size)
     set_seed(run.seed + accelerator.process_index)  # one set of weights, but every process drops paths of its own
     processor = build_processor(config)
-    probe = _Probe(bank, test, processor, model, accelerator, run.knn_neighbours, run.knn_test_samples)
+    probe = OnlineProbe(
+        bank,
+        test,
+        processor,
+        model,
+        accelerator,
+        neighbours=run.knn_neighbours,
+        num_queries=run.knn_test_samples,
+        linear=run.linear_probe,
+    )
     trainer = Trainer(config, source, model, accelerator, probe.logged if probe.possible else None)
     checkpoint = checkpoint_to_resume(run)
     if checkpoint is not None:
@@ -151,12 +168,14 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         density,
         covariance_form(config.step_size, config.vicreg.expander_sizes[-1]),
     )
-    knn = trainer.state.knn
-    if probe.possible and "untrained" not in knn:
-        knn |= {"raw_pixels": probe.raw_pixels(), **probe.of_encoders("untrained")}
+    if probe.possible and "untrained" not in trainer.state.knn:
+        trainer.state.note(probe.of_pixels())
+        trainer.state.note(probe.of_encoders("untrained"))
+    start_trackers(accelerator, folder, config.to_recipe(), trainer.state.step)
     state = trainer.fit()
     if probe.possible:
-        state.knn |= probe.of_encoders("trained")
+        state.note(probe.of_encoders("trained"))
+    finish_trackers(accelerator)
     if state.unusable:
         logger.warning(
             "%d image(s) were corrupt or smaller than a patch, and replaced by others: %s",
@@ -181,11 +200,15 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         "knn_train_samples": len(bank) if probe.possible else 0,
         "knn_test_samples": probe.num_queries,
         "knn_accuracy": state.knn,
+        "linear_accuracy": state.linear,
     }
     encoder = trainer.unwrapped.encoder.eval()
     if accelerator.is_main_process:
+        records = read_log(folder / LOG_FILE)
+        results |= health_of(records, config.vicreg.gamma)
         export_run(folder, trainer.unwrapped, processor, config.to_recipe(), results)
-        print(summary(folder, results))
+        draw_curves(records, folder / CURVES_FILE)
+        print(summary(folder, results, records))
     accelerator.wait_for_everyone()
     return PretrainResult(folder, encoder, processor, results)
 
@@ -210,15 +233,23 @@ def build_processor(config: RunConfig) -> BaseImageProcessor:
     return BigBirdViTImageProcessor(size={"height": height, "width": width})
 
 
-def summary(folder: Path, results: dict[str, Any]) -> str:
-    """Return what a finished run says at its end: accuracies side by side and how to load it."""
-    knn = results["knn_accuracy"]
+def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """Return what a finished run says at its end: accuracies side by side, its health, and how to load it.
+
+    Args:
+        folder: The run's.
+        results: What `results.json` holds.
+        records: The lines of its log.
+    """
     lines = [f"Trained in {results['training_seconds']:.0f} s; attention density {results['attention_density']:.3f}."]
-    if knn:
+    kinds = {"knn_accuracy": f"{results['knn_neighbours']}-NN", "linear_accuracy": "linear"}
+    measured = {title: results[kind] for kind, title in kinds.items() if results[kind]}
+    if measured:
         lines.append(
-            f"{results['knn_neighbours']}-NN accuracy, {results['knn_test_samples']} held-out images against "
-            f"{results['knn_train_samples']} labelled ones:"
+            f"Accuracy, {results['knn_test_samples']} held-out images against {results['knn_train_samples']} labelled "
+            "ones:"
         )
+        lines.append(f"  {'':<18} " + "  ".join(f"{title:<6}" for title in measured))
         for key, text in (
             ("raw_pixels", "raw pixels"),
             ("untrained", "untrained encoder"),
@@ -226,70 +257,19 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
             ("second_untrained", "second, untrained"),
             ("second_trained", "second, trained"),
         ):
-            if key in knn:
-                lines.append(f"  {text:<18} {knn[key]:.3f}")
+            if any(key in values for values in measured.values()):
+                found = (f"{values[key]:<6.3f}" if key in values else "-     " for values in measured.values())
+                lines.append(f"  {text:<18} " + "  ".join(found))
+    if any("loss" in record for record in records):
+        lines.append(f"\n{health_table(records)}\n")
+        for verdict in results["verdicts"]:
+            when = "since" if verdict["present"] else "at"
+            lines.append(
+                f"{verdict['name']} ({when} step {verdict['step']}): {verdict['finding']}; {verdict['remedy']}"
+            )
     lines.append(f"\nThe encoder is in {folder}. To load it:\n")
     lines.append(LOCAL_SNIPPET.format(name=folder, features=results["features"]))
     return "\n" + "\n".join(lines)
-
-
-class _Probe:
-    """k-NN accuracy of pixels and of the encoder on a fixed bank and fixed queries."""
-
-    def __init__(
-        self,
-        bank: ImageSource,
-        test: ImageSource | None,
-        processor: BaseImageProcessor,
-        model: VicRegForPreTraining,
-        accelerator: Accelerator,
-        neighbours: int,
-        num_queries: int,
-    ):
-        self.bank, self.test = bank, None if test is None else test.first(num_queries)
-        self.processor, self.model, self.accelerator, self.neighbours = processor, model, accelerator, neighbours
-        self.possible = self.test is not None and bank.labels is not None and self.test.labels is not None
-        self.num_queries = len(self.test) if self.test is not None and self.possible else 0
-
-    def raw_pixels(self) -> float:
-        return self._accuracy(_small_pixels)
-
-    def of_encoders(self, name: str) -> dict[str, float]:
-        """Return the accuracy of each encoder, the second one's with `second_` before the name."""
-        accuracies = [self._accuracy(model_encoder(one)) for one in self.model.encoders]
-        return dict(zip((name, f"second_{name}"), accuracies, strict=False))
-
-    def logged(self) -> dict[str, float]:
-        """Return the same by the names of the log."""
-        return self.of_encoders("knn_accuracy")
-
-    def _accuracy(self, encode_pixels) -> float:
-        """Every process encodes its share and all of them see the same number.
-
-        Raises:
-            InputError: No usable image in the bank or among the queries.
-        """
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        both = []
-        for field, source in (("train_split", self.bank), ("test_split", self.test)):
-            assert source is not None
-            encoded = encode(source, self.processor, encode_pixels, share=(rank, processes))
-            shares = gather_object([encoded]) if processes > 1 else [encoded]
-            shares = [(features, labels) for features, labels in shares if len(labels)]
-            if not shares:
-                raise InputError(
-                    f"`{field}`: expected usable images for the k-NN accuracy, all {len(source)} of {source.name} "
-                    "looked at are corrupt or too small; name another split or mend them."
-                )
-            both += [torch.cat(parts) for parts in zip(*shares, strict=True)]
-        return knn_accuracy(*both, neighbours=self.neighbours)
-
-
-def _small_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return `(batch, features)` pixels, of a 32x32 image where it is larger: a bank of whole ones fills memories."""
-    if max(pixel_values.shape[-2:]) > PIXELS_SIDE:
-        pixel_values = F.interpolate(pixel_values, (PIXELS_SIDE, PIXELS_SIDE), mode="bilinear", antialias=True)
-    return pixel_values.flatten(1)
 
 
 def _patch_size(encoder: PreTrainedConfig) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from hf_vicreg import BigBirdViTConfig, pretrain
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.pretrain import _small_pixels, main
+from hf_vicreg.training.evaluation.online_probe import small_pixels
+from hf_vicreg.training.pretrain import main
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,7 @@ def test_a_run_leaves_a_folder_that_loads(tmp_path, tiny_recipe, caplog, capsys)
         "README.md",
         "checkpoints",
         "config.json",
+        "curves.png",
         "log.jsonl",
         "model.safetensors",
         "preprocessor_config.json",
@@ -202,8 +204,8 @@ def test_images_per_process_are_stored_as_the_batch(tmp_path, tiny_recipe, image
 
 
 def test_pixels_of_large_images_are_compared_small():
-    assert _small_pixels(torch.rand(2, 3, 32, 32)).shape == (2, 3 * 32 * 32)
-    assert _small_pixels(torch.rand(2, 3, 224, 100)).shape == (2, 3 * 32 * 32)
+    assert small_pixels(torch.rand(2, 3, 32, 32)).shape == (2, 3 * 32 * 32)
+    assert small_pixels(torch.rand(2, 3, 224, 100)).shape == (2, 3 * 32 * 32)
 
 
 @pytest.mark.parametrize("broken", ["train_split", "test_split"])
@@ -335,6 +337,7 @@ def test_non_finite_steps_are_skipped_and_the_run_stops_with_advice(tmp_path, ti
         (["--train_dir", "{images}", "--output_dir", "{images}"], "`output_dir`: expected a new or empty folder"),
         (["--train_dir", "{images}", "--resume_from_checkpoint", "step_7"], "`resume_from_checkpoint`"),
         (["--train_dir", "{images}", "--no_such_flag", "1"], "`--no_such_flag`: unknown flag"),
+        (["--train_dir", "{images}", "--with_tracking", "--report_to", "paper"], "`report_to`: expected one of"),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else "",
 )

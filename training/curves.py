@@ -1,0 +1,75 @@
+"""A run's curves as one picture."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+CURVES_FILE = "curves.png"
+DOTS_PER_INCH = 110
+
+
+def draw_curves(records: list[dict[str, Any]], path: Path) -> bool:
+    """Draw loss, spread, rank and accuracies over the steps.
+
+    matplotlib is not a requirement of the package: a run on a machine without it says so in the log and goes on.
+
+    Args:
+        records: Lines of log.jsonl.
+        path: PNG file to write.
+
+    Returns:
+        Whether the file was written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.info("matplotlib is not installed, so there is no %s; pip install matplotlib", path.name)
+        return False
+    figure = Figure(figsize=(10, 6), layout="constrained")  # no pyplot: nothing global is touched, no display needed
+    ((loss, parts), (spread, accuracy)) = figure.subplots(2, 2)
+    _draw(loss, records, {"loss": "loss"})
+    loss.set_title("loss")
+    _draw(parts, records, {"invariance": "invariance", "variance": "variance", "covariance": "covariance"})
+    parts.set_title("its parts, unweighted")
+    parts.set_yscale("log")
+    _draw(
+        spread,
+        records,
+        {
+            "embedding_std_mean": "embeddings: mean standard deviation",
+            "embedding_std_min": "embeddings: smallest",
+            "encoder_spread": "encoder: share that differs",
+            "second_encoder_spread": "second encoder: share that differs",
+        },
+    )
+    spread.set_title("spread; collapsed at 0")
+    spread.set_ylim(bottom=0)
+    names = {
+        f"{whose}{kind}_accuracy": f"{text}{kind.replace('knn', 'k-NN')}"
+        for whose, text in (("", ""), ("second_", "second encoder: "))
+        for kind in ("knn", "linear")
+    }
+    measured = _draw(accuracy, records, names, marker="o")
+    if not measured:  # no labels: the ranks say more than an empty picture
+        _draw(accuracy, records, {"embedding_rank": "embeddings", "encoder_rank": "encoder"})
+    accuracy.set_title("accuracy" if measured else "effective rank")
+    for axes in (loss, parts, spread, accuracy):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+    return True
+
+
+def _draw(axes: Any, records: list[dict[str, Any]], names: dict[str, str], **style: Any) -> bool:
+    """Draw the figures that there are; return whether there was one."""
+    found = False
+    for key, label in names.items():
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+            found = True
+    return found
