@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 from hf_vicreg.model_cards.card import CardFacts, model_card
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.evaluation.results import EVALUATIONS, FILE, read_results
+from hf_vicreg.training.run_log import read_log
 
 SECOND = "second_encoder"  # where the second branch's encoder lies
 
@@ -55,14 +56,3 @@ def export_run(
             )
         )
     )
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's `log.jsonl`, without a line that a kill cut short; none if there is no log."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records

@@ -73,7 +73,7 @@ class RunLog:
         self.path, self.accelerator = folder / LOG_FILE, accelerator
         self.watch = Watch(gamma)
         if accelerator.is_main_process:
-            for record in _truncate(self.path, step):
+            for record in truncate_log(self.path, step):
                 self.watch.follow(record)
 
     def write(self, record: dict[str, Any]) -> list[Verdict]:
@@ -102,7 +102,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
+def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop lines of steps that will be done again, and a line cut short by a kill; return those that stay."""
     if not path.exists():
         return []

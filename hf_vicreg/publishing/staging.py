@@ -194,7 +194,7 @@ def _read_recipe(run: Path) -> dict[str, Any]:
 
 
 def _read_log(run: Path) -> list[dict[str, Any]]:
-    from hf_vicreg.training.export import read_log
+    from hf_vicreg.training.run_log import read_log
 
     return [record for record in read_log(run / "log.jsonl") if isinstance(record, dict) and "step" in record]
 

@@ -33,9 +33,10 @@ from hf_vicreg.training.evaluation.classifier_data import (
 from hf_vicreg.training.evaluation.consistency import annealed_cross_entropy, annealing_threshold, consistency_loss
 from hf_vicreg.training.evaluation.knn import encoded_batches
 from hf_vicreg.training.evaluation.layer_decay import decayed_groups
-from hf_vicreg.training.loop import MAX_SKIPPED_IN_A_ROW, refuse_other_configuration, truncate_log
+from hf_vicreg.training.loop import MAX_SKIPPED_IN_A_ROW, refuse_other_configuration
 from hf_vicreg.training.optim import learning_rate_at
 from hf_vicreg.training.progress import Progress
+from hf_vicreg.training.run_log import truncate_log
 from hf_vicreg.training.sources import ImageSource
 
 logger = logging.getLogger(__name__)
