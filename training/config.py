@@ -88,11 +88,13 @@ class PretrainArguments:
     per_device_train_batch_size: int | None = _option(None, "Images a step and process; replaces `batch_size`.")
     num_train_epochs: int = _option(100, "Passes over the images; the last batch of a pass is dropped if short.")
     max_steps: int | None = _option(None, "Stop the schedule at this step instead of `num_train_epochs`.")
-    learning_rate: float = _option(5e-4, "Peak learning rate of AdamW, as it is: not scaled by the batch.")
-    weight_decay: float = _option(0.05, "AdamW's decoupled decay; biases, norms and tokens are exempt.")
+    optim: str = _option("adamw", "`adamw`, or `lars` as in the authors' code: for convolutional encoders.")
+    learning_rate: float = _option(5e-4, "Peak learning rate, as it is: not scaled by the batch.")
+    min_learning_rate: float = _option(0.0, "Learning rate at the end of the cosine.")
+    weight_decay: float = _option(0.05, "Decay (AdamW's is decoupled); biases, norms and tokens are exempt.")
     adam_beta1: float = _option(0.9, "AdamW's first beta.")
     adam_beta2: float = _option(0.95, "AdamW's second beta.")
-    warmup_ratio: float = _option(0.1, "Share of the steps with linear warm-up; then a cosine to 0.")
+    warmup_ratio: float = _option(0.1, "Share of the steps with linear warm-up; then a cosine.")
     max_grad_norm: float = _option(3.0, "Clip the norm of the encoder's gradient; 0 turns it off.")
     mixed_precision: str = _option("auto", "`auto` (bf16 where the device has it), `bf16` or `no`.")
     dataloader_num_workers: int | None = _option(None, "Loader processes; default: 0 on a CPU, else up to 8.")
@@ -341,6 +343,7 @@ def _check_ranges(run: PretrainArguments) -> None:
         "max_steps": 1,
         "max_train_samples": 1,
         "learning_rate": 0,
+        "min_learning_rate": 0,
         "weight_decay": 0,
         "warmup_ratio": 0,
         "max_grad_norm": 0,
@@ -365,6 +368,10 @@ def _check_ranges(run: PretrainArguments) -> None:
         check_statistics_batch(run)
     if run.learning_rate == math.inf:
         raise InputError("`learning_rate`: expected a finite number, got inf.")
+    if run.min_learning_rate > run.learning_rate:
+        raise InputError(
+            f"`min_learning_rate`: expected at most `learning_rate` {run.learning_rate}, got {run.min_learning_rate}."
+        )
     if run.warmup_ratio > 1:
         raise InputError(f"`warmup_ratio`: expected a share of the steps from 0 to 1, got {run.warmup_ratio}.")
     if not 0 <= run.seed <= MAX_SEED:
@@ -374,6 +381,8 @@ def _check_ranges(run: PretrainArguments) -> None:
             raise InputError(f"`{name}`: expected a number in [0, 1), got {getattr(run, name)}.")
     if run.mixed_precision not in ("auto", "bf16", "no"):
         raise InputError(f"`mixed_precision`: expected 'auto', 'bf16' or 'no', got {run.mixed_precision!r}.")
+    if run.optim not in ("adamw", "lars"):
+        raise InputError(f"`optim`: expected 'adamw' or 'lars', got {run.optim!r}.")
     if not run.output_dir:
         raise InputError("`output_dir`: expected a folder for the run, got none; add --output_dir FOLDER.")
     if bool(run.dataset_name) == bool(run.train_dir):

@@ -83,7 +83,8 @@ class Trainer:
             )
         self.steps_per_epoch = len(source) // config.step_size
         self.num_steps = run.max_steps or run.num_train_epochs * self.steps_per_epoch
-        optimizer = build_optimizer(model, run.learning_rate, run.weight_decay, (run.adam_beta1, run.adam_beta2))
+        betas = (run.adam_beta1, run.adam_beta2)
+        optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: VicRegForPreTraining = accelerator.unwrap_model(self.model)
         self.state = RunState(recipe=config.to_recipe(), data_fingerprint=source.fingerprint)
@@ -210,7 +211,9 @@ class Trainer:
     def _step(self, batches: Sequence[dict[str, Any]]) -> tuple[VicRegOutput, float, float]:
         """One optimiser step; returns the outputs, the norm of the encoders' gradient and the learning rate."""
         run = self.run
-        learning_rate = learning_rate_at(self.state.step, self.num_steps, run.learning_rate, run.warmup_ratio)
+        learning_rate = learning_rate_at(
+            self.state.step, self.num_steps, run.learning_rate, run.warmup_ratio, run.min_learning_rate
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         outputs = self._backward(batches)

@@ -1,13 +1,55 @@
-"""AdamW's parameter groups and the learning rate as a pure function of the step."""
+"""The optimisers, their parameter groups, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step on each matrix or kernel is scaled by `eta * |p| / |d|`, d with the decay added.
+
+    Parameters of fewer than two dimensions, biases and norms, neither decay nor adapt. Nor does one whose own or whose
+    update's norm is 0 adapt.
+
+    Source: You, Gitman and Ginsburg 2017 (arXiv 1708.03888) as VICReg's authors run it (facebookresearch/vicreg,
+    `main_vicreg.py`): the decay is part of the adapted direction; the learning rate multiplies the momentum buffer.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 1e-3
+    ):
+        """Set up parameter groups, each of which may override the four numbers."""
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step; `closure` is not supported, the name is torch's."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                direction = parameter.grad
+                if parameter.ndim > 1:
+                    direction = direction.add(parameter, alpha=group["weight_decay"])
+                    direction = direction * _trust_ratio(parameter, direction, group["eta"])
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
+                parameter.add_(buffer, alpha=-group["lr"])
+
+
+def _trust_ratio(parameter: torch.Tensor, direction: torch.Tensor, eta: float) -> torch.Tensor:
+    """Return the scalar `eta * |p| / |d|`, 1 where either norm is 0; on the device, without waiting for it."""
+    own, update = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(direction)
+    return torch.where((own > 0) & (update > 0), eta * own / update, 1.0)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return AdamW's groups: matrices and kernels decay; biases, norms, scales, tokens and positions do not."""
+    """Return an optimiser's groups: matrices and kernels decay; biases, norms, scales, tokens and positions do not."""
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -20,8 +62,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
-def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine to 0.
+def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float, least: float = 0.0) -> float:
+    """Return the learning rate of a step: linear warm-up, then a cosine.
 
     Source: Loshchilov and Hutter 2016, SGDR (arXiv 1608.03983), without restarts.
 
@@ -30,16 +72,20 @@ def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float
         num_steps: Length of the schedule.
         peak: Learning rate at the end of the warm-up.
         warmup_ratio: Share of the steps that warm up.
+        least: Learning rate that the cosine ends at.
     """
     warmup_steps = round(warmup_ratio * num_steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def build_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """Return torch's AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas)
+    model: nn.Module, optim: str, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """Return torch's AdamW or `LARS` over `parameter_groups`; `betas` are AdamW's."""
+    groups = parameter_groups(model, weight_decay)
+    if optim == "lars":
+        return LARS(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)

@@ -1,4 +1,4 @@
-"""Parameter groups and the learning rate."""
+"""Parameter groups, LARS against the formula, and the learning rate."""
 
 from itertools import pairwise
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_vicreg import VicRegConfig, VicRegForPreTraining
-from hf_vicreg.training.optim import build_optimizer, learning_rate_at, parameter_groups
+from hf_vicreg.training.optim import LARS, build_optimizer, learning_rate_at, parameter_groups
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 16}
 
@@ -19,6 +19,13 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert 0 < rates[99] < 0.002
     assert all(later <= earlier for earlier, later in pairwise(rates[10:]))
     assert learning_rate_at(0, 1, 1.0, 0.0) == 1.0
+
+
+def test_the_cosine_ends_at_the_least_learning_rate():
+    rates = [learning_rate_at(step, 1000, 1.6, 0.1, least=0.002) for step in range(1000)]
+    assert max(rates) == pytest.approx(1.6)
+    assert min(rates[100:]) == rates[-1] == pytest.approx(0.002, abs=1e-5)
+    assert rates[550] == pytest.approx((1.6 + 0.002) / 2)
 
 
 def test_only_matrices_decay():
@@ -34,6 +41,62 @@ def test_only_matrices_decay():
     learned = {f"encoder.embeddings.{name}" for name in ("cls_token", "register_tokens", "position_embeddings")}
     assert learned <= exempt_names
     assert all(names[parameter].endswith("weight") and parameter.ndim >= 2 for parameter in decayed)
-    optimizer = build_optimizer(model, 1e-3, 0.05, (0.9, 0.95))
+    optimizer = build_optimizer(model, "adamw", 1e-3, 0.05, (0.9, 0.95))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+
+
+def lars_formula(parameters, gradients, momenta, lr, weight_decay, momentum=0.9, eta=1e-3):
+    """One update as facebookresearch/vicreg computes it, written out for each parameter; in place."""
+    for parameter, gradient, buffer in zip(parameters, gradients, momenta, strict=True):
+        direction = gradient.clone()
+        if parameter.ndim != 1:
+            direction += weight_decay * parameter
+            own, update = parameter.norm().item(), direction.norm().item()
+            if own > 0 and update > 0:
+                direction *= eta * own / update
+        buffer.mul_(momentum).add_(direction)
+        parameter.sub_(lr * buffer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("weight_decay", [1e-6, 1e-2])
+def test_lars_is_the_authors(weight_decay, dtype):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(128, 6),
+        torch.nn.Linear(6, 4),
+    ).to(dtype)
+    torch.nn.init.zeros_(model[5].weight)  # a norm of 0 does not adapt
+    frozen = torch.nn.Parameter(torch.ones(2, 2))  # has no gradient
+    parameters = list(model.parameters())
+    expected = [one.detach().clone() for one in parameters]
+    momenta = [torch.zeros_like(one) for one in expected]
+    optimizer = LARS([*parameters, frozen], lr=0.0, weight_decay=weight_decay)
+    start = [one.clone() for one in expected]
+    for step in range(50):
+        lr = learning_rate_at(step, 50, 0.4, 0.1, least=0.0004)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        (model(torch.randn(16, 3, 4, 4, dtype=dtype)) - torch.randn(16, 4, dtype=dtype)).square().mean().backward()
+        gradients = [one.grad.clone() for one in parameters]
+        optimizer.step()
+        lars_formula(expected, gradients, momenta, lr, weight_decay)
+    for found, one, before in zip(parameters, expected, start, strict=True):
+        assert (one - before).norm() > 1e-3  # it went somewhere
+        assert ((found - one).norm() / one.norm()).item() < 1e-6
+    assert torch.equal(frozen, torch.ones(2, 2))
+
+
+def test_lars_can_be_saved_and_goes_on(tmp_path):
+    model = torch.nn.Linear(3, 3)
+    one, other = (build_optimizer(model, "lars", 0.1, 1e-6, (0.9, 0.95)) for _ in range(2))
+    assert [group["weight_decay"] for group in one.param_groups] == [1e-6, 0.0]
+    model(torch.randn(4, 3)).square().sum().backward()
+    one.step()
+    other.load_state_dict(one.state_dict())
+    for buffer, loaded in zip(one.state.values(), other.state.values(), strict=True):
+        assert torch.equal(buffer["momentum_buffer"], loaded["momentum_buffer"])
