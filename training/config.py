@@ -25,10 +25,11 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class ViewsConfig:
-    """Augmentation of one view; all views are drawn alike. The defaults are the paper's (VICReg, appendix C.1).
+    """Augmentation of the views, all drawn alike by default. The defaults are the paper's (VICReg, appendix C.1).
 
-    Local views are those of multi-crop (Caron et al. 2020, arXiv 2006.09882), their crops' areas DINO's (arXiv
-    2104.14294).
+    Blur and solarisation may be pairs, one probability for each of two views; `preset` in a recipe stands for the two:
+    see `VIEW_PRESETS`. Local views are those of multi-crop (Caron et al. 2020, arXiv 2006.09882), their crops' areas
+    DINO's (arXiv 2104.14294).
     """
 
     crop_min_ratio: float = _option(0.08, "Smallest crop, as a share of the image's area.")
@@ -42,8 +43,8 @@ class ViewsConfig:
     saturation: float = _option(0.2, "Factor drawn from 1 +- this.")
     hue: float = _option(0.1, "Shift drawn from +- this, in turns.")
     grayscale_probability: float = _option(0.2, "Grayscale.")
-    blur_probability: float = _option(0.5, "Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels.")
-    solarize_probability: float = _option(0.1, "Solarisation above one half.")
+    blur_probability: float | tuple[float, float] = _option(0.5, "Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels.")
+    solarize_probability: float | tuple[float, float] = _option(0.1, "Solarisation above one half.")
     num_local_views: int = _option(0, "Smaller crops beside the two global views (multi-crop).")
     local_image_size: int = _option(96, "Side of local views in pixels.")
     local_crop_min_ratio: float = _option(0.05, "Smallest crop of a local view, as a share of the image's area.")
@@ -59,13 +60,21 @@ class ViewsConfig:
         }
         for name, value in dataclasses.asdict(self).items():
             low, high = ranges.get(name, (0, 1))
-            if not low <= value <= high:
-                raise InputError(f"`views.{name}`: expected a number from {low} to {high}, got {value}.")
+            for one in value if isinstance(value, tuple) else (value,):
+                if not low <= one <= high:
+                    raise InputError(f"`views.{name}`: expected a number from {low} to {high}, got {value}.")
         if not 0 < self.local_crop_max_ratio >= self.local_crop_min_ratio:
             raise InputError(
                 "`views.local_crop_max_ratio`: expected a number above 0 and at least `local_crop_min_ratio`, "
                 f"{self.local_crop_min_ratio}, got {self.local_crop_max_ratio}."
             )
+
+
+# `views.preset`: what differs between the paper and its code (facebookresearch/vicreg, augmentations.py).
+VIEW_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"blur_probability": 0.5, "solarize_probability": 0.1},
+    "official": {"blur_probability": (1.0, 0.1), "solarize_probability": (0.0, 0.2)},
+}
 
 
 @dataclass
@@ -175,7 +184,7 @@ class RunConfig:
             "model": _plain(model),
             **({"second_model": _plain(second)} if second else {}),
             "vicreg": _plain(vicreg),
-            "views": dataclasses.asdict(self.views),
+            "views": _plain(dataclasses.asdict(self.views)),
         }
 
 
@@ -279,7 +288,7 @@ def resolve(given: dict[str, Any]) -> RunConfig:
                     value = fields | {"model_type": value.model_type}
                 if not isinstance(value, dict):
                     raise InputError(f"`{key}`: expected a mapping in {origin}, got {value!r}.")
-                merged.setdefault(key, {}).update(value)
+                merged.setdefault(key, {}).update(_expand_preset(value) if key == "views" else value)
             else:
                 merged[key] = value
     sections = {section: merged.pop(section, {}) for section in SECTIONS}
@@ -335,6 +344,15 @@ def _check_local_views(config: RunConfig) -> None:
             f"`views.local_image_size`: expected less than the image size {config.image_size}, "
             f"got {views.local_image_size}."
         )
+
+
+def _expand_preset(views: dict[str, Any]) -> dict[str, Any]:
+    """Return a layer's settings of the views with its preset spelled out; settings beside the preset win over it."""
+    views = dict(views)
+    name = views.pop("preset", None)
+    if name is not None and name not in VIEW_PRESETS:
+        raise InputError(f"`views.preset`: expected one of {sorted(VIEW_PRESETS)}, got {name!r}.")
+    return VIEW_PRESETS.get(name, {}) | views
 
 
 def _check_ranges(run: PretrainArguments) -> None:
@@ -419,9 +437,18 @@ def _typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
             raise InputError(f"`{prefix}{key}`: unknown key{_hint(key, list(hints))}.")
         accepted = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
         expected = next(one for one in accepted if one is not type(None))
+        if isinstance(value, list | tuple) and tuple[expected, expected] in accepted:
+            if len(value) != 2:
+                raise InputError(f"`{prefix}{key}`: expected a number, or two for the two views, got {value}.")
+            typed[key] = tuple(_typed(kind, {key: one}, prefix)[key] for one in value)
+            continue
         try:
             if value is None and type(None) in accepted:
                 typed[key] = None
+            elif expected is bool:
+                if not isinstance(value, bool):
+                    raise ValueError
+                typed[key] = value
             elif expected is str:
                 typed[key] = "no" if value is False else str(value)  # YAML reads a bare `no` as false
             elif isinstance(value, bool) != (expected is bool) or value is None:

@@ -22,6 +22,7 @@ from hf_vicreg.training.checkpoint import (
     local_rng_states,
     save_checkpoint,
 )
+from hf_vicreg.training.colour import finish_batch
 from hf_vicreg.training.config import RESUMABLE_CHANGES, RunConfig
 from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate
 from hf_vicreg.training.distributed import gather_sets
@@ -32,7 +33,7 @@ from hf_vicreg.training.progress import Progress
 from hf_vicreg.training.run_log import RunLog, Stopwatch
 from hf_vicreg.training.sources import ImageSource
 from hf_vicreg.training.two_pass import average_gradients, refuse_batch_norm, two_pass_backward
-from hf_vicreg.training.views import ViewSampler, finish_batch
+from hf_vicreg.training.views import ViewSampler
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from hf_vicreg.training.colour import blur, finish_views, shift_hue
 from hf_vicreg.training.config import ViewsConfig
-from hf_vicreg.training.views import ViewSampler, blur, crop_box, finish_views, shift_hue
+from hf_vicreg.training.views import ViewSampler, crop_box
 
 NEUTRAL = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 

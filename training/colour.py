@@ -1,0 +1,160 @@
+"""Colour operations of views, batched, on whatever device they are.
+
+Each equals its counterpart in torchvision's `transforms.v2.functional` on floats to 2e-4 of the range [0, 1]
+(torchvision rounds the grey weights to four digits), blur to 1e-5. Deviations: the jitter's four operations come in
+one fixed order (brightness, contrast, saturation, hue) instead of a random one, so that a batch can be processed at
+once; and a blur is cut off at three times its own sigma.
+
+On a CPU a view becomes the same bits whatever it is batched with: an operation either leaves a view that it was not
+drawn for exactly as it is, or is run on the views it was drawn for alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+# columns of the colour parameters
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, BLUR_SIGMA, SOLARIZE = range(7)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
+# Floats at a time on a CPU, one view of 224 pixels. The dozens of passes over them stay in the core's cache: several
+# times faster than one pass after another over a batch. A GPU takes the whole batch.
+CPU_CHUNK = 3 * 224 * 224
+
+
+def finish_batch(batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return what `VicRegForPreTraining` takes of a batch of the loader: its views finished on the device."""
+    images = {}
+    for name, crops, colours in (
+        ("pixel_values", batch["views"], batch["colours"][:, :2]),
+        ("local_pixel_values", batch.get("local_views"), batch["colours"][:, 2:]),
+    ):
+        if crops is not None:
+            crops = crops.to(device, non_blocking=True)
+            images[name] = finish_views(crops.flatten(0, 1), colours.flatten(0, 1)).view_as(crops)
+    return images
+
+
+def finish_views(crops: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """Return views ready for the encoder: colour operations, then the image processor's normalisation.
+
+    Args:
+        crops: `(batch, 3, height, width)` uint8.
+        colours: `(batch, 7)` float32 on the CPU, as `ViewSampler` draws them.
+
+    Returns:
+        `(batch, 3, height, width)` float32.
+    """
+    mean, std = (
+        torch.tensor(values, device=crops.device)[:, None, None]
+        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    views = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+    at_once = max(1, CPU_CHUNK // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
+    for images, own_crops, own_colours in zip(
+        views.split(at_once), crops.split(at_once), colours.split(at_once), strict=True
+    ):
+        _colour(images.copy_(own_crops).div_(255), own_colours)
+        images.sub_(mean).div_(std)
+    return views
+
+
+def _colour(images: torch.Tensor, colours: torch.Tensor) -> None:
+    """Run the operations in place on images `(batch, 3, height, width)` in [0, 1], as colours `(batch, 7)` say."""
+    brightness, contrast, saturation, turns, grayscale, _, solarize = colours.to(images.device, non_blocking=True)[
+        :, :, None, None, None
+    ].unbind(1)
+    if (colours[:, [BRIGHTNESS, CONTRAST, SATURATION]] != 1).any():  # factors of one change nothing
+        images.mul_(brightness).clamp_(max=1)
+        mean_luma = luma(images.mean((2, 3), keepdim=True))
+        images.mul_(contrast).add_(mean_luma * (1 - contrast)).clamp_(0, 1)
+        gray = luma(images)
+        images.mul_(saturation).add_(gray.mul_(1 - saturation)).clamp_(0, 1)
+    _on_drawn(images, colours[:, HUE] != 0, shift_hue, turns)
+    if colours[:, GRAYSCALE].any():
+        images.lerp_(luma(images), grayscale)  # 0 and 1 are exact
+    _on_drawn(images, colours[:, BLUR_SIGMA] > 0, blur, colours[:, BLUR_SIGMA])
+    if colours[:, SOLARIZE].any():
+        # 1 - x where x is at least one half is the smaller of the two; 2 - x is never smaller than x
+        torch.minimum(images, 2 - solarize - images, out=images)
+
+
+def _on_drawn(
+    images: torch.Tensor,
+    drawn: torch.Tensor,
+    operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    strengths: torch.Tensor,
+) -> None:
+    """Replace the images that an operation was drawn for, `(batch,)` bool, by what it makes of them."""
+    if drawn.all():
+        images.copy_(operation(images, strengths))
+    elif drawn.any():
+        rows = drawn.nonzero()[:, 0]
+        own = rows.to(images.device)
+        images[own] = operation(images[own], strengths[rows.to(strengths.device)])
+
+
+def luma(images: torch.Tensor) -> torch.Tensor:
+    """Return the grayscale `(batch, 1, height, width)` of `(batch, 3, height, width)`."""
+    red, green, blue = images.split(1, dim=1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def shift_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Return RGB images with their HSV hue turned.
+
+    Without a mask or a selection, which cost a CPU many times the arithmetic that stands in for them.
+
+    Args:
+        images: `(batch, 3, height, width)` in [0, 1].
+        turns: Broadcastable to `(batch, 1, height, width)`, in turns of the colour circle.
+    """
+    red, green, blue = images.split(1, dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = torch.minimum(torch.minimum(red, green), blue).neg_().add_(value)
+    scale = chroma.clamp(min=1e-12).reciprocal_()
+    # the sextant counts from the channel that is largest: the first of red, green and blue that no other exceeds
+    not_red, not_green = (value - red).sign_(), (value - green).sign_()
+    sextant = torch.lerp((blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4), not_green)
+    sextant = torch.lerp((green - blue).mul_(scale), sextant, not_red).add_(6 * turns)
+    # the closed form of HSV to RGB: channel = V - C * max(0, min(k, 4 - k, 1)), k = (n + hue / 60 degrees) mod 6, with
+    # n = 5, 3, 1. Written in k - 2, wrapped to [-3, 3] instead of [0, 6], the inner part is 2 - |k - 2|.
+    place = sextant + torch.tensor([3.0, 1.0, -1.0], device=images.device)[:, None, None]
+    place.add_((place / 6).round_(), alpha=-6)
+    return place.abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma).neg_().add_(value)
+
+
+def blur(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """Return images blurred by a Gaussian, reflected at the border and cut off at three times its sigma.
+
+    Args:
+        images: `(batch, channels, height, width)`.
+        sigmas: `(batch,)` on the CPU, in pixels; 0 leaves an image as it is.
+    """
+    height, width = images.shape[2:]
+    radii = (3 * sigmas).ceil()
+    radius = min(int(radii.max()), height - 1, width - 1)
+    offsets = torch.arange(-radius, radius + 1, dtype=images.dtype)
+    kernels = torch.exp(-0.5 * (offsets / sigmas.clamp(min=1e-3)[:, None]) ** 2)
+    # beyond an image's own radius the taps are zero: its result is the same beside an image with a larger one
+    kernels *= offsets.abs() <= radii[:, None]
+    kernels = (kernels / kernels.sum(1, keepdim=True)).to(images.device)
+    # One padded image is one row of numbers. A tap along x is that row shifted by one, along y by a padded line;
+    # what runs over the end of a line lands in the padding.
+    padded = F.pad(images, [radius] * 4, mode="reflect")
+    line = padded.shape[3]
+    blurred = _weighted_shifts(_weighted_shifts(padded.flatten(2), kernels, 1), kernels, line)
+    plane = blurred.shape[2]
+    return blurred.as_strided(images.shape, (images.shape[1] * plane, plane, line, 1))
+
+
+def _weighted_shifts(rows: torch.Tensor, kernels: torch.Tensor, stride: int) -> torch.Tensor:
+    """Return the sum of rows `(batch, channels, numbers)` shifted by multiples of a stride, weighted by kernels."""
+    length = rows.shape[2] - stride * (kernels.shape[1] - 1)
+    taps = kernels[:, :, None, None].unbind(1)
+    total = rows[..., :length] * taps[0]
+    for tap, weight in enumerate(taps[1:], start=1):
+        total.addcmul_(rows[..., tap * stride : tap * stride + length], weight)
+    return total
