@@ -7,6 +7,7 @@ sees what it would have seen, with any number of workers and any number of proce
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,17 +42,25 @@ class ViewDataset(Dataset):
         substitutes = random.Random(f"{self.seed}/{epoch}/{wanted}/substitute")
         for attempt in range(MAX_SUBSTITUTES):
             index = substitutes.randrange(len(self.source)) if attempt else wanted
-            image = self.source.read(index)
+            key_of_views = f"{self.seed}/{epoch}/{wanted}"
+            image = self.source.read(index, partial(joint_reduction, self.samplers, key_of_views))
             if image is not None:
-                drawn = [
-                    sampler(image, random.Random(f"{self.seed}/{epoch}/{wanted}/{view}"))
-                    for view, sampler in enumerate(self.samplers)
-                ]
+                drawn = [sampler(image, view_rng(key_of_views, sampler)) for sampler in self.samplers]
                 views, colours = zip(*drawn, strict=True)
                 sample = {"views": torch.stack(views[:2]), "colours": torch.tensor(colours), "unusable": unusable}
                 return sample | ({"local_views": torch.stack(views[2:])} if len(views) > 2 else {})
             unusable.append(index)
         return {"views": None, "colours": None, "unusable": unusable}
+
+
+def view_rng(key: str, sampler: ViewSampler) -> random.Random:
+    """Return the generator of one view of the image with this key."""
+    return random.Random(f"{key}/{sampler.view}")
+
+
+def joint_reduction(samplers: list[ViewSampler], key: str, width: int, height: int) -> int:
+    """Return how many times smaller an image may be decoded for all the views that are about to be drawn of it."""
+    return min(sampler.reduction(width, height, view_rng(key, sampler)) for sampler in samplers)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

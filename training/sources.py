@@ -13,9 +13,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from hf_vicreg.training.decoding import decode
 from hf_vicreg.training.digits import digit_images
 from hf_vicreg.training.errors import InputError
 
@@ -50,16 +50,17 @@ class ImageSource:
     def __len__(self) -> int:
         return self.length
 
-    def read(self, index: int) -> Image.Image | None:
-        """Return the decoded RGB image, upright, or None if it is corrupt or smaller than `min_size`."""
+    def read(self, index: int, reduction: Callable[[int, int], int] | None = None) -> Image.Image | None:
+        """Return the decoded RGB image, upright, or None if it is missing, corrupt or smaller than `min_size`.
+
+        Args:
+            index: Which image.
+            reduction: Of its (width, height), how many times smaller it may be decoded; see `decode`.
+        """
         try:
-            image = ImageOps.exif_transpose(Image.open(BytesIO(self.read_bytes(index))))
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
+            return decode(self.read_bytes(index), self.min_size, reduction)
         except Exception:  # on broken files Pillow raises nearly anything, and none of them may end a long run
             return None
-        return image if image.height >= self.min_size[0] and image.width >= self.min_size[1] else None
 
     def first(self, count: int | None) -> "ImageSource":
         """Return the first `count` images, all of them if `count` is None or larger."""
