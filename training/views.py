@@ -122,7 +122,9 @@ def crop_box(width: int, height: int, ratios: tuple[float, float], rng: random.R
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            left, top = rng.randint(0, width - crop_width), rng.randint(0, height - crop_height)
+            # `randint` draws a number of times that depends on the range: an image decoded smaller, or stored smaller,
+            # would not have the same view of the same picture
+            left, top = (int(rng.random() * (spare + 1)) for spare in (width - crop_width, height - crop_height))
             return left, top, crop_width, crop_height
     crop_width = min(width, max(1, round(height * 4 / 3)))
     crop_height = min(height, max(1, round(width * 4 / 3)))
