@@ -76,6 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("folder", metavar="RUN", type=Path, help="the run's output_dir")
     doctor.set_defaults(run=_doctor)
+    prepare = verbs.add_parser("prepare", help="store images resized, as parquet shards that load faster")
+    prepare.add_argument("source", metavar="SOURCE", help="folder of images, local `datasets` folder or Hub id")
+    prepare.add_argument("out", metavar="OUT", help="new or empty folder, or an interrupted call's to go on in")
+    prepare.add_argument("--size", type=int, default=256, help="largest short side in pixels (default: 256)")
+    prepare.add_argument("--num_proc", type=int, help="processes; default: the cores at hand")
+    prepare.add_argument("--dataset_config_name", help="configuration of the Hub dataset")
+    prepare.add_argument("--train_split", default="train", help="split that becomes `train` (default: train)")
+    prepare.add_argument("--test_split", help="labelled split that becomes `test`; default: `test` or `validation`")
+    prepare.add_argument("--image_column_name", help="column of images; default: the only one")
+    prepare.add_argument("--label_column_name", help="column of labels; default: `label` if there is one")
+    prepare.set_defaults(run=_prepare)
     add_verbs(verbs)
     return parser
 
@@ -149,6 +160,28 @@ def _doctor(arguments: argparse.Namespace) -> int:
     text, healthy = report(*read_run(arguments.folder))
     print(text)
     return 0 if healthy else 1
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    import logging
+
+    from hf_vicreg.training.prepare import prepare
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_vicreg").setLevel(logging.INFO)
+    columns = ("dataset_config_name", "train_split", "test_split", "image_column_name", "label_column_name")
+    done = prepare(
+        arguments.source,
+        arguments.out,
+        size=arguments.size,
+        num_proc=arguments.num_proc,
+        **{name: getattr(arguments, name) for name in columns},
+    )
+    for split, images in done.images.items():
+        skipped = done.skipped[split]
+        named = ": " + ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "") if skipped else ""
+        print(f"{split}: {images:,} images stored, {len(skipped):,} unreadable skipped{named}")
+    print(f"\nTo train on them: --dataset_name {arguments.out}")
 
 
 def _configuration(arguments: argparse.Namespace):

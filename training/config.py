@@ -437,7 +437,7 @@ def _typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
             raise InputError(f"`{prefix}{key}`: unknown key{_hint(key, list(hints))}.")
         accepted = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
         expected = next(one for one in accepted if one is not type(None))
-        if isinstance(value, list | tuple) and tuple[expected, expected] in accepted:
+        if isinstance(value, list | tuple) and tuple[float, float] in accepted:
             if len(value) != 2:
                 raise InputError(f"`{prefix}{key}`: expected a number, or two for the two views, got {value}.")
             typed[key] = tuple(_typed(kind, {key: one}, prefix)[key] for one in value)

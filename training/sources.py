@@ -35,6 +35,7 @@ class ImageSource:
         read_bytes: Returns the encoded image of an index.
         fingerprint: Changes when the images or their order do; a resumed run checks it.
         labels: One class index from 0 on per image, or None.
+        label_names: What the classes are called, where that is known.
         file_names: One path per image, relative to the folder, or None where images are no files of their own.
         min_size: Smallest usable image, (height, width) in pixels.
     """
@@ -44,6 +45,7 @@ class ImageSource:
     read_bytes: Callable[[int], bytes]
     fingerprint: str
     labels: list[int] | None = None
+    label_names: list[str] | None = None
     file_names: list[str] | None = None
     min_size: tuple[int, int] = (1, 1)
 
@@ -238,7 +240,9 @@ def dataset_source(name: str, dataset: Any, image_column: str | None, label_colu
     encoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     source = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
     logger.info("dataset %s: image column %r, labels %s", source, image_column, "found" if labels else "not used")
-    return _source(source, len(dataset), partial(_read_row, encoded, image_column), labels)
+    found = _source(source, len(dataset), partial(_read_row, encoded, image_column), labels)
+    names = getattr(dataset.features.get(label_column or "label"), "names", None)
+    return replace(found, label_names=names if labels is not None else None)
 
 
 def _read_row(encoded: Any, column: str, index: int) -> bytes:
