@@ -1,5 +1,6 @@
 """Colour operations against torchvision, crops against their definition."""
 
+import math
 import random
 
 import numpy as np
@@ -10,7 +11,8 @@ from torchvision.transforms.v2 import functional as tv
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vicreg.training.colour import blur, finish_views, shift_hue
-from hf_vicreg.training.config import ViewsConfig
+from hf_vicreg.training.config import ViewsConfig, parse_flags, resolve
+from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.views import ViewSampler, crop_box
 
 NEUTRAL = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
@@ -61,6 +63,39 @@ def test_blur_equals_torchvision():
     torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(96, 96), (224, 224)], ids=["96", "224"])
+def test_all_operations_together_equal_torchvision_one_after_the_other(size):
+    """On floats, in our order; 5e-4 of the range, since each operation stretches the difference of the one before."""
+    images = crops(12, 8).float()
+    images = torch.nn.functional.interpolate(images, size, mode="bilinear").to(torch.uint8)
+    sampler = sampler_of(ViewsConfig(grayscale_probability=0.0, solarize_probability=0.0, blur_probability=1.0), size)
+    colours = torch.tensor([sampler._draw_colour(random.Random(seed)) for seed in range(12)])
+    found = undo_normalisation(finish_views(images, colours))
+    for image, colour, view in zip(images.float() / 255, colours, found, strict=True):
+        brightness, contrast, saturation, hue, _, sigma, _ = colour.tolist()
+        expected = tv.adjust_contrast(tv.adjust_brightness(image, brightness), contrast)
+        expected = tv.adjust_hue(tv.adjust_saturation(expected, saturation), hue)
+        side = 2 * math.ceil(round(3 * sigma, 5)) + 1
+        expected = tv.gaussian_blur(expected, [side, side], [sigma, sigma])
+        torch.testing.assert_close(view, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("side", [1, 3, 31, 96, 224])
+def test_views_are_the_same_bits_whatever_they_are_batched_with(side):
+    images = crops(9, side)
+    sampler = sampler_of(ViewsConfig(grayscale_probability=0.5, solarize_probability=0.5), (side, side))
+    colours = torch.tensor([sampler._draw_colour(random.Random(seed)) for seed in range(9)])
+    colours[3] = torch.tensor(NEUTRAL)
+    assert 0 < (colours[:, 4] > 0).sum() < 9
+    whole = finish_views(images, colours)
+    assert whole.isfinite().all()
+    for first in (1, 4, 8):
+        pieces = [finish_views(images[part], colours[part]) for part in (slice(first), slice(first, None))]
+        assert torch.equal(torch.cat(pieces), whole)
+    untouched = undo_normalisation(whole[3])
+    torch.testing.assert_close(untouched, images[3] / 255, atol=1e-6, rtol=0)
+
+
 def test_hue_of_greys_stays():
     greys = torch.rand(2, 1, 4, 4).expand(-1, 3, -1, -1)
     torch.testing.assert_close(shift_hue(greys, torch.full((2, 1, 1, 1), 0.3)), greys)
@@ -109,6 +144,38 @@ def test_affine_moves_turns_and_zooms():
         for seed in range(30)
     ]
     assert 60 < min(areas) < 160 < 350 < max(areas) < 600  # sides from 8 to 24 pixels
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_presets_give_each_view_its_probabilities(preset):
+    config = resolve({"output_dir": "out", "train_dir": "images", "views": {"preset": preset}}).views
+    samplers = ViewSampler.of_views(config, (224, 224))
+    drawn = torch.tensor([[one._draw_colour(random.Random(seed)) for one in samplers] for seed in range(3000)])
+    blurred, solarized = (drawn[:, :, 5] > 0).float().mean(0), drawn[:, :, 6].mean(0)
+    # facebookresearch/vicreg, augmentations.py: blur 1.0 and 0.1, solarisation 0 and 0.2; the paper: both alike
+    expected = {"paper": ([0.5, 0.5], [0.1, 0.1]), "official": ([1.0, 0.1], [0.0, 0.2])}[preset]
+    torch.testing.assert_close(blurred, torch.tensor(expected[0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(solarized, torch.tensor(expected[1]), atol=0.03, rtol=0)
+
+
+def test_preset_of_a_layer_wins_over_the_recipe_below_it(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("views: {preset: official, solarize_probability: 0.3}")
+    given = {"output_dir": "out", "train_dir": "images", "config": recipe}
+    config = resolve(given)
+    assert (config.views.blur_probability, config.views.solarize_probability) == ((1.0, 0.1), 0.3)
+    assert config.to_recipe()["views"]["blur_probability"] == [1.0, 0.1]  # as YAML and JSON give it back
+    assert resolve(config.to_recipe()).views == config.views
+    again = resolve(given | parse_flags(["--views.preset", "paper", "--views.blur_probability", "[0.2, 0]"]))
+    assert (again.views.blur_probability, again.views.solarize_probability) == ((0.2, 0.0), 0.1)
+    for views, message in (
+        ({"preset": "own"}, r"`views.preset`: expected one of \['official', 'paper'\], got 'own'"),
+        ({"blur_probability": [0.1, 0.2, 0.3]}, "expected a number, or two for the two views"),
+        ({"blur_probability": [0.1, 2]}, "`views.blur_probability`: expected a number from 0 to 1"),
+        ({"hue": [0.1, 0.2]}, "`views.hue`: expected float"),
+    ):
+        with pytest.raises(InputError, match=message):
+            resolve(given | {"views": views})
 
 
 def test_probabilities_are_respected():
