@@ -69,7 +69,7 @@ def _colour(images: torch.Tensor, colours: torch.Tensor) -> None:
     if (colours[:, [BRIGHTNESS, CONTRAST, SATURATION]] != 1).any():  # factors of one change nothing
         images.mul_(brightness).clamp_(max=1)
         mean_luma = luma(images.mean((2, 3), keepdim=True))
-        images.mul_(contrast).add_(mean_luma * (1 - contrast)).clamp_(0, 1)
+        images.mul_(contrast).add_(mean_luma.mul_(1 - contrast)).clamp_(0, 1)
         gray = luma(images)
         images.mul_(saturation).add_(gray.mul_(1 - saturation)).clamp_(0, 1)
     _on_drawn(images, colours[:, HUE] != 0, shift_hue, turns)
@@ -114,16 +114,16 @@ def shift_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     red, green, blue = images.split(1, dim=1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = torch.minimum(torch.minimum(red, green), blue).neg_().add_(value)
-    scale = chroma.clamp(min=1e-12).reciprocal_()
-    # the sextant counts from the channel that is largest: the first of red, green and blue that no other exceeds
+    # The hue in turns. It counts from the channel that is largest: the first of the three that no other exceeds.
+    scale = chroma.clamp(min=1e-12).mul_(6).reciprocal_()
     not_red, not_green = (value - red).sign_(), (value - green).sign_()
-    sextant = torch.lerp((blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4), not_green)
-    sextant = torch.lerp((green - blue).mul_(scale), sextant, not_red).add_(6 * turns)
-    # the closed form of HSV to RGB: channel = V - C * max(0, min(k, 4 - k, 1)), k = (n + hue / 60 degrees) mod 6, with
-    # n = 5, 3, 1. Written in k - 2, wrapped to [-3, 3] instead of [0, 6], the inner part is 2 - |k - 2|.
-    place = sextant + torch.tensor([3.0, 1.0, -1.0], device=images.device)[:, None, None]
-    place.add_((place / 6).round_(), alpha=-6)
-    return place.abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma).neg_().add_(value)
+    hue = torch.lerp((blue - red).mul_(scale).add_(1 / 3), (red - green).mul_(scale).add_(2 / 3), not_green)
+    hue = torch.lerp((green - blue).mul_(scale), hue, not_red).add_(turns)
+    # The closed form of HSV to RGB: channel = V - C * max(0, min(k, 4 - k, 1)), k = (n + 6 * hue) mod 6, n = 5, 3, 1.
+    # With d = |k - 2| / 6, a distance to a whole number, that is V - C * (2 - 6 * d kept between 1/6 and 1/3).
+    distance = hue + torch.tensor([1 / 2, 1 / 6, -1 / 6], device=images.device)[:, None, None]
+    distance.sub_(distance.round()).abs_().clamp_(1 / 6, 1 / 3)
+    return distance.mul_(6 * chroma).add_(value.sub_(chroma, alpha=2))
 
 
 def blur(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
