@@ -18,6 +18,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 # columns of the colour parameters
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, BLUR_SIGMA, SOLARIZE = range(7)
+NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # what changes no bit
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
 # Floats at a time on a CPU, one view of 224 pixels. The dozens of passes over them stay in the core's cache: several
 # times faster than one pass after another over a batch. A GPU takes the whole batch.
@@ -66,17 +67,21 @@ def _colour(images: torch.Tensor, colours: torch.Tensor) -> None:
     brightness, contrast, saturation, turns, grayscale, _, solarize = colours.to(images.device, non_blocking=True)[
         :, :, None, None, None
     ].unbind(1)
-    if (colours[:, [BRIGHTNESS, CONTRAST, SATURATION]] != 1).any():  # factors of one change nothing
+    drawn = colours != torch.tensor(NEUTRAL)
+    needed = drawn.any(0).tolist()
+    if any(needed[: SATURATION + 1]):
         images.mul_(brightness).clamp_(max=1)
         mean_luma = luma(images.mean((2, 3), keepdim=True))
         images.mul_(contrast).add_(mean_luma.mul_(1 - contrast)).clamp_(0, 1)
         gray = luma(images)
         images.mul_(saturation).add_(gray.mul_(1 - saturation)).clamp_(0, 1)
-    _on_drawn(images, colours[:, HUE] != 0, shift_hue, turns)
-    if colours[:, GRAYSCALE].any():
+    if needed[HUE]:
+        _on_drawn(images, drawn[:, HUE], shift_hue, turns)
+    if needed[GRAYSCALE]:
         images.lerp_(luma(images), grayscale)  # 0 and 1 are exact
-    _on_drawn(images, colours[:, BLUR_SIGMA] > 0, blur, colours[:, BLUR_SIGMA])
-    if colours[:, SOLARIZE].any():
+    if needed[BLUR_SIGMA]:
+        _on_drawn(images, drawn[:, BLUR_SIGMA], blur, colours[:, BLUR_SIGMA])
+    if needed[SOLARIZE]:
         # 1 - x where x is at least one half is the smaller of the two; 2 - x is never smaller than x
         torch.minimum(images, 2 - solarize - images, out=images)
 
@@ -90,7 +95,7 @@ def _on_drawn(
     """Replace the images that an operation was drawn for, `(batch,)` bool, by what it makes of them."""
     if drawn.all():
         images.copy_(operation(images, strengths))
-    elif drawn.any():
+    else:
         rows = drawn.nonzero()[:, 0]
         own = rows.to(images.device)
         images[own] = operation(images[own], strengths[rows.to(strengths.device)])
