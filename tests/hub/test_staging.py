@@ -76,6 +76,7 @@ def test_only_what_is_on_the_list_is_staged(run, staged, monkeypatch):
         ".env",
         "optimizer.pt",
         "pytorch_model.bin",
+        "curves.png",
         "log.jsonl",
         "checkpoints/",
         "pretraining/",
@@ -185,7 +186,7 @@ def test_a_dry_run_prints_files_and_card_and_touches_nothing(run, capsys, monkey
     printed = capsys.readouterr().out
     size = (run / "model.safetensors").stat().st_size
     assert f"{size:>12,}  model.safetensors\n" in printed
-    assert "left out: checkpoints/, log.jsonl, pretraining/\n" in printed
+    assert "left out: checkpoints/, curves.png, log.jsonl, pretraining/\n" in printed
     assert "# demo\n" in printed
     assert 'name = "lab/demo"' in printed
     assert printed.rstrip().endswith("dry run: loads and is complete; nothing was sent")
