@@ -17,7 +17,10 @@ the dimensions of the embeddings, N the images of the global batch.
   paper's hinge pays 12.5 (gamma - s) for it: from a floor of 16 on, s settles below 0.6 even if no dimension is
   correlated.
 - **learning rate too high**: three steps in ten lines were skipped because loss or gradient was not finite; or the
-  loss is 5% above that of the first line; or in three of ten lines a gradient was ten times as large as usual.
+  loss is 5% above that of the first line; or in one of the ten lines it was a quarter above the lowest of those before
+  (in a line without embedding collapse: what that leaves of the loss wavers); or in three of them a gradient was ten
+  times as large as usual. Most of the loss is the hinge, and from batch to batch it moves by a few percent. A learning
+  rate far too high may have spoiled the first line already; the loss then falls from there, but not without jumps.
 - **loader-bound**: more than half of the time is spent waiting for images.
 
 "Rising": the mean of the last three lines is 1% above every one of the seven before and above the first of all;
@@ -28,6 +31,7 @@ rate warms up: they may still be an untrained model's.
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
@@ -43,6 +47,7 @@ COLLAPSED_SPREAD = 0.02
 COLLAPSED_RANK = 2.0
 HIGH_FLOOR = 16.0
 ABOVE_START = 1.05
+JUMP = 1.25
 SPIKE = 10.0  # times the median
 NUM_EVENTS = 3  # skipped steps, or lines with a spike
 MOSTLY = 0.5
@@ -181,6 +186,12 @@ def _learning_rate_too_high(lines: list[Record], gamma: float) -> Verdict | None
     earlier = lines[-WINDOW - 1] if len(lines) > WINDOW else {"skipped_steps": 0}
     skipped = _value(lines[-1], "skipped_steps") - _value(earlier, "skipped_steps")
     start, now = _value(lines[0], "loss"), _mean(lines[-MIN_LINES:], "loss")
+    lowest = accumulate((_value(line, "loss") for line in recent), min)
+    jumps = [
+        (low, line["loss"])
+        for low, line in zip(lowest, recent, strict=True)
+        if _value(line, "loss") > JUMP * low and _value(line, "embedding_std_mean") >= COLLAPSED_STD * gamma
+    ]
     norms = [_value(line, "grad_norm_max") for line in recent]
     usual = statistics.median(norms)
     spikes = sum(norm > SPIKE * usual for norm in norms)
@@ -188,6 +199,8 @@ def _learning_rate_too_high(lines: list[Record], gamma: float) -> Verdict | None
         finding = f"loss or gradient was not finite in {skipped:.0f} steps of the last {len(recent)} lines"
     elif len(lines) >= MIN_LINES and now > ABOVE_START * start:
         finding = f"the loss is {now:.3g} and was {start:.3g} at the first line"
+    elif len(lines) >= MIN_LINES and jumps:
+        finding = "the loss jumped from {:.3g} to {:.3g}".format(*jumps[-1])
     elif spikes >= NUM_EVENTS:
         finding = f"{spikes} of {len(recent)} lines have a gradient over {SPIKE:g} times the usual {usual:.2g}"
     else:

@@ -63,6 +63,9 @@ def rising(start, factor):
         ),
         ("learning rate too high", {"skipped_steps": [0, 0, 1, 3]}, {"skipped_steps": [0, 0, 1, 2]}),
         ("learning rate too high", {"loss": [20, 18, 22]}, {"loss": [20, 18, 20.5]}),
+        # the first line is spoiled already; a fall without a jump is one from a bad start
+        ("learning rate too high", {"loss": [90] * 5 + [30, 38, 10]}, {"loss": [90] * 5 + [30, 37, 10]}),
+        ("embedding collapse", {"loss": [20] * 5 + [1, 3, 2], "embedding_std_mean": 0.01}, {"loss": rising(90, 0.9)}),
         ("learning rate too high", {"grad_norm_max": [1] * 9 + [11] * 3}, {"grad_norm_max": [1] * 10 + [11] * 2}),
         ("loader-bound", {"data_wait_ratio": [0.0, 0.51]}, {"data_wait_ratio": [1.0, 0.49]}),
     ],
@@ -95,6 +98,7 @@ def test_missing_and_broken_figures_are_no_evidence():
     assert names(bare) == []
     assert names(lines(**dict.fromkeys(HEALTHY, math.nan))) == []
     assert names(lines(embedding_std_mean=None, embedding_rank="high")) == []
+    assert names(lines(loss=[3.0, 0.0])) == []  # the hinge alone, when it is satisfied
 
 
 def test_watch_tells_once_and_remembers():
@@ -154,13 +158,7 @@ SHORT = {
         (None, {}),
         ("embedding collapse", {"vicreg": {"variance_weight": 0.0}}),
         ("dimensional collapse", {"vicreg": {"covariance_weight": 0.0}}),
-        pytest.param(
-            "learning rate too high",
-            {"learning_rate": 0.1},
-            marks=pytest.mark.xfail(
-                strict=False, reason="depends on the draw of the views: missed on one, told on one"
-            ),
-        ),
+        ("learning rate too high", {"learning_rate": 0.1}),
         pytest.param(None, {"vicreg": {"expander_norm": "layer"}}, marks=pytest.mark.slow),
         pytest.param("batch too small", {"batch_size": 8}, marks=pytest.mark.slow),
         pytest.param(
