@@ -70,7 +70,7 @@ def test_each_fault_gets_one_line_and_leaves_the_repository_whole(hub, publishin
         (at("lab/refused"), r"`repo`: expected to publish the files, the Hub answered 403"),
         (
             at("writer/silent", timeout_s=8),
-            r"expected to publish the files at .*got no answer .*run the command again",
+            r"expected to publish the files at .*got no answer \(ReadTimeout\).*run the command again",
         ),
         (
             at("writer/altered"),
