@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -33,7 +34,15 @@ Words of mine below.
 """
 
 
-def test_each_fault_gets_one_line_and_leaves_the_repository_whole(hub, publishing, run_folder, free_port):
+@pytest.fixture
+def closed_port():
+    """A port that refuses connections and that nobody else gets meanwhile: bound, and not listened to."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def test_each_fault_gets_one_line_and_leaves_the_repository_whole(hub, publishing, run_folder, closed_port):
     run = str(run_folder)
     other = {"other.txt": b"somebody's", "pretraining/model.safetensors": b"an older one's"}
     for name in ("public", "stale", "edited", "broken", "cleaned", "requests", "failing"):
@@ -52,7 +61,7 @@ def test_each_fault_gets_one_line_and_leaves_the_repository_whole(hub, publishin
         return {"push": run, "repo": repo} | more
 
     stranger, requests = {"HF_TOKEN": "hf_stranger_token_of_the_tests"}, "writer/requests"
-    nowhere = f"http://127.0.0.1:{free_port}"
+    nowhere = f"http://127.0.0.1:{closed_port}"
     steps = [
         (at("writer/none", env={"HF_TOKEN": ""}), r"`HF_TOKEN`: expected a token .*got none; run `hf auth login`"),
         (at("writer/none", env={"HF_TOKEN": "hf_wrong"}), r"`repo`: expected to know the token's account.* 401"),
@@ -69,7 +78,7 @@ def test_each_fault_gets_one_line_and_leaves_the_repository_whole(hub, publishin
         (at("writer/failing"), r"`repo`: expected to publish the files, the Hub answered 500 .*run the command again"),
         (at("lab/refused"), r"`repo`: expected to publish the files, the Hub answered 403"),
         (
-            at("writer/silent", timeout_s=8),
+            at("writer/silent", timeout_s=20),
             r"expected to publish the files at .*got no answer \(ReadTimeout\).*run the command again",
         ),
         (
