@@ -66,6 +66,7 @@ def test_labels_names_and_the_test_split_are_kept(tmp_path):
     assert abs(source.read(2).getpixel((10, 10))[0] - 120) < 5
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
 def test_processes_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "IMAGES_A_SHARD", 7)
     folder = photographs(tmp_path / "images", 20)
