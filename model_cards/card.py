@@ -197,7 +197,7 @@ def _training(facts: CardFacts) -> Iterator[str]:
     yield f"| data | {count(results, 'num_images')} images of `{facts.dataset}` |"
     yield f"| steps | {count(results, 'steps')} |"
     yield f"| steps skipped as not finite | {count(results, 'skipped_steps')} |"
-    yield f"| batch | {facts.recipe.get('batch_size', MISSING)} images |"
+    yield f"| batch | {facts.recipe.get('statistics_batch_size') or facts.recipe.get('batch_size', MISSING)} images |"
     yield f"| hardware | {results.get('hardware', MISSING)} |"
     yield f"| time | {figure(results, 'training_seconds', '.1f', ' s')} |"
     yield f"| throughput | {speed} |"

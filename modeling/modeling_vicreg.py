@@ -165,7 +165,7 @@ class VicRegForPreTraining(PreTrainedModel):
                 `pixel_values`, or the inputs of another modality.
             representations: In place of images, what an earlier call returned as such; the encoder is left out.
             return_loss: False leaves the expander out and returns representations alone. The two together take a batch
-                through encoder and loss in pieces; see `training/two_pass.py`.
+                through the encoder in pieces and through the loss as a whole.
             kwargs: `return_dict`; the rest is ignored.
 
         Raises:

@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
+from hf_vicreg.training.checkpoint import RunState, local_rng_states, save_checkpoint
+
 logger = logging.getLogger(__name__)
 
 
@@ -77,3 +79,20 @@ def restore_rng(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def checkpoint_together(
+    folder: Path,
+    state: RunState,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    accelerator: Accelerator,
+) -> None:
+    """Write one checkpoint of all processes; every process must call. See `save_checkpoint`."""
+    states = local_rng_states(accelerator.process_index)
+    if accelerator.num_processes > 1:
+        states = {key: one for share in gather_object([states]) for key, one in share.items()}
+    if accelerator.is_main_process:
+        save_checkpoint(folder, state, model, optimizer, states, keep)
+    accelerator.wait_for_everyone()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
@@ -19,14 +18,13 @@ from hf_vicreg.training.checkpoint import (
     find_checkpoint,
     load_state,
     load_tensors,
-    local_rng_states,
-    save_checkpoint,
 )
 from hf_vicreg.training.colour import finish_batch
 from hf_vicreg.training.config import RESUMABLE_CHANGES, RunConfig
 from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate
-from hf_vicreg.training.distributed import gather_sets
+from hf_vicreg.training.distributed import checkpoint_together, gather_sets
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.guard import FiniteGuard
 from hf_vicreg.training.health import measure_health
 from hf_vicreg.training.optim import build_optimizer, learning_rate_at
 from hf_vicreg.training.progress import Progress
@@ -36,8 +34,6 @@ from hf_vicreg.training.two_pass import average_gradients, refuse_batch_norm, tw
 from hf_vicreg.training.views import ViewSampler
 
 logger = logging.getLogger(__name__)
-
-MAX_SKIPPED_IN_A_ROW = 20
 
 
 class Trainer:
@@ -90,7 +86,7 @@ class Trainer:
         self.unwrapped: VicRegForPreTraining = accelerator.unwrap_model(self.model)
         self.state = RunState(recipe=config.to_recipe(), data_fingerprint=source.fingerprint)
         self.unusable: set[int] = set()
-        self.skipped_in_a_row = 0
+        self.guard = FiniteGuard(self.unwrapped)
         self.process_group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
 
     def resume(self, checkpoint: Path) -> None:
@@ -217,23 +213,14 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.guard.begin()
         outputs = self._backward(batches)
         limit = run.max_grad_norm or math.inf
         parameters = [one for encoder in self.unwrapped.encoders for one in encoder.parameters()]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
         # the loss is the global batch's and gradients are averaged already: every process sees the same two numbers
-        if math.isfinite(grad_norm) and math.isfinite(outputs["loss"].item()):
+        if self.guard.allows(outputs["loss"].item(), grad_norm, state=self.state, learning_rate=run.learning_rate):
             self.optimizer.step()
-            self.skipped_in_a_row = 0
-        else:
-            self.state.skipped_steps += 1
-            self.skipped_in_a_row += 1
-            logger.warning("step %d skipped: loss or gradient is not finite", self.state.step)
-            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise InputError(
-                    f"`learning_rate`: loss or gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row; "
-                    f"lower it from {run.learning_rate} or lengthen the warm-up, and resume from the last checkpoint."
-                )
         self.optimizer.zero_grad()
         return outputs, grad_norm, learning_rate
 
@@ -241,19 +228,14 @@ class Trainer:
         accelerator = self.accelerator
         self.unusable = gather_sets(self.unusable, accelerator)
         self.state.unusable = sorted(self.unusable)
-        rng_states = local_rng_states(accelerator.process_index)
-        if accelerator.num_processes > 1:
-            rng_states = {key: one for states in gather_object([rng_states]) for key, one in states.items()}
-        if accelerator.is_main_process:
-            save_checkpoint(
-                self.folder / "checkpoints",
-                self.state,
-                self.unwrapped,
-                self.optimizer.optimizer,
-                rng_states,
-                self.run.checkpoints_total_limit,
-            )
-        accelerator.wait_for_everyone()
+        checkpoint_together(
+            self.folder / "checkpoints",
+            self.state,
+            self.unwrapped,
+            self.optimizer.optimizer,
+            self.run.checkpoints_total_limit,
+            accelerator,
+        )
 
 
 def refuse_other_configuration(found: RunState, expected: RunState) -> None:

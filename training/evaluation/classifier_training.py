@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from hf_vicreg.training.checkpoint import RunState, load_state, load_tensors, local_rng_states, save_checkpoint
+from hf_vicreg.training.checkpoint import RunState, load_state, load_tensors
 from hf_vicreg.training.data import StepSampler
+from hf_vicreg.training.distributed import checkpoint_together
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import TuningArguments
 from hf_vicreg.training.evaluation.classifier_data import (
@@ -33,7 +34,8 @@ from hf_vicreg.training.evaluation.classifier_data import (
 from hf_vicreg.training.evaluation.consistency import annealed_cross_entropy, annealing_threshold, consistency_loss
 from hf_vicreg.training.evaluation.knn import encoded_batches
 from hf_vicreg.training.evaluation.layer_decay import decayed_groups
-from hf_vicreg.training.loop import MAX_SKIPPED_IN_A_ROW, refuse_other_configuration
+from hf_vicreg.training.guard import FiniteGuard
+from hf_vicreg.training.loop import refuse_other_configuration
 from hf_vicreg.training.optim import learning_rate_at
 from hf_vicreg.training.progress import Progress
 from hf_vicreg.training.run_log import truncate_log
@@ -118,7 +120,7 @@ class ClassifierTrainer:
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: PreTrainedModel = accelerator.unwrap_model(self.model)
-        self.skipped_in_a_row = 0
+        self.guard = FiniteGuard(self.unwrapped)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint.
@@ -165,7 +167,14 @@ class ClassifierTrainer:
                         json.dumps({"step": state.step, "epoch": state.step / self.steps_per_epoch} | record) + "\n"
                     )
             if state.step % keeping.checkpointing_steps == 0 or last:
-                self._checkpoint(keeping)
+                checkpoint_together(
+                    keeping.folder / "checkpoints",
+                    state,
+                    self.unwrapped,
+                    self.optimizer.optimizer,
+                    keeping.checkpoints_total_limit,
+                    self.accelerator,
+                )
         progress.close()
 
     def predict(self, source: ImageSource, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,6 +226,7 @@ class ClassifierTrainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["scale"]
+        self.guard.begin()
         labels = batch[LABELLED]["labels"].to(accelerator.device)
         images = pixel_values(batch[LABELLED], self.processor, accelerator.device)[:, 0]
         if UNLABELLED in self.sources:
@@ -227,18 +237,8 @@ class ClassifierTrainer:
         limit = settings.max_grad_norm or math.inf
         # gradients are averaged already: every process sees the same number
         grad_norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit).item()
-        if math.isfinite(grad_norm):
+        if self.guard.allows(grad_norm, state=self.state, learning_rate=settings.learning_rate):
             self.optimizer.step()
-            self.skipped_in_a_row = 0
-        else:
-            self.state.skipped_steps += 1
-            self.skipped_in_a_row += 1
-            logger.warning("step %d skipped: the gradient is not finite", self.state.step)
-            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise InputError(
-                    f"`learning_rate`: the gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row; lower "
-                    f"it from {settings.learning_rate}."
-                )
         self.optimizer.zero_grad()
         return {"loss": loss.item(), **parts, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
@@ -281,19 +281,3 @@ class ClassifierTrainer:
             "counted_ratio": counted.item() / len(images),
         }
         return supervised + settings.consistency_weight * consistency, parts
-
-    def _checkpoint(self, keeping: Keeping) -> None:
-        accelerator = self.accelerator
-        rng_states = local_rng_states(accelerator.process_index)
-        if accelerator.num_processes > 1:
-            rng_states = {key: one for states in gather_object([rng_states]) for key, one in states.items()}
-        if accelerator.is_main_process:
-            save_checkpoint(
-                keeping.folder / "checkpoints",
-                self.state,
-                self.unwrapped,
-                self.optimizer.optimizer,
-                rng_states,
-                keeping.checkpoints_total_limit,
-            )
-        accelerator.wait_for_everyone()
