@@ -445,10 +445,6 @@ def _typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
         try:
             if value is None and type(None) in accepted:
                 typed[key] = None
-            elif expected is bool:
-                if not isinstance(value, bool):
-                    raise ValueError
-                typed[key] = value
             elif expected is str:
                 typed[key] = "no" if value is False else str(value)  # YAML reads a bare `no` as false
             elif isinstance(value, bool) != (expected is bool) or value is None:
