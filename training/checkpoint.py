@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent.
 
 A checkpoint is written into a temporary folder, every file is flushed to disk, a manifest with sizes and hashes comes
-last, and one rename makes it visible. Older ones are pruned only after that. Loading takes the newest one whose
-manifest holds. Tensors are safetensors, the rest is JSON: nothing is unpickled.
+last, and one rename makes it visible. Older ones are pruned only after that, and disappear by a rename, too. Loading
+takes the newest one whose manifest holds. Tensors are safetensors, the rest is JSON: nothing is unpickled.
 """
 
 import hashlib
@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, room_in
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PREFIX = "step_"
+WRITING, REMOVING = ".writing_", ".removing_"  # before the name of a checkpoint that is not there yet, or no longer
+FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
 @dataclass
@@ -38,6 +40,7 @@ class RunState:
         unusable: Indices of corrupt or too small images met so far.
         training_seconds: Time spent, over all interruptions.
         skipped_steps: Steps left out because loss or gradient was not finite.
+        scaler: State of the gradient scaler of fp16, empty without one.
     """
 
     step: int = 0
@@ -48,6 +51,7 @@ class RunState:
     unusable: list[int] = field(default_factory=list)
     training_seconds: float = 0.0
     skipped_steps: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
 
     def note(self, accuracies: dict[str, dict[str, float]]) -> None:
         """Add accuracies of kinds `knn` and `linear`."""
@@ -62,6 +66,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     rng_states: dict[str, torch.Tensor],
     keep: int,
+    keep_every_steps: int | None = None,
 ) -> Path:
     """Write a checkpoint below `folder` and prune older ones; called on one process.
 
@@ -72,41 +77,83 @@ def save_checkpoint(
         optimizer: Its optimiser; tensors and numbers of its state are stored.
         rng_states: Generator states of all processes, as `local_rng_states` names them.
         keep: How many checkpoints to keep, this one included.
+        keep_every_steps: Checkpoints whose step is a multiple of it are kept for good, and not counted.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        OSError: The disk is full or not writable; older checkpoints are left as they were.
+        InputError: The disk is full; older checkpoints are left as they were.
+        OSError: It is not writable; the same holds.
     """
     final = folder / f"{PREFIX}{state.step:08d}"
-    temporary = folder / f".writing_{final.name}"
+    temporary = folder / f"{WRITING}{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        save_file(_flat_model(model), temporary / "model.safetensors")
-        save_file(_flat_optimizer(optimizer), temporary / "optimizer.safetensors")
-        save_file(rng_states, temporary / "rng.safetensors")
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        manifest = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+        with room_in(folder):
+            temporary.mkdir(parents=True)
+            _write(temporary, state, model, optimizer, rng_states)
         if final.exists():  # left damaged by another hand, or written twice at one step
-            shutil.rmtree(final)
+            _remove(final)
         temporary.rename(final)
         _sync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    # later steps than this one are left from before the run went back to an earlier checkpoint: they go first
-    others = [path for path in list_checkpoints(folder) if path != final]
-    stale = [path for path in others if path.name > final.name]
-    earlier = [path for path in others if path.name < final.name]
-    for old in stale + earlier[: max(0, len(earlier) - (keep - 1))]:
-        shutil.rmtree(old, ignore_errors=True)
+    _prune(final, keep, keep_every_steps)
     return final
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process had half written or half removed below a run's `checkpoints` folder."""
+    for prefix in (WRITING, REMOVING):
+        for path in folder.glob(f"{prefix}{PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    state: RunState,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rng_states: dict[str, torch.Tensor],
+) -> None:
+    """Write the files of a checkpoint and flush them to disk."""
+    save_file(_flat_model(model), folder / "model.safetensors")
+    save_file(_flat_optimizer(optimizer), folder / "optimizer.safetensors")
+    save_file(rng_states, folder / "rng.safetensors")
+    (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
+    manifest = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def _prune(newest: Path, keep: int, keep_every_steps: int | None) -> None:
+    """Remove checkpoints beside the newest one."""
+    # later steps than this one are left from before the run went back to an earlier checkpoint: they go first
+    others = [path for path in list_checkpoints(newest.parent) if path != newest]
+    later = [path for path in others if path.name > newest.name]
+    earlier = [
+        path
+        for path in others
+        if path.name < newest.name and not (keep_every_steps and _step(path) % keep_every_steps == 0)
+    ]
+    for old in later + earlier[: max(0, len(earlier) - (keep - 1))]:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that it is whole or gone, whenever the process is killed."""
+    doomed = path.with_name(f"{REMOVING}{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
 
 
 def local_rng_states(rank: int) -> dict[str, torch.Tensor]:
@@ -119,7 +166,8 @@ def local_rng_states(rank: int) -> dict[str, torch.Tensor]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the folders of checkpoints below `folder`, oldest first, unverified."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    named = (path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+    return sorted(path for path in named if path.is_dir())
 
 
 def find_checkpoint(folder: Path, name: str) -> Path | None:
@@ -159,6 +207,8 @@ def find_damage(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
+    if not isinstance(manifest, dict) or not manifest.keys() >= set(FILES):
+        return f"{MANIFEST} does not name all files"
     for name, expected in manifest.items():
         if not (path / name).is_file():
             return f"{name} is missing"

@@ -105,12 +105,17 @@ class PretrainArguments:
     adam_beta2: float = _option(0.95, "AdamW's second beta.")
     warmup_ratio: float = _option(0.1, "Share of the steps with linear warm-up; then a cosine.")
     max_grad_norm: float = _option(3.0, "Clip the norm of the encoder's gradient; 0 turns it off.")
-    mixed_precision: str = _option("auto", "`auto` (bf16 where the device has it), `bf16` or `no`.")
+    max_skipped_steps: int = _option(20, "Stop after so many steps in a row whose loss or gradient is not finite.")
+    mixed_precision: str = _option("auto", "`auto` (bf16 where the device has it), `bf16`, `fp16` or `no`.")
+    gradient_checkpointing: bool = _option(False, "Recompute the encoder's layers backward: less memory, more time.")
+    torch_compile: bool = _option(False, "Compile the encoder, and only it, with torch.compile.")
     dataloader_num_workers: int | None = _option(None, "Loader processes; default: 0 on a CPU, else up to 8.")
     logging_steps: int = _option(10, "Steps between lines of log.jsonl.")
     checkpointing_steps: int = _option(500, "Steps between checkpoints; one more at the end.")
     checkpoints_total_limit: int = _option(2, "Newest checkpoints to keep.")
+    checkpoints_keep_every_steps: int | None = _option(None, "Keep checkpoints of multiples of this for good, too.")
     resume_from_checkpoint: str | None = _option(None, "`latest`, or a folder below `output_dir`/checkpoints.")
+    max_time: float | None = _option(None, "Minutes after which this launch checkpoints and stops, exit code 75.")
     knn_every_epochs: int = _option(10, "Epochs between k-NN measurements, where labels exist; 0: at the ends only.")
     knn_neighbours: int = _option(20, "k of the k-NN.")
     knn_train_samples: int = _option(10_000, "Bank: the first so many training images.")
@@ -130,7 +135,12 @@ RESUMABLE_CHANGES = {
     "logging_steps",
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "checkpoints_keep_every_steps",
     "resume_from_checkpoint",
+    "max_time",
+    "max_skipped_steps",
+    "gradient_checkpointing",
+    "torch_compile",
     "knn_every_epochs",
     "linear_probe",
     "with_tracking",
@@ -369,6 +379,9 @@ def _check_ranges(run: PretrainArguments) -> None:
         "logging_steps": 1,
         "checkpointing_steps": 1,
         "checkpoints_total_limit": 1,
+        "checkpoints_keep_every_steps": 1,
+        "max_time": 0,
+        "max_skipped_steps": 1,
         "knn_every_epochs": 0,
         "knn_neighbours": 1,
         "knn_train_samples": 1,
@@ -390,6 +403,11 @@ def _check_ranges(run: PretrainArguments) -> None:
         raise InputError(
             f"`min_learning_rate`: expected at most `learning_rate` {run.learning_rate}, got {run.min_learning_rate}."
         )
+    if (run.checkpoints_keep_every_steps or run.checkpointing_steps) % run.checkpointing_steps:
+        raise InputError(
+            f"`checkpoints_keep_every_steps`: expected a multiple of the {run.checkpointing_steps} "
+            f"`checkpointing_steps`, got {run.checkpoints_keep_every_steps}."
+        )
     if run.warmup_ratio > 1:
         raise InputError(f"`warmup_ratio`: expected a share of the steps from 0 to 1, got {run.warmup_ratio}.")
     if not 0 <= run.seed <= MAX_SEED:
@@ -397,8 +415,8 @@ def _check_ranges(run: PretrainArguments) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(run, name) < 1:
             raise InputError(f"`{name}`: expected a number in [0, 1), got {getattr(run, name)}.")
-    if run.mixed_precision not in ("auto", "bf16", "no"):
-        raise InputError(f"`mixed_precision`: expected 'auto', 'bf16' or 'no', got {run.mixed_precision!r}.")
+    if run.mixed_precision not in ("auto", "bf16", "fp16", "no"):
+        raise InputError(f"`mixed_precision`: expected 'auto', 'bf16', 'fp16' or 'no', got {run.mixed_precision!r}.")
     if run.optim not in ("adamw", "lars"):
         raise InputError(f"`optim`: expected 'adamw' or 'lars', got {run.optim!r}.")
     if not run.output_dir:

@@ -2,14 +2,15 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 
 from hf_vicreg.training.checkpoint import RunState, local_rng_states, save_checkpoint
+from hf_vicreg.training.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,15 @@ def build_accelerator(
         find_unused_parameters: DistributedDataParallel's, at the price of a walk through the graph in each step.
         log_with: Trackers to send figures to.
         project_dir: Folder for the trackers' files.
+
+    Raises:
+        InputError: fp16 without a GPU, or a launcher that shards the model.
     """
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    has_cuda = torch.cuda.is_available() and not use_cpu
+    if mixed_precision == "fp16" and not has_cuda:
+        raise InputError("`mixed_precision`: expected a CUDA device for 'fp16', found none; use 'bf16' or 'no'.")
     if mixed_precision == "auto":
-        use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        has_cuda = torch.cuda.is_available() and not use_cpu
         has_bf16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         mixed_precision = "bf16" if has_bf16 else "no"
     accelerator = Accelerator(
@@ -40,6 +46,12 @@ def build_accelerator(
         project_dir=project_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        found = accelerator.distributed_type.value
+        raise InputError(
+            f"`distributed_type`: expected NO, MULTI_CPU or MULTI_GPU, got {found}, where no process has "
+            "all weights; choose one of training/launch."
+        )
     threads = set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     logger.info(
         "device %s, %d process(es), %d threads each, mixed precision %s",
@@ -88,11 +100,40 @@ def checkpoint_together(
     optimizer: torch.optim.Optimizer,
     keep: int,
     accelerator: Accelerator,
+    keep_every_steps: int | None = None,
 ) -> None:
     """Write one checkpoint of all processes; every process must call. See `save_checkpoint`."""
     states = local_rng_states(accelerator.process_index)
     if accelerator.num_processes > 1:
         states = {key: one for share in gather_object([states]) for key, one in share.items()}
+    run_on_main(lambda: save_checkpoint(folder, state, model, optimizer, states, keep, keep_every_steps), accelerator)
+
+
+def largest(values: Sequence[int], accelerator: Accelerator) -> list[int]:
+    """Return the largest of each number over all processes; every process must call."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    shared = torch.tensor(values, device=accelerator.device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return shared.tolist()
+
+
+def run_on_main(action: Callable[[], None], accelerator: Accelerator) -> None:
+    """Run an action on the main process while the others wait; every process must call.
+
+    Raises:
+        Exception: That of the action. The other processes raise its message as an InputError: none is left waiting
+            for one that has gone.
+    """
+    failure: Exception | None = None
     if accelerator.is_main_process:
-        save_checkpoint(folder, state, model, optimizer, states, keep)
-    accelerator.wait_for_everyone()
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    told = [None if failure is None else str(failure)]
+    broadcast_object_list(told)
+    if failure is not None:
+        raise failure
+    if told[0] is not None:
+        raise InputError(told[0])

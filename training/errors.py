@@ -1,13 +1,22 @@
-"""The one error that means: what you gave cannot work, and here is what to do."""
+"""The errors that have a meaning of their own: bad input, a full disk, a run that was asked to stop."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
     """Bad input, told in one line: the field, what was found, what was expected, the remedy. Exit code 2."""
+
+
+class RunStopped(Exception):  # noqa: N818 - it went as it was asked to go
+    """The run was asked to stop, has written a checkpoint, and can be resumed. Exit code 75."""
 
 
 @contextmanager
@@ -21,3 +30,25 @@ def as_input_error(field: str) -> Iterator[None]:
         # a strict dataclass wraps the reason in a headline; the last line is the reason
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"`{field}`: {reason.removeprefix('ValueError: ').removeprefix('TypeError: ')}") from error
+
+
+@contextmanager
+def room_in(folder: Path) -> Iterator[None]:
+    """Turn a full disk, a quota or a limit on the size of files into an `InputError`; other errors pass."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _system_error(str(error))
+        if number not in NO_ROOM:
+            raise
+        raise InputError(
+            f"`output_dir`: expected room to write in {folder}, got {errno.errorcode[number]} (no space left); "
+            "checkpoints written before are intact: make room and go on with --resume_from_checkpoint latest."
+        ) from error
+
+
+def _system_error(message: str) -> int | None:
+    """Return the errno in a safetensors error's text, which has no field for it."""
+    return next(
+        (number for number in NO_ROOM if f"code: {number}," in message or f"os error {number})" in message), None
+    )

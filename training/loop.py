@@ -15,20 +15,22 @@ from torch.utils.data import DataLoader
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
 from hf_vicreg.training.checkpoint import (
     RunState,
-    find_checkpoint,
     load_state,
     load_tensors,
+    remove_leftovers,
 )
 from hf_vicreg.training.colour import finish_batch
-from hf_vicreg.training.config import RESUMABLE_CHANGES, RunConfig
+from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate
-from hf_vicreg.training.distributed import checkpoint_together, gather_sets
-from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.guard import FiniteGuard
+from hf_vicreg.training.distributed import checkpoint_together, gather_sets, largest
+from hf_vicreg.training.errors import InputError, RunStopped, as_input_error
+from hf_vicreg.training.guard import StepGuard, Verdict
 from hf_vicreg.training.health import measure_health
 from hf_vicreg.training.optim import build_optimizer, learning_rate_at
 from hf_vicreg.training.progress import Progress
+from hf_vicreg.training.resume import refuse_other_configuration
 from hf_vicreg.training.run_log import RunLog, Stopwatch
+from hf_vicreg.training.signals import StopReason, StopRequest, outlive_signals
 from hf_vicreg.training.sources import ImageSource
 from hf_vicreg.training.two_pass import average_gradients, refuse_batch_norm, two_pass_backward
 from hf_vicreg.training.views import ViewSampler
@@ -46,6 +48,7 @@ class Trainer:
         model: VicRegForPreTraining,
         accelerator: Accelerator,
         measure: Callable[[], dict[str, float]] | None,
+        stop: StopRequest,
     ):
         """Set up optimiser and data order.
 
@@ -55,13 +58,15 @@ class Trainer:
             model: Encoder, expander and loss.
             accelerator: Processes and device.
             measure: Called on every process; returns accuracies by the names they have in the log.
+            stop: Asked after every step.
 
         Raises:
-            InputError: The batch does not fit the data or the number of processes.
+            InputError: The batch does not fit the data or the number of processes, or an encoder cannot recompute its
+                layers.
         """
         run = config.run
         self.config, self.run, self.accelerator, self.measure = config, run, accelerator, measure
-        self.source = source
+        self.source, self.stop = source, stop
         self.folder = Path(run.output_dir)
         self.pieces = config.step_size // run.batch_size
         if config.step_size > len(source):
@@ -80,13 +85,23 @@ class Trainer:
             )
         self.steps_per_epoch = len(source) // config.step_size
         self.num_steps = run.max_steps or run.num_train_epochs * self.steps_per_epoch
+        for encoder in model.encoders:
+            if run.gradient_checkpointing:
+                with as_input_error("gradient_checkpointing"):
+                    # renamed between the oldest transformers we take and the newest
+                    renamed = hasattr(encoder, "activation_checkpointing_enable")
+                    name = "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable"
+                    getattr(encoder, name)({"use_reentrant": False})
+            if run.torch_compile:
+                encoder.compile()
         betas = (run.adam_beta1, run.adam_beta2)
         optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: VicRegForPreTraining = accelerator.unwrap_model(self.model)
         self.state = RunState(recipe=config.to_recipe(), data_fingerprint=source.fingerprint)
         self.unusable: set[int] = set()
-        self.guard = FiniteGuard(self.unwrapped)
+        self.guard = StepGuard(self.unwrapped, run.max_skipped_steps, accelerator.scaler)
+        self.stopping = StopReason.NONE
         self.process_group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
 
     def resume(self, checkpoint: Path) -> None:
@@ -98,6 +113,8 @@ class Trainer:
         state = load_state(checkpoint)
         refuse_other_configuration(state, self.state)
         load_tensors(checkpoint, self.unwrapped, self.optimizer.optimizer, self.accelerator.process_index)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
         recipe = self.state.recipe
         self.state, self.unusable = state, set(state.unusable)
         self.state.recipe = recipe
@@ -107,9 +124,13 @@ class Trainer:
         """Train to the last step and return where the run stands; every process must call.
 
         Raises:
-            InputError: No readable image where one was needed, or loss or gradient not finite many times in a row.
+            InputError: No readable image where one was needed, no room for a checkpoint, or loss or gradient not
+                finite many times in a row.
+            RunStopped: It was asked to stop and has written a checkpoint.
         """
         run, state = self.run, self.state
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.folder / "checkpoints")
         log = RunLog(self.folder, state.step, self.accelerator, self.config.vicreg.gamma)
         loader = self._loader(state.step)
         self.model.train()
@@ -133,6 +154,7 @@ class Trainer:
             stopwatch.count(self.config.step_size, grad_norm)
             epoch_done = state.step % self.steps_per_epoch == 0
             last = state.step == self.num_steps
+            stopping = bool(self.stopping) and not last
             if state.step % run.logging_steps == 0 or last:
                 record = {
                     "step": state.step,
@@ -152,16 +174,20 @@ class Trainer:
                 )
             progress.update(state.step)
             epoch = state.step // self.steps_per_epoch
-            if self.measure and epoch_done and not last and run.knn_every_epochs and epoch % run.knn_every_epochs == 0:
+            due = epoch_done and run.knn_every_epochs and epoch % run.knn_every_epochs == 0
+            if self.measure and due and not last and not stopping:
                 pause = time.perf_counter()
                 accuracies = self.measure()
                 log.write({"step": state.step, "epoch": epoch, **accuracies})
                 found = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in accuracies.items())
                 progress.write(f"epoch {epoch}: {found}")
                 stopwatch.exclude(time.perf_counter() - pause)
-            if state.step % run.checkpointing_steps == 0 or last:
+            if state.step % run.checkpointing_steps == 0 or last or stopping:
                 state.training_seconds = seconds_before + time.perf_counter() - started
                 self._checkpoint()
+            if stopping:
+                progress.close()
+                self._leave()
         progress.close()
         return state
 
@@ -189,6 +215,7 @@ class Trainer:
             collate_fn=collate,
             # its own generator: the loader draws a seed when it starts, which would shift a resumed run's randomness
             generator=torch.Generator().manual_seed(run.seed),
+            worker_init_fn=outlive_signals,
             pin_memory=accelerator.device.type == "cuda",
             persistent_workers=False,
         )
@@ -215,55 +242,48 @@ class Trainer:
             group["lr"] = learning_rate
         self.guard.begin()
         outputs = self._backward(batches)
-        limit = run.max_grad_norm or math.inf
-        parameters = [one for encoder in self.unwrapped.encoders for one in encoder.parameters()]
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
-        # the loss is the global batch's and gradients are averaged already: every process sees the same two numbers
-        if self.guard.allows(outputs["loss"].item(), grad_norm, state=self.state, learning_rate=run.learning_rate):
+        self.accelerator.unscale_gradients()
+        grad_norm, other_norm = self._clip()
+        # no process may step alone, and all have to stop at the same step
+        own_verdict = self.guard.judge(outputs["loss"].item(), grad_norm + other_norm)
+        verdict, reason = largest([own_verdict, self.stop.reason()], self.accelerator)
+        self.stopping = StopReason(reason)
+        if self.guard.allows(Verdict(verdict), self.state, run.learning_rate):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return outputs, grad_norm, learning_rate
 
+    def _clip(self) -> tuple[float, float]:
+        """Clip the encoders' gradient; return its norm from before, and that of the expanders'."""
+        encoders = [one for encoder in self.unwrapped.encoders for one in encoder.parameters()]
+        known = set(encoders)
+        others = [one.grad for one in self.unwrapped.parameters() if one not in known and one.grad is not None]
+        grad_norm = torch.nn.utils.clip_grad_norm_(encoders, self.run.max_grad_norm or math.inf)
+        return grad_norm.item(), torch.nn.utils.get_total_norm(others).item()
+
     def _checkpoint(self) -> None:
-        accelerator = self.accelerator
+        accelerator, run, state = self.accelerator, self.run, self.state
         self.unusable = gather_sets(self.unusable, accelerator)
-        self.state.unusable = sorted(self.unusable)
+        state.unusable = sorted(self.unusable)
+        state.scaler = {} if accelerator.scaler is None else accelerator.scaler.state_dict()
         checkpoint_together(
             self.folder / "checkpoints",
-            self.state,
+            state,
             self.unwrapped,
             self.optimizer.optimizer,
-            self.run.checkpoints_total_limit,
+            run.checkpoints_total_limit,
             accelerator,
+            run.checkpoints_keep_every_steps,
         )
 
-
-def refuse_other_configuration(found: RunState, expected: RunState) -> None:
-    """Raise InputError if a checkpoint's configuration or data differ from the run's, naming each difference."""
-    differences = [
-        f"`{key}` is {expected.recipe.get(key)!r}, the checkpoint has {found.recipe.get(key)!r}"
-        for key in sorted(expected.recipe.keys() | found.recipe.keys())
-        if key not in RESUMABLE_CHANGES and expected.recipe.get(key) != found.recipe.get(key)
-    ]
-    if found.data_fingerprint != expected.data_fingerprint:
-        differences.append("the images are not the ones it was trained on")
-    if differences:
-        raise InputError(
-            f"`resume_from_checkpoint`: the checkpoint is of another configuration: {'; '.join(differences)}; "
-            "resume with the run's own settings or start in a new folder."
+    def _leave(self) -> None:
+        """Say where the run stands and leave, on all processes."""
+        message = (
+            f"stopped by {self.stopping} at step {self.state.step} of {self.num_steps}; go on with "
+            "--resume_from_checkpoint latest"
         )
-
-
-def checkpoint_to_resume(run: Any) -> Path | None:
-    """Return the checkpoint that the run asks for; see `find_checkpoint`."""
-    if run.resume_from_checkpoint is None:
-        return None
-    found = find_checkpoint(Path(run.output_dir) / "checkpoints", run.resume_from_checkpoint)
-    if found is None:
-        if (Path(run.output_dir) / "model.safetensors").exists():
-            raise InputError(
-                f"`resume_from_checkpoint`: {run.output_dir} holds an encoder but no checkpoint to go on "
-                "from; choose another `output_dir`."
-            )
-        logger.info("no checkpoint in %s yet: starting at step 0", run.output_dir)
-    return found
+        if self.accelerator.is_main_process:
+            self.stop.fulfilled()
+            logger.warning(message)
+        self.accelerator.wait_for_everyone()  # a launcher ends the others as soon as the first one leaves
+        raise RunStopped(message)

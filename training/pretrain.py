@@ -24,13 +24,15 @@ from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
 from hf_vicreg.training.config import RunConfig, check_statistics_batch, parse_flags, resolve
 from hf_vicreg.training.curves import CURVES_FILE, draw_curves
-from hf_vicreg.training.distributed import build_accelerator
+from hf_vicreg.training.distributed import build_accelerator, run_on_main
 from hf_vicreg.training.doctor import health_of, health_table
-from hf_vicreg.training.errors import InputError, as_input_error
+from hf_vicreg.training.errors import InputError, RunStopped, as_input_error, room_in
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
 from hf_vicreg.training.export import export_run
-from hf_vicreg.training.loop import Trainer, checkpoint_to_resume
+from hf_vicreg.training.loop import Trainer
+from hf_vicreg.training.resume import checkpoint_to_resume
 from hf_vicreg.training.run_log import LOG_FILE, read_log
+from hf_vicreg.training.signals import StopRequest, stop_exit_code
 from hf_vicreg.training.sources import ImageSource, is_image_folder, load_sources
 from hf_vicreg.training.tracking import TRACKERS_FOLDER, finish_trackers, start_trackers, tracker_names
 
@@ -75,6 +77,7 @@ def pretrain(
 
     Raises:
         InputError: A `ValueError` whose one line names the field, what was found and what to do.
+        RunStopped: The run was asked to stop (SIGTERM, Ctrl-C, a file, `max_time`) and has written a checkpoint.
     """
     name = os.fspath(data)
     key = "train_dir" if is_image_folder(name) else "dataset_name"
@@ -87,9 +90,11 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
 
     Raises:
         InputError: Bad input; nothing has been overwritten.
+        RunStopped: The run was asked to stop and has written a checkpoint.
     """
     run = config.run
     folder = Path(run.output_dir)
+    stop = StopRequest(folder, run.max_time)
     _refuse_foreign_folder(folder, resuming=run.resume_from_checkpoint is not None)
     trackers = tracker_names(run.report_to) if run.with_tracking else []
     source, test = load_sources(
@@ -145,8 +150,8 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         num_queries=run.knn_test_samples,
         linear=run.linear_probe,
     )
-    trainer = Trainer(config, source, model, accelerator, probe.logged if probe.possible else None)
-    checkpoint = checkpoint_to_resume(run)
+    trainer = Trainer(config, source, model, accelerator, probe.logged if probe.possible else None, stop)
+    checkpoint = checkpoint_to_resume(run, accelerator)
     if checkpoint is not None:
         trainer.resume(checkpoint)
 
@@ -172,7 +177,12 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         trainer.state.note(probe.of_pixels())
         trainer.state.note(probe.of_encoders("untrained"))
     start_trackers(accelerator, folder, config.to_recipe(), trainer.state.step)
-    state = trainer.fit()
+    try:
+        with stop:
+            state = trainer.fit()
+    except RunStopped:
+        finish_trackers(accelerator)
+        raise
     if probe.possible:
         state.note(probe.of_encoders("trained"))
     finish_trackers(accelerator)
@@ -203,13 +213,16 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         "linear_accuracy": state.linear,
     }
     encoder = trainer.unwrapped.encoder.eval()
-    if accelerator.is_main_process:
+
+    def finish() -> None:
         records = read_log(folder / LOG_FILE)
-        results |= health_of(records, config.vicreg.gamma)
-        export_run(folder, trainer.unwrapped, processor, config.to_recipe(), results)
-        draw_curves(records, folder / CURVES_FILE)
+        results.update(health_of(records, config.vicreg.gamma))
+        with room_in(folder):
+            export_run(folder, trainer.unwrapped, processor, config.to_recipe(), results)
+            draw_curves(records, folder / CURVES_FILE)
         print(summary(folder, results, records))
-    accelerator.wait_for_everyone()
+
+    run_on_main(finish, accelerator)
     return PretrainResult(folder, encoder, processor, results)
 
 
@@ -330,7 +343,7 @@ def _hardware(accelerator: Accelerator) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; return the exit code, 2 for bad input."""
+    """Run from the command line; return the exit code: 2 for bad input, 75 for a run that stopped when asked."""
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_vicreg").setLevel(logging.INFO if main_process else logging.ERROR)
@@ -340,6 +353,8 @@ def main(arguments: list[str] | None = None) -> int:
         if main_process:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunStopped:
+        return stop_exit_code()
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_vicreg.training.diagnosis import Verdict, Watch
+from hf_vicreg.training.errors import room_in
 
 LOG_FILE = "log.jsonl"
 
@@ -77,12 +78,16 @@ class RunLog:
                 self.watch.follow(record)
 
     def write(self, record: dict[str, Any]) -> list[Verdict]:
-        """Append a line, send it to the trackers, and return what is found wrong for the first time."""
+        """Append a line, send it to the trackers, and return what is found wrong for the first time.
+
+        Raises:
+            InputError: The disk is full.
+        """
         figures = {key: value for key, value in record.items() if key != "step"}
         self.accelerator.log(figures, step=record["step"])
         if not self.accelerator.is_main_process:
             return []
-        with self.path.open("a") as file:
+        with room_in(self.path.parent), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         return self.watch.follow(record)
 

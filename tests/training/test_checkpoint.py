@@ -1,6 +1,9 @@
 """Checkpoints on a real disk: complete or absent, and the same when they come back."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from hf_vicreg.training.checkpoint import (
     load_state,
     load_tensors,
     local_rng_states,
+    remove_leftovers,
     save_checkpoint,
 )
 from hf_vicreg.training.errors import InputError
@@ -65,7 +69,9 @@ def test_newest_are_kept(tmp_path):
     assert find_checkpoint(tmp_path / "nothing", "latest") is None
 
 
-@pytest.mark.parametrize("damage", ["flipped-byte", "truncated", "missing-file", "no-manifest", "garbled-manifest"])
+@pytest.mark.parametrize(
+    "damage", ["flipped-byte", "truncated", "missing-file", "no-manifest", "garbled-manifest", "empty-manifest"]
+)
 def test_damaged_checkpoints_are_passed_over(tmp_path, damage, caplog):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
@@ -81,7 +87,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, damage, caplog):
     elif damage == "no-manifest":
         (newest / "manifest.json").unlink()
     else:
-        (newest / "manifest.json").write_text("{")
+        (newest / "manifest.json").write_text("{" if damage == "garbled-manifest" else "{}")
     assert find_damage(newest)
     assert find_checkpoint(tmp_path, "latest").name == "step_00000001"
     assert "step_00000002 is damaged" in caplog.text
@@ -98,6 +104,65 @@ def test_a_half_written_folder_is_no_checkpoint(tmp_path):
     save(tmp_path, 2)  # a later attempt replaces it
     assert not stale.exists()
     assert find_damage(tmp_path / "step_00000002") is None
+
+
+def test_what_a_kill_left_behind_is_removed_at_the_next_start(tmp_path):
+    save(tmp_path, 1)
+    for name in (".writing_step_00000002", ".removing_step_00000000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".writing_elsewhere").touch()  # not ours
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", ".writing_elsewhere"}
+    remove_leftovers(tmp_path / "nothing")
+
+
+def test_every_nth_is_kept_for_good(tmp_path):
+    model, optimizer = trained(1)
+    for step in range(5, 65, 5):
+        state = RunState(step=step)
+        save_checkpoint(tmp_path, state, model, optimizer, local_rng_states(0), keep=2, keep_every_steps=20)
+    assert [int(path.name.removeprefix("step_")) for path in list_checkpoints(tmp_path)] == [20, 40, 55, 60]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_no_room_is_one_line_and_older_ones_stay(tmp_path):
+    save(tmp_path, 1)
+    code = (
+        "import importlib.util, pathlib, resource\n"
+        f"spec = importlib.util.spec_from_file_location('own', {__file__!r})\n"
+        "own = importlib.util.module_from_spec(spec); spec.loader.exec_module(own)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        "try:\n"
+        "    own.save(pathlib.Path('.'), 2)\n"
+        "except own.InputError as error:\n"
+        "    print(error)\n"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env={"PYTHONPATH": root}
+    )
+    assert finished.stdout.startswith("`output_dir`: expected room to write in"), finished.stderr
+    assert "EFBIG (no space left); checkpoints written before are intact" in finished.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert find_damage(tmp_path / "step_00000001") is None
+
+
+def test_the_scale_of_fp16_comes_back(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    model, optimizer = trained()
+    for _ in range(4):
+        scaler.scale(model(torch.randn(8, 4)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    path = save_checkpoint(
+        tmp_path, RunState(step=1, scaler=scaler.state_dict()), model, optimizer, local_rng_states(0), 1
+    )
+    other = torch.amp.GradScaler("cpu")
+    other.load_state_dict(load_state(path).scaler)
+    assert other.state_dict() == scaler.state_dict()
+    assert other.get_scale() == 2048.0
 
 
 def test_failing_to_write_leaves_older_ones(tmp_path):

@@ -20,7 +20,7 @@ def test_every_recipe_resolves_and_is_sparse(name):
 
 
 def test_recipes_that_come_with_the_package():
-    assert recipe_names() == ["cifar10_cpu", "digits", "imagenet_small_patch16"]
+    assert recipe_names() == ["cifar10_cpu", "cifar10_gpu", "digits", "imagenet_small_patch16"]
 
 
 def test_flags_override_the_recipe_which_overrides_defaults():
@@ -44,6 +44,13 @@ def test_flags_override_the_recipe_which_overrides_defaults():
     assert config.run.dataset_name == "digits"  # the recipe's
     assert config.vicreg.encoder.hidden_size == 128
     assert config.run.weight_decay == 0.05  # the default
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [([], False), (["--torch_compile"], True), (["--torch_compile", "false"], False)]
+)
+def test_switches_are_flags_with_or_without_a_value(flags, expected):
+    assert resolve(NEEDED | parse_flags(flags)).run.torch_compile is expected
 
 
 def test_resolved_configuration_reads_back_as_itself(tmp_path):
@@ -105,6 +112,13 @@ def test_yaml_reads_exponents_without_a_dot_as_text_and_we_do_not(tmp_path):
         ({"batch_size": "many"}, "`batch_size`: expected int, got 'many'"),
         ({"num_train_epochs": 0}, "`num_train_epochs`: expected at least 1, got 0"),
         ({"mixed_precision": "fp8"}, "`mixed_precision`"),
+        ({"optim": "sgd"}, "`optim`: expected 'adamw' or 'lars', got 'sgd'"),
+        ({"min_learning_rate": 1}, "`min_learning_rate`: expected at most `learning_rate` 0.0005, got 1.0"),
+        ({"max_time": -1}, "`max_time`: expected at least 0, got -1.0"),
+        ({"max_skipped_steps": 0}, "`max_skipped_steps`: expected at least 1, got 0"),
+        ({"checkpoints_keep_every_steps": 700}, "expected a multiple of the 500 `checkpointing_steps`, got 700"),
+        ({"torch_compile": "yes"}, "`torch_compile`: expected bool, got 'yes'"),
+        ({"gradient_checkpointing": 1}, "`gradient_checkpointing`: expected bool, got 1"),
         ({"seed": -1}, "`seed`: expected an integer from 0 to"),
         ({"warmup_ratio": 5}, "`warmup_ratio`: expected a share of the steps from 0 to 1, got 5.0"),
         ({"learning_rate": float("inf")}, "`learning_rate`: expected"),

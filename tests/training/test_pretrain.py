@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from hf_vicreg import BigBirdViTConfig, pretrain
@@ -285,6 +286,45 @@ def test_non_finite_steps_are_skipped_and_the_run_stops_with_advice(tmp_path, ti
         pretrain(out=tmp_path / "run", data=image_folder(64), **settings)
 
 
+def test_a_run_stops_after_as_many_skipped_steps_as_it_was_told(tmp_path, tiny_recipe, image_folder):
+    settings = tiny_recipe | {"learning_rate": 1e30, "num_train_epochs": 40, "max_skipped_steps": 2}
+    with pytest.raises(InputError, match="not finite for 2 steps in a row"):
+        pretrain(out=tmp_path / "run", data=image_folder(64), **settings)
+
+
+def test_recomputed_layers_give_the_same_weights(tmp_path, tiny_recipe, image_folder):
+    folder = image_folder(64)
+    plain, less_memory = (
+        pretrain(out=tmp_path / str(switch), data=folder, gradient_checkpointing=switch, **tiny_recipe)
+        for switch in (False, True)
+    )
+    assert any(getattr(one, "gradient_checkpointing", False) for one in less_memory.encoder.modules())
+    for one, two in zip(plain.encoder.parameters(), less_memory.encoder.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.slow  # a minute or more for the C++ compiler
+def test_the_compiled_encoder_trains_like_the_other(tmp_path, tiny_recipe, image_folder):
+    folder, settings = image_folder(64), tiny_recipe | {"model": tiny_recipe["model"] | {"num_hidden_layers": 1}}
+    plain, compiled = (
+        pretrain(out=tmp_path / str(switch), data=folder, torch_compile=switch, max_steps=2, **settings)
+        for switch in (False, True)
+    )
+    assert compiled.encoder._compiled_call_impl is not None
+    assert (tmp_path / "True" / "model.safetensors").stat().st_size > 0
+    for one, two in zip(plain.encoder.parameters(), compiled.encoder.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-4)
+    AutoModel.from_pretrained(tmp_path / "True")  # names are those of an encoder that is not compiled
+
+
+def test_lars_is_what_a_run_is_told_to_use(tmp_path, tiny_recipe, image_folder):
+    settings = tiny_recipe | {"optim": "lars", "learning_rate": 0.3, "min_learning_rate": 0.002}
+    result = pretrain(out=tmp_path / "run", data=image_folder(64), **settings)
+    assert result.results["skipped_steps"] == 0
+    state = load_file(tmp_path / "run" / "checkpoints" / "step_00000002" / "optimizer.safetensors")
+    assert {key.split(".", 1)[1] for key in state} == {"momentum_buffer"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -336,6 +376,7 @@ def test_non_finite_steps_are_skipped_and_the_run_stops_with_advice(tmp_path, ti
         (["--train_dir", "{small}"], "at least one patch (8, 8) (height, width) in pixels, found (8, 7) in dot.png"),
         (["--train_dir", "{images}", "--output_dir", "{images}"], "`output_dir`: expected a new or empty folder"),
         (["--train_dir", "{images}", "--resume_from_checkpoint", "step_7"], "`resume_from_checkpoint`"),
+        (["--train_dir", "{images}", "--mixed_precision", "fp16"], "expected a CUDA device for 'fp16', found none"),
         (["--train_dir", "{images}", "--no_such_flag", "1"], "`--no_such_flag`: unknown flag"),
         (["--train_dir", "{images}", "--with_tracking", "--report_to", "paper"], "`report_to`: expected one of"),
     ],

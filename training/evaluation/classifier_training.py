@@ -19,7 +19,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_vicreg.training.checkpoint import RunState, load_state, load_tensors
 from hf_vicreg.training.data import StepSampler
-from hf_vicreg.training.distributed import checkpoint_together
+from hf_vicreg.training.distributed import checkpoint_together, largest
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import TuningArguments
 from hf_vicreg.training.evaluation.classifier_data import (
@@ -34,16 +34,17 @@ from hf_vicreg.training.evaluation.classifier_data import (
 from hf_vicreg.training.evaluation.consistency import annealed_cross_entropy, annealing_threshold, consistency_loss
 from hf_vicreg.training.evaluation.knn import encoded_batches
 from hf_vicreg.training.evaluation.layer_decay import decayed_groups
-from hf_vicreg.training.guard import FiniteGuard
-from hf_vicreg.training.loop import refuse_other_configuration
+from hf_vicreg.training.guard import StepGuard, Verdict
 from hf_vicreg.training.optim import learning_rate_at
 from hf_vicreg.training.progress import Progress
+from hf_vicreg.training.resume import refuse_other_configuration
 from hf_vicreg.training.run_log import truncate_log
 from hf_vicreg.training.sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)
+MAX_SKIPPED_IN_A_ROW = 20
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class ClassifierTrainer:
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: PreTrainedModel = accelerator.unwrap_model(self.model)
-        self.guard = FiniteGuard(self.unwrapped)
+        self.guard = StepGuard(self.unwrapped, MAX_SKIPPED_IN_A_ROW)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint.
@@ -235,9 +236,9 @@ class ClassifierTrainer:
             loss, parts = self._supervised_loss(images, labels), {}
         accelerator.backward(loss)
         limit = settings.max_grad_norm or math.inf
-        # gradients are averaged already: every process sees the same number
         grad_norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit).item()
-        if self.guard.allows(grad_norm, state=self.state, learning_rate=settings.learning_rate):
+        (verdict,) = largest([self.guard.judge(loss.item(), grad_norm)], accelerator)
+        if self.guard.allows(Verdict(verdict), self.state, settings.learning_rate):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return {"loss": loss.item(), **parts, "grad_norm": grad_norm, "learning_rate": learning_rate}

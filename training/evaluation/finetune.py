@@ -22,7 +22,7 @@ from hf_vicreg.training.evaluation.evaluate import MAX_STORED_CLASSES, settings_
 from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap, load_labelled
 from hf_vicreg.training.evaluation.pictures import can_draw, confusion_matrix, draw_confusion
 from hf_vicreg.training.evaluation.results import FILE, add_evaluation, describe_data, evaluation_record
-from hf_vicreg.training.loop import checkpoint_to_resume
+from hf_vicreg.training.resume import checkpoint_to_resume
 from hf_vicreg.training.sources import ImageSource, load_sources
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
         keeping=keeping,
     )
     set_seed(arguments.seed + accelerator.process_index)  # every process drops paths of its own
-    checkpoint = checkpoint_to_resume(arguments)
+    checkpoint = checkpoint_to_resume(arguments, accelerator)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     if accelerator.is_main_process:

@@ -1,0 +1,60 @@
+"""Going on where a run was: from which checkpoint, and whether it is this run's."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from hf_vicreg.training.checkpoint import RunState, find_checkpoint
+from hf_vicreg.training.config import RESUMABLE_CHANGES
+from hf_vicreg.training.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_to_resume(run: Any, accelerator: Accelerator) -> Path | None:
+    """Return the checkpoint that a run asks for, None for a new start; every process must call.
+
+    Args:
+        run: Settings with an `output_dir` and `resume_from_checkpoint`.
+        accelerator: Its processes.
+
+    Raises:
+        InputError: As `find_checkpoint`; or processes see different checkpoints.
+    """
+    if run.resume_from_checkpoint is None:
+        return None
+    found = find_checkpoint(Path(run.output_dir) / "checkpoints", run.resume_from_checkpoint)
+    if accelerator.num_processes > 1:
+        names = gather_object([None if found is None else found.name])
+        if len(set(names)) > 1:
+            raise InputError(
+                f"`output_dir`: expected every machine to see the same checkpoints in {run.output_dir}, got "
+                f"{sorted({str(name) for name in names})}; put it on a file system that all of them share."
+            )
+    if found is None:
+        if (Path(run.output_dir) / "model.safetensors").exists():
+            raise InputError(
+                f"`resume_from_checkpoint`: {run.output_dir} holds an encoder but no checkpoint to go on "
+                "from; choose another `output_dir`."
+            )
+        logger.info("no checkpoint in %s yet: starting at step 0", run.output_dir)
+    return found
+
+
+def refuse_other_configuration(found: RunState, expected: RunState) -> None:
+    """Raise InputError if a checkpoint's configuration or data differ from the run's, naming each difference."""
+    differences = [
+        f"`{key}` is {expected.recipe.get(key)!r}, the checkpoint has {found.recipe.get(key)!r}"
+        for key in sorted(expected.recipe.keys() | found.recipe.keys())
+        if key not in RESUMABLE_CHANGES and expected.recipe.get(key) != found.recipe.get(key)
+    ]
+    if found.data_fingerprint != expected.data_fingerprint:
+        differences.append("the images are not the ones it was trained on")
+    if differences:
+        raise InputError(
+            f"`resume_from_checkpoint`: the checkpoint is of another configuration: {'; '.join(differences)}; "
+            "resume with the run's own settings or start in a new folder."
+        )
