@@ -15,11 +15,13 @@ setup(
         for room in ROOMS
         for package in [room, *(f"{room}.{nested}" for nested in find_packages(room))]
     ]
-    + ["hf_vicreg.training.recipes"],  # data alone, but setuptools wants every folder named
+    # data alone, but setuptools wants every folder named
+    + ["hf_vicreg.training.recipes", "hf_vicreg.training.launch"],
     package_dir={"hf_vicreg": "hf_vicreg", **{f"hf_vicreg.{room}": room for room in ROOMS}},
     package_data={
         "hf_vicreg": ["py.typed"],
         "hf_vicreg.training.recipes": ["*.yaml"],
+        "hf_vicreg.training.launch": ["*.yaml", "*.sh"],
         "hf_vicreg.model_cards": ["*.md"],
     },
 )

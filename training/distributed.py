@@ -118,7 +118,7 @@ def largest(values: Sequence[int], accelerator: Accelerator) -> list[int]:
     return shared.tolist()
 
 
-def run_on_main(action: Callable[[], None], accelerator: Accelerator) -> None:
+def run_on_main(action: Callable[[], object], accelerator: Accelerator) -> None:
     """Run an action on the main process while the others wait; every process must call.
 
     Raises:
