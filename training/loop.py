@@ -23,7 +23,8 @@ from hf_vicreg.training.colour import finish_batch
 from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate
 from hf_vicreg.training.distributed import checkpoint_together, gather_sets, largest
-from hf_vicreg.training.errors import InputError, RunStopped, as_input_error
+from hf_vicreg.training.encoders import set_up_encoders
+from hf_vicreg.training.errors import InputError, RunStopped
 from hf_vicreg.training.guard import StepGuard, Verdict
 from hf_vicreg.training.health import measure_health
 from hf_vicreg.training.optim import build_optimizer, learning_rate_at
@@ -85,15 +86,7 @@ class Trainer:
             )
         self.steps_per_epoch = len(source) // config.step_size
         self.num_steps = run.max_steps or run.num_train_epochs * self.steps_per_epoch
-        for encoder in model.encoders:
-            if run.gradient_checkpointing:
-                with as_input_error("gradient_checkpointing"):
-                    # renamed between the oldest transformers we take and the newest
-                    renamed = hasattr(encoder, "activation_checkpointing_enable")
-                    name = "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable"
-                    getattr(encoder, name)({"use_reentrant": False})
-            if run.torch_compile:
-                encoder.compile()
+        set_up_encoders(model, gradient_checkpointing=run.gradient_checkpointing, torch_compile=run.torch_compile)
         betas = (run.adam_beta1, run.adam_beta2)
         optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
