@@ -376,10 +376,15 @@ def test_torchrun_tells_the_exit_code_of_a_rank(forks, run_process, tmp_path):
 def test_torchrun_starts_again_after_a_killed_rank(forks, run_process, undisturbed, tmp_path):
     out = tmp_path / "launched"
     command = [*TORCHRUN, "--max_restarts", 2, "-m", MODULE, *flags(forks, out)]
-    process = run_process.start(command, ACCELERATE_USE_CPU="true")
+    # as the guide says: else a restart may be lost on addresses of the start before
+    process = run_process.start(command, ACCELERATE_USE_CPU="true", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     for restart in range(2):
         before = newest_step(out)
-        wait_for(lambda before=before: newest_step(out) > before + 2, "third checkpoint", timeout_s=200)
+        wait_for(
+            lambda before=before: newest_step(out) > before + 2 or process.poll() is not None,
+            "third checkpoint",
+            timeout_s=200,
+        )
         ranks = [int(pid) for pid in children_of(process.pid)]
         assert len(ranks) == 2
         os.kill(ranks[restart], signal.SIGKILL)
