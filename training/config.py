@@ -85,6 +85,7 @@ class PretrainArguments:
     dataset_name: str | None = _option(None, "Hub id, local `datasets` folder, or `digits` (built in).")
     dataset_config_name: str | None = _option(None, "Configuration of the Hub dataset.")
     train_dir: str | None = _option(None, "Folder of image files, searched recursively; no labels are needed.")
+    streaming: bool = _option(False, "Read the dataset as it comes, without storing it; needs `max_steps`.")
     train_split: str = _option("train", "Split to train on.")
     test_split: str | None = _option(None, "Labelled split for k-NN; default: `test` or `validation` if there is one.")
     image_column_name: str | None = _option(None, "Column of images; default: the only image column.")
@@ -424,6 +425,14 @@ def _check_ranges(run: PretrainArguments) -> None:
     if bool(run.dataset_name) == bool(run.train_dir):
         found = "both" if run.dataset_name else "none"
         raise InputError(f"`dataset_name`, `train_dir`: expected one of the two, got {found}.")
+    if run.streaming:
+        if run.dataset_name in (None, "digits"):
+            raise InputError("`streaming`: expected a dataset to stream; name a Hub id or a folder of parquet shards.")
+        if run.max_steps is None:
+            raise InputError("`max_steps`: expected a number of steps, a stream has no epochs; add --max_steps N.")
+        for name in ("max_train_samples", "test_split"):
+            if getattr(run, name) is not None:
+                raise InputError(f"`{name}`: expected none with --streaming, which reads the train split alone.")
 
 
 def check_statistics_batch(run: PretrainArguments) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from hf_vicreg.training.sources import ImageSource
@@ -45,12 +46,16 @@ class ViewDataset(Dataset):
             key_of_views = f"{self.seed}/{epoch}/{wanted}"
             image = self.source.read(index, partial(joint_reduction, self.samplers, key_of_views))
             if image is not None:
-                drawn = [sampler(image, view_rng(key_of_views, sampler)) for sampler in self.samplers]
-                views, colours = zip(*drawn, strict=True)
-                sample = {"views": torch.stack(views[:2]), "colours": torch.tensor(colours), "unusable": unusable}
-                return sample | ({"local_views": torch.stack(views[2:])} if len(views) > 2 else {})
+                return draw_views(self.samplers, image, key_of_views) | {"unusable": unusable}
             unusable.append(index)
         return {"views": None, "colours": None, "unusable": unusable}
+
+
+def draw_views(samplers: list[ViewSampler], image: Image.Image, key: str) -> dict[str, torch.Tensor]:
+    """Return `views`, `colours` and, if there are any, `local_views` of the image with this key."""
+    views, colours = zip(*(sampler(image, view_rng(key, sampler)) for sampler in samplers), strict=True)
+    sample = {"views": torch.stack(views[:2]), "colours": torch.tensor(colours)}
+    return sample | ({"local_views": torch.stack(views[2:])} if len(views) > 2 else {})
 
 
 def view_rng(key: str, sampler: ViewSampler) -> random.Random:

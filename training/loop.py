@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from hf_vicreg.training.resume import refuse_other_configuration
 from hf_vicreg.training.run_log import RunLog, Stopwatch
 from hf_vicreg.training.signals import StopReason, StopRequest, outlive_signals
 from hf_vicreg.training.sources import ImageSource
+from hf_vicreg.training.streaming import ImageStream, stream_batches
 from hf_vicreg.training.two_pass import average_gradients, refuse_batch_norm, two_pass_backward
 from hf_vicreg.training.views import ViewSampler
 
@@ -45,7 +46,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        source: ImageSource,
+        source: ImageSource | ImageStream,
         model: VicRegForPreTraining,
         accelerator: Accelerator,
         measure: Callable[[], dict[str, float]] | None,
@@ -70,7 +71,7 @@ class Trainer:
         self.source, self.stop = source, stop
         self.folder = Path(run.output_dir)
         self.pieces = config.step_size // run.batch_size
-        if config.step_size > len(source):
+        if isinstance(source, ImageSource) and config.step_size > len(source):
             raise InputError(
                 f"`{'batch_size' if self.pieces == 1 else 'statistics_batch_size'}`: expected at most the "
                 f"{len(source)} images of {source.name}, got {config.step_size}; lower it or give more images."
@@ -84,8 +85,12 @@ class Trainer:
             raise InputError(
                 f"`batch_size`: expected a multiple of {accelerator.num_processes} processes, got {run.batch_size}."
             )
-        self.steps_per_epoch = len(source) // config.step_size
-        self.num_steps = run.max_steps or run.num_train_epochs * self.steps_per_epoch
+        if isinstance(source, ImageSource):
+            self.steps_per_epoch = len(source) // config.step_size
+            self.num_steps = run.max_steps or run.num_train_epochs * self.steps_per_epoch
+        else:  # nobody knows where a stream's epochs end: the run counts as one
+            assert run.max_steps is not None
+            self.steps_per_epoch = self.num_steps = run.max_steps
         set_up_encoders(model, gradient_checkpointing=run.gradient_checkpointing, torch_compile=run.torch_compile)
         betas = (run.adam_beta1, run.adam_beta2)
         optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas)
@@ -184,13 +189,26 @@ class Trainer:
         progress.close()
         return state
 
-    def _loader(self, first_step: int) -> DataLoader:
+    def _loader(self, first_step: int) -> Iterable[dict[str, Any]]:
         run, accelerator = self.run, self.accelerator
         samplers = ViewSampler.of_views(self.config.views, self.config.image_size)
         workers = run.dataloader_num_workers
         if workers is None:
             workers = 0 if accelerator.device.type == "cpu" else min(8, max(1, torch.get_num_threads() - 1))
             logger.info("dataloader_num_workers: %d chosen", workers)
+        if isinstance(self.source, ImageStream):
+            return stream_batches(
+                self.source,
+                samplers,
+                seed=run.seed,
+                first_step=first_step,
+                num_batches=(self.num_steps - first_step) * self.pieces,
+                batch_size=run.batch_size // accelerator.num_processes,
+                num_workers=workers,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                pin_memory=accelerator.device.type == "cuda",
+            )
         # not prepared by accelerate: the sampler already knows each process's share of each step
         return DataLoader(
             ViewDataset(self.source, samplers, run.seed),

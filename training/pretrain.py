@@ -34,6 +34,7 @@ from hf_vicreg.training.resume import checkpoint_to_resume
 from hf_vicreg.training.run_log import LOG_FILE, read_log
 from hf_vicreg.training.signals import StopRequest, stop_exit_code
 from hf_vicreg.training.sources import ImageSource, is_image_folder, load_sources
+from hf_vicreg.training.streaming import ImageStream, load_stream
 from hf_vicreg.training.tracking import TRACKERS_FOLDER, finish_trackers, start_trackers, tracker_names
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
@@ -97,19 +98,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     stop = StopRequest(folder, run.max_time)
     _refuse_foreign_folder(folder, resuming=run.resume_from_checkpoint is not None)
     trackers = tracker_names(run.report_to) if run.with_tracking else []
-    source, test = load_sources(
-        dataset_name=run.dataset_name,
-        dataset_config_name=run.dataset_config_name,
-        train_dir=run.train_dir,
-        train_split=run.train_split,
-        test_split=run.test_split,
-        image_column_name=run.image_column_name,
-        label_column_name=run.label_column_name,
-    )
-    field = "train_dir" if run.train_dir else "dataset_name"
-    bank = source.first(run.knn_train_samples)
-    source = source.first(run.max_train_samples).at_least(*_patch_size(config.vicreg.encoder))
-    _refuse_unusable(source, field)
+    source, bank, test = _load_images(config)
 
     types = [one.model_type for one in (config.vicreg.encoder, config.vicreg.second_encoder) if one is not None]
     # encoders of others may have parameters that no forward pass reaches (DINOv2's mask token)
@@ -165,7 +154,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     sizes = [sum(one.numel() for one in encoder.parameters()) for encoder in trainer.unwrapped.encoders]
     logger.info(
         "%s images of %s, batch %d, %d steps; encoder of %s M parameters, attention density %.3f; covariance by %s",
-        f"{len(source):,}",
+        f"{len(source):,}" if isinstance(source, ImageSource) else "streamed",
         source.name,
         config.step_size,
         trainer.num_steps,
@@ -197,7 +186,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         "dataset": source.name,
         # what others can load it by; a folder of this machine they cannot
         "hub_dataset": name if name and name != "digits" and not os.path.exists(name) else None,
-        "num_images": len(source),
+        "num_images": len(source) if isinstance(source, ImageSource) else state.step * config.step_size,
         "unusable_images": len(state.unusable),
         "steps": state.step,
         "skipped_steps": state.skipped_steps,
@@ -207,7 +196,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         "features": trainer.unwrapped.expander.in_features,
         "attention_density": density,
         "knn_neighbours": run.knn_neighbours,
-        "knn_train_samples": len(bank) if probe.possible else 0,
+        "knn_train_samples": len(bank) if bank is not None and probe.possible else 0,
         "knn_test_samples": probe.num_queries,
         "knn_accuracy": state.knn,
         "linear_accuracy": state.linear,
@@ -312,6 +301,29 @@ def _refuse_foreign_folder(folder: Path, *, resuming: bool) -> None:
         raise InputError(f"`output_dir`: expected a new or empty folder, {folder} is not; {remedy} choose another.")
     if present and resuming and OWN_FILE not in present:
         raise InputError(f"`output_dir`: expected the folder of a run to resume, {folder} holds something else.")
+
+
+def _load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSource | None, ImageSource | None]:
+    """Return the images to train on and, where they are no stream, those of the k-NN: its bank and its queries."""
+    run = config.run
+    smallest = _patch_size(config.vicreg.encoder)
+    if run.streaming:
+        assert run.dataset_name is not None
+        stream = load_stream(run.dataset_name, run.dataset_config_name, run.train_split, run.image_column_name)
+        return stream.at_least(*smallest), None, None
+    source, test = load_sources(
+        dataset_name=run.dataset_name,
+        dataset_config_name=run.dataset_config_name,
+        train_dir=run.train_dir,
+        train_split=run.train_split,
+        test_split=run.test_split,
+        image_column_name=run.image_column_name,
+        label_column_name=run.label_column_name,
+    )
+    bank = source.first(run.knn_train_samples)
+    source = source.first(run.max_train_samples).at_least(*smallest)
+    _refuse_unusable(source, "train_dir" if run.train_dir else "dataset_name")
+    return source, bank, test
 
 
 def _refuse_unusable(source: ImageSource, field: str) -> None:

@@ -186,7 +186,7 @@ def _read_file(paths: list[str], index: int) -> bytes:
     return Path(paths[index]).read_bytes()
 
 
-def load_splits(name: str, config: str | None) -> dict[str, Any]:
+def load_splits(name: str, config: str | None, *, streaming: bool = False) -> dict[str, Any]:
     """Return the splits of a Hub dataset or a local folder, by name.
 
     Raises:
@@ -198,19 +198,40 @@ def load_splits(name: str, config: str | None) -> dict[str, Any]:
         raise InputError(f"`dataset_name`: expected a folder with data files, got {name}, which is empty or a file.")
     if os.path.sep in name and not os.path.exists(name) and name.count("/") != 1:
         raise InputError(f"`dataset_name`: expected a Hub id or an existing folder, got {name}, which does not exist.")
+    saved = any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_info.json", "dataset_dict.json"))
+    if saved and streaming:
+        raise InputError(f"`streaming`: expected parquet files or a Hub id, got {name}, which is read without it.")
     try:
-        if os.path.isfile(os.path.join(name, "dataset_info.json")) or os.path.isfile(
-            os.path.join(name, "dataset_dict.json")
-        ):
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name, config)
+        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, streaming=streaming)
     except IndexError as error:  # a split that was saved to disk without a row
         raise InputError(f"`dataset_name`: expected images in every split of {name}, found an empty one.") from error
     except Exception as error:  # the library raises dozens of kinds for what is all the same to a user
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"`dataset_name`: cannot load {name}: {type(error).__name__}: {reason}") from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def image_column_of(name: str, features: Any, image_column: str | None) -> str:
+    """Return the column of images among a dataset's features: the one asked for, or the only one.
+
+    Raises:
+        InputError: There is no such column, or none or several to choose from.
+    """
+    import datasets
+
+    image_columns = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    if image_column is None:
+        if len(image_columns) != 1:
+            raise InputError(
+                f"`image_column_name`: expected one image column in {name}, found {image_columns or 'none'} among "
+                f"{sorted(features)}; name it with --image_column_name."
+            )
+        image_column = image_columns[0]
+    elif image_column not in image_columns:
+        raise InputError(
+            f"`image_column_name`: expected one of the image columns {image_columns} of {name}, got {image_column!r}."
+        )
+    return image_column
 
 
 def dataset_source(name: str, dataset: Any, image_column: str | None, label_column: str | None) -> ImageSource:
@@ -221,18 +242,7 @@ def dataset_source(name: str, dataset: Any, image_column: str | None, label_colu
     """
     import datasets
 
-    image_columns = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if image_column is None:
-        if len(image_columns) != 1:
-            raise InputError(
-                f"`image_column_name`: expected one image column in {name}, found {image_columns or 'none'} among "
-                f"{sorted(dataset.features)}; name it with --image_column_name."
-            )
-        image_column = image_columns[0]
-    elif image_column not in image_columns:
-        raise InputError(
-            f"`image_column_name`: expected one of the image columns {image_columns} of {name}, got {image_column!r}."
-        )
+    image_column = image_column_of(name, dataset.features, image_column)
     if len(dataset) == 0:
         raise InputError(f"`dataset_name`: expected images in {name}, found an empty split.")
     labels = _labels(name, dataset, label_column)

@@ -26,7 +26,7 @@ class OnlineProbe:
 
     def __init__(
         self,
-        bank: ImageSource,
+        bank: ImageSource | None,
         test: ImageSource | None,
         processor: BaseImageProcessor,
         model: VicRegForPreTraining,
@@ -39,7 +39,7 @@ class OnlineProbe:
         self.bank, self.test = bank, None if test is None else test.first(num_queries)
         self.processor, self.model, self.accelerator = processor, model, accelerator
         self.neighbours, self.linear = neighbours, linear
-        self.possible = self.test is not None and bank.labels is not None and self.test.labels is not None
+        self.possible = all(one is not None and one.labels is not None for one in (bank, self.test))
         self.num_queries = len(self.test) if self.test is not None and self.possible else 0
 
     def of_pixels(self) -> Accuracies:
