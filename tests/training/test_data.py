@@ -82,3 +82,17 @@ def test_all_corrupt_gives_no_views(tmp_path):
         (tmp_path / f"{index}.jpg").write_bytes(b"x")
     source, _ = load_sources(train_dir=str(tmp_path))
     assert views_of(source, steps=1, batch_size=2)[0]["views"] is None
+
+
+def test_a_file_that_disappears_is_replaced_and_counted(image_folder):
+    folder = image_folder(20)
+    source, _ = load_sources(train_dir=str(folder))
+    dataset = ViewDataset(source, ViewSampler.of_views(ViewsConfig(), (16, 16)), seed=3)
+    loader = DataLoader(dataset, batch_sampler=StepSampler(20, 10, 3, 0, 4, 0, 1, 1), collate_fn=collate)
+    batches = iter(loader)
+    before = [next(batches) for _ in range(2)]  # one epoch
+    (folder / "0007.png").unlink()
+    after = list(batches)
+    assert not any(batch["unusable"] for batch in before)
+    assert {index for batch in after for index in batch["unusable"]} == {7}
+    assert all(batch["views"].shape == (10, 2, 3, 16, 16) for batch in after)
