@@ -247,7 +247,13 @@ def load_tensors(path: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
 
 
 def _flat_model(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Weights by name; those with several names are stored once for each, for safetensors take no shared memory."""
+    flat, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        one = tensor.detach().cpu().contiguous()
+        flat[name] = one.clone() if one.data_ptr() in seen else one
+        seen.add(one.data_ptr())
+    return flat
 
 
 def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
