@@ -1,0 +1,233 @@
+"""Fine-tuning of a task model, detector or captioner: one step is batch, loss, backward, guard, update."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
+
+from hf_vicreg.training.checkpoint import RunState, load_state, load_tensors, local_rng_states, save_checkpoint
+from hf_vicreg.training.data import StepSampler
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.task_arguments import OWN_FILE, TaskArguments
+from hf_vicreg.training.loop import MAX_SKIPPED_IN_A_ROW, refuse_other_configuration
+from hf_vicreg.training.optim import learning_rate_at, parameter_groups
+from hf_vicreg.training.progress import Progress
+from hf_vicreg.training.run_log import LOG_FILE, read_log, truncate_log
+
+logger = logging.getLogger(__name__)
+
+
+class TaskTrainer:
+    """Fine-tunes one model whose forward pass returns the loss, from wherever its checkpoint left it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dataset: Dataset,
+        num_images: int,
+        collate: Callable[[list[Any]], dict[str, Any] | None],
+        inputs_of: Callable[[dict[str, Any], torch.device], dict[str, Any]],
+        scale_of: Callable[[str], float],
+        settings: TaskArguments,
+        accelerator: Accelerator,
+        state: RunState,
+        measure: Callable[[], dict[str, float]],
+    ):
+        """Set up optimiser and data order.
+
+        Args:
+            model: Takes what `inputs_of` returns, and returns a `loss`.
+            dataset: Samples for (epoch, index).
+            num_images: How many indices there are.
+            collate: Makes a batch of samples, None if one of them could not be read.
+            inputs_of: Moves a batch to the device, ready for the model.
+            scale_of: Factor on the learning rate of a parameter, by its name; 0 freezes it.
+            settings: The flags.
+            accelerator: Processes and device.
+            state: With the configuration and the data's fingerprint, at step 0.
+            measure: Called on every process every `eval_steps`; what it returns is logged.
+
+        Raises:
+            InputError: A batch that the processes cannot share.
+        """
+        self.dataset, self.num_images, self.collate, self.inputs_of = dataset, num_images, collate, inputs_of
+        self.settings, self.accelerator, self.state, self.measure = settings, accelerator, state, measure
+        self.folder = Path(settings.output_dir)
+        processes = accelerator.num_processes
+        self.batch_size = min(settings.batch_size, num_images) // processes * processes
+        if self.batch_size == 0:
+            raise InputError(f"`batch_size`: expected an image for each of {processes} processes, got fewer.")
+        if self.batch_size < settings.batch_size:
+            logger.info(
+                "batch of %d instead of %d images: there are %d", self.batch_size, settings.batch_size, num_images
+            )
+        self.steps_per_epoch = num_images // self.batch_size
+        self.num_steps = settings.max_steps or settings.num_train_epochs * self.steps_per_epoch
+        optimizer = torch.optim.AdamW(scaled_groups(model, settings.weight_decay, scale_of), lr=settings.learning_rate)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.unwrapped: PreTrainedModel = accelerator.unwrap_model(self.model)
+        self.skipped_in_a_row = 0
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            InputError: It belongs to another configuration or other data.
+        """
+        state = load_state(checkpoint)
+        refuse_other_configuration(state, self.state)
+        load_tensors(checkpoint, self.unwrapped, self.optimizer.optimizer, self.accelerator.process_index)
+        state.recipe, self.state = self.state.recipe, state
+        logger.info("resumed from %s at step %d of %d", checkpoint.name, state.step, self.num_steps)
+
+    def fit(self) -> None:
+        """Train to the last step; every process must call.
+
+        Raises:
+            InputError: No readable image where one was needed, or a gradient that is not finite many times in a row.
+        """
+        state, settings = self.state, self.settings
+        if self.accelerator.is_main_process:
+            truncate_log(self.folder / LOG_FILE, state.step)
+        self.model.train()
+        progress = Progress(self.num_steps, state.step, shown=self.accelerator.is_local_main_process)
+        seconds_before, started = state.training_seconds, time.perf_counter()
+        for batch in self._loader(state.step):
+            if batch is None:
+                raise InputError(
+                    "`train_split`: expected readable images, found too many corrupt ones in a row; check them."
+                )
+            record = self._step(batch)
+            state.step += 1
+            last = state.step == self.num_steps
+            progress.describe(f"loss {record['loss']:.3f}")
+            progress.update(state.step)
+            if state.step % settings.logging_steps == 0 or last:
+                self.log(record)
+            if settings.eval_steps and state.step % settings.eval_steps == 0 and not last:
+                pause = time.perf_counter()
+                found = self.measure()
+                self.model.train()
+                self.log(found)
+                progress.write(f"step {state.step}: " + ", ".join(f"{key} {one:.3f}" for key, one in found.items()))
+                started += time.perf_counter() - pause
+            state.training_seconds = seconds_before + time.perf_counter() - started
+            if state.step % settings.checkpointing_steps == 0 or last:
+                self._checkpoint()
+        progress.close()
+
+    def log(self, record: dict[str, float]) -> None:
+        """Add a line about the present step to the log."""
+        if self.accelerator.is_main_process:
+            where = {"step": self.state.step, "epoch": self.state.step / self.steps_per_epoch}
+            with (self.folder / LOG_FILE).open("a") as file:
+                file.write(json.dumps(where | record) + "\n")
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """Return (step, value) for each line of the log that has `key`."""
+        return [(record["step"], record[key]) for record in read_log(self.folder / LOG_FILE) if key in record]
+
+    def _loader(self, first_step: int) -> DataLoader:
+        accelerator, seed = self.accelerator, self.settings.seed
+        return DataLoader(
+            self.dataset,
+            batch_sampler=StepSampler(
+                self.num_images,
+                self.batch_size,
+                seed,
+                first_step,
+                self.num_steps,
+                accelerator.process_index,
+                accelerator.num_processes,
+            ),
+            num_workers=self.settings.dataloader_num_workers,
+            collate_fn=self.collate,
+            # its own generator: the loader draws a seed when it starts, which would shift a resumed run's randomness
+            generator=torch.Generator().manual_seed(seed),
+            pin_memory=accelerator.device.type == "cuda",
+        )
+
+    def _step(self, batch: dict[str, Any]) -> dict[str, float]:
+        """One optimiser step; returns what the log says of it."""
+        settings = self.settings
+        learning_rate = learning_rate_at(
+            self.state.step, self.num_steps, settings.learning_rate, settings.warmup_ratio
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["scale"]
+        loss = self.model(**self.inputs_of(batch, self.accelerator.device)).loss
+        self.accelerator.backward(loss)
+        limit = settings.max_grad_norm or math.inf
+        # gradients are averaged already: every process sees the same number
+        grad_norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit).item()
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.state.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            logger.warning("step %d skipped: the gradient is not finite", self.state.step)
+            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise InputError(
+                    f"`learning_rate`: the gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row; lower "
+                    f"it from {settings.learning_rate}."
+                )
+        self.optimizer.zero_grad()
+        return {"loss": loss.item(), "grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def _checkpoint(self) -> None:
+        accelerator = self.accelerator
+        rng_states = local_rng_states(accelerator.process_index)
+        if accelerator.num_processes > 1:
+            rng_states = {key: one for states in gather_object([rng_states]) for key, one in states.items()}
+        if accelerator.is_main_process:
+            save_checkpoint(
+                self.folder / "checkpoints",
+                self.state,
+                self.unwrapped,
+                self.optimizer.optimizer,
+                rng_states,
+                self.settings.checkpoints_total_limit,
+            )
+        accelerator.wait_for_everyone()
+
+
+def start_folder(folder: Path, accelerator: Accelerator, recipe: dict[str, Any]) -> None:
+    """Make the folder and write into it what it is trained with; every process must call.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"`output_dir`: expected a folder to write to, cannot make {folder}: {error}.") from error
+        (folder / OWN_FILE).write_text(json.dumps(recipe, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+
+
+def scaled_groups(
+    model: PreTrainedModel, weight_decay: float, scale_of: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """Return AdamW's groups of `parameter_groups`, split by `scale`, the factor on the learning rate."""
+    scales = {id(parameter): scale_of(name) for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        if scales[id(parameter)] == 0:
+            parameter.requires_grad_(False)
+    groups = []
+    for group in parameter_groups(model, weight_decay):
+        for scale in sorted({scales[id(parameter)] for parameter in group["params"]}):
+            parameters = [parameter for parameter in group["params"] if scales[id(parameter)] == scale]
+            groups.append(group | {"params": parameters, "scale": scale})
+    return groups
