@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of every verb; `run` of its result does what was asked."""
     from hf_vicreg.evaluation_commands import add_verbs
+    from hf_vicreg.task_commands import add_tasks
 
     parser = argparse.ArgumentParser(prog="hf-vicreg", description="Vision transformers pretrained by VICReg.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--image_column_name", help="column of images; default: the only one")
     prepare.add_argument("--label_column_name", help="column of labels; default: `label` if there is one")
     prepare.set_defaults(run=_prepare)
-    add_verbs(verbs)
+    add_tasks(verbs, add_verbs(verbs))
     return parser
 
 

@@ -33,15 +33,15 @@ FINETUNE_EXAMPLE = (
 )
 
 
-def add_verbs(verbs: Any) -> None:
-    """Add `evaluate` and `finetune` to the command's sub-parsers."""
+def add_verbs(verbs: Any) -> Any:
+    """Add `evaluate` and `finetune` to the command's sub-parsers; returns those of `finetune`."""
     evaluate = verbs.add_parser("evaluate", help="what a model's features are worth on labelled images")
     whats = evaluate.add_subparsers(required=True, metavar="WHAT", parser_class=HfArgumentParser)
     for name, (kind, text, example) in EVALUATIONS.items():
-        _add(whats, name, kind, text, example, _evaluate)
+        add_command(whats, name, kind, text, example, _evaluate)
     finetune = verbs.add_parser("finetune", help="a pretrained encoder for a task of your own")
     tasks = finetune.add_subparsers(required=True, metavar="TASK", parser_class=HfArgumentParser)
-    _add(
+    add_command(
         tasks,
         "classification",
         FinetuneArguments,
@@ -49,9 +49,19 @@ def add_verbs(verbs: Any) -> None:
         FINETUNE_EXAMPLE,
         _finetune_classification,
     )
+    return tasks
 
 
-def _add(whats: Any, name: str, kind: type, text: str, example: str, run: Any) -> None:
+def add_command(
+    whats: Any,
+    name: str,
+    kind: type,
+    text: str,
+    example: str,
+    run: Any,
+    model: str = "folder or Hub id of any vision model of transformers",
+) -> None:
+    """Add a command whose flags are the fields of a dataclass, with an example."""
     parser = whats.add_parser(
         name,
         dataclass_types=kind,
@@ -61,17 +71,18 @@ def _add(whats: Any, name: str, kind: type, text: str, example: str, run: Any) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of any vision model of transformers")
+    parser.add_argument("model", metavar="MODEL", help=model)
     parser.set_defaults(run=run, arguments_class=kind, what=name)
 
 
-def _arguments(parsed: argparse.Namespace) -> Any:
+def arguments_of(parsed: argparse.Namespace) -> Any:
+    """Return the flags of a command as its dataclass."""
     kind = parsed.arguments_class
     return kind(**{one.name: getattr(parsed, one.name) for one in dataclasses.fields(kind)})
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
-    _log_to_stderr()
+    log_to_stderr()
     from hf_vicreg.training.evaluation.evaluate import evaluate_knn, evaluate_linear, evaluate_retrieval
     from hf_vicreg.training.evaluation.few_labels import evaluate_few_labels
 
@@ -81,23 +92,23 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         "retrieval": evaluate_retrieval,
         "few-labels": evaluate_few_labels,
     }
-    runs[parsed.what](parsed.model, _arguments(parsed))
+    runs[parsed.what](parsed.model, arguments_of(parsed))
 
 
 def _finetune_classification(parsed: argparse.Namespace) -> None:
-    _log_to_stderr()
+    log_to_stderr()
     import torch.distributed
 
     from hf_vicreg.training.evaluation.finetune import finetune_classification
 
     try:
-        finetune_classification(parsed.model, _arguments(parsed))
+        finetune_classification(parsed.model, arguments_of(parsed))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Show what the package logs, from one process."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     main_process = os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,75 @@
+"""`hf-vicreg finetune detection`, `finetune captioning` and `detect`: flags; the work is imported when asked for."""
+
+import argparse
+from typing import Any
+
+from hf_vicreg.evaluation_commands import add_command, arguments_of, log_to_stderr
+from hf_vicreg.training.evaluation.task_arguments import CaptioningArguments, DetectionArguments
+
+DETECTION_EXAMPLE = (
+    "hf-vicreg finetune detection runs/mine --dataset_name my_boxes --output_dir runs/detector --image_height 240 "
+    "--image_width 320 --num_train_epochs 2"
+)
+CAPTIONING_EXAMPLE = (
+    "hf-vicreg finetune captioning runs/mine --dataset_name my_captions --output_dir runs/captioner "
+    "--num_train_epochs 2"
+)
+DETECT_EXAMPLE = "hf-vicreg detect runs/detector my_photo.jpg --output detections"
+
+
+def add_tasks(verbs: Any, tasks: Any) -> None:
+    """Add `detect` to the command's sub-parsers and two tasks to those of `finetune`."""
+    add_command(
+        tasks,
+        "detection",
+        DetectionArguments,
+        "a detector of objects",
+        DETECTION_EXAMPLE,
+        _finetune_detection,
+        model="folder or Hub id of a BigBirdViT",
+    )
+    add_command(
+        tasks, "captioning", CaptioningArguments, "a writer of captions", CAPTIONING_EXAMPLE, _finetune_captioning
+    )
+    detect = verbs.add_parser(
+        "detect",
+        help="objects on images, found by a fine-tuned detector",
+        epilog=f"example:\n  {DETECT_EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    detect.add_argument("model", metavar="MODEL", help="folder or Hub id of a detector")
+    detect.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
+    detect.add_argument("--output", help="folder for the images with their boxes drawn; default: lines alone")
+    detect.add_argument("--threshold", type=float, default=0.5, help="least score of a box (default: 0.5)")
+    detect.set_defaults(run=_detect)
+
+
+def _finetune_detection(parsed: argparse.Namespace) -> None:
+    from hf_vicreg.training.evaluation.detection import finetune_detection
+
+    _finetune(finetune_detection, parsed)
+
+
+def _finetune_captioning(parsed: argparse.Namespace) -> None:
+    from hf_vicreg.training.evaluation.captioning import finetune_captioning
+
+    _finetune(finetune_captioning, parsed)
+
+
+def _finetune(task: Any, parsed: argparse.Namespace) -> None:
+    import torch.distributed
+
+    log_to_stderr()
+    try:
+        task(parsed.model, arguments_of(parsed))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _detect(parsed: argparse.Namespace) -> None:
+    from hf_vicreg.training.evaluation.detect import detect
+
+    log_to_stderr()
+    detect(parsed.model, parsed.images, parsed.output, parsed.threshold)
