@@ -12,6 +12,8 @@ from hf_vicreg.training.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+MAX_SKIPPED_IN_A_ROW = 20  # unless a flag says otherwise
+
 
 class Verdict(IntEnum):
     """On a step; where processes differ, the largest holds for all."""

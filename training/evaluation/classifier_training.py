@@ -34,7 +34,7 @@ from hf_vicreg.training.evaluation.classifier_data import (
 from hf_vicreg.training.evaluation.consistency import annealed_cross_entropy, annealing_threshold, consistency_loss
 from hf_vicreg.training.evaluation.knn import encoded_batches
 from hf_vicreg.training.evaluation.layer_decay import decayed_groups
-from hf_vicreg.training.guard import StepGuard, Verdict
+from hf_vicreg.training.guard import MAX_SKIPPED_IN_A_ROW, StepGuard, Verdict
 from hf_vicreg.training.optim import learning_rate_at
 from hf_vicreg.training.progress import Progress
 from hf_vicreg.training.resume import refuse_other_configuration
@@ -44,7 +44,6 @@ from hf_vicreg.training.sources import ImageSource
 logger = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)
-MAX_SKIPPED_IN_A_ROW = 20
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from hf_vicreg.training.evaluation.results import FILE, add_evaluation, evaluati
 from hf_vicreg.training.evaluation.task_arguments import DetectionArguments, check_task, settings_of
 from hf_vicreg.training.evaluation.task_data import AnnotatedImages, count_overlap, describe_data
 from hf_vicreg.training.evaluation.task_training import TaskTrainer, start_folder
-from hf_vicreg.training.loop import checkpoint_to_resume
+from hf_vicreg.training.resume import checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
         lambda: tester.measure()[0],
     )
     set_seed(arguments.seed + accelerator.process_index)  # every process drops paths of its own
-    checkpoint = checkpoint_to_resume(arguments)
+    checkpoint = checkpoint_to_resume(arguments, accelerator)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     start_folder(folder, accelerator, {"model": public_name(model_name)} | recipe)

@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from hf_vicreg.training.checkpoint import RunState, load_state, load_tensors, local_rng_states, save_checkpoint
+from hf_vicreg.training.checkpoint import RunState, load_state, load_tensors
 from hf_vicreg.training.data import StepSampler
+from hf_vicreg.training.distributed import checkpoint_together, largest
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.task_arguments import OWN_FILE, TaskArguments
-from hf_vicreg.training.loop import MAX_SKIPPED_IN_A_ROW, refuse_other_configuration
+from hf_vicreg.training.guard import MAX_SKIPPED_IN_A_ROW, StepGuard, Verdict
 from hf_vicreg.training.optim import learning_rate_at, parameter_groups
 from hf_vicreg.training.progress import Progress
+from hf_vicreg.training.resume import refuse_other_configuration
 from hf_vicreg.training.run_log import LOG_FILE, read_log, truncate_log
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class TaskTrainer:
         optimizer = torch.optim.AdamW(scaled_groups(model, settings.weight_decay, scale_of), lr=settings.learning_rate)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: PreTrainedModel = accelerator.unwrap_model(self.model)
-        self.skipped_in_a_row = 0
+        self.guard = StepGuard(self.unwrapped, MAX_SKIPPED_IN_A_ROW)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint.
@@ -165,41 +166,26 @@ class TaskTrainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["scale"]
+        self.guard.begin()
         loss = self.model(**self.inputs_of(batch, self.accelerator.device)).loss
         self.accelerator.backward(loss)
         limit = settings.max_grad_norm or math.inf
-        # gradients are averaged already: every process sees the same number
         grad_norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit).item()
-        if math.isfinite(grad_norm):
+        (verdict,) = largest([self.guard.judge(loss.item(), grad_norm)], self.accelerator)
+        if self.guard.allows(Verdict(verdict), self.state, settings.learning_rate):
             self.optimizer.step()
-            self.skipped_in_a_row = 0
-        else:
-            self.state.skipped_steps += 1
-            self.skipped_in_a_row += 1
-            logger.warning("step %d skipped: the gradient is not finite", self.state.step)
-            if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise InputError(
-                    f"`learning_rate`: the gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row; lower "
-                    f"it from {settings.learning_rate}."
-                )
         self.optimizer.zero_grad()
         return {"loss": loss.item(), "grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _checkpoint(self) -> None:
-        accelerator = self.accelerator
-        rng_states = local_rng_states(accelerator.process_index)
-        if accelerator.num_processes > 1:
-            rng_states = {key: one for states in gather_object([rng_states]) for key, one in states.items()}
-        if accelerator.is_main_process:
-            save_checkpoint(
-                self.folder / "checkpoints",
-                self.state,
-                self.unwrapped,
-                self.optimizer.optimizer,
-                rng_states,
-                self.settings.checkpoints_total_limit,
-            )
-        accelerator.wait_for_everyone()
+        checkpoint_together(
+            self.folder / "checkpoints",
+            self.state,
+            self.unwrapped,
+            self.optimizer.optimizer,
+            self.settings.checkpoints_total_limit,
+            self.accelerator,
+        )
 
 
 def start_folder(folder: Path, accelerator: Accelerator, recipe: dict[str, Any]) -> None:
