@@ -19,7 +19,16 @@ from huggingface_hub import ModelCardData
 from hf_vicreg.model_cards.merging import BEGIN, END, SECTIONS
 from hf_vicreg.model_cards.results import MISSING, count, evaluation_results, evaluations_table, figure, knn_table
 
-PATHS = {"output_dir", "train_dir", "dataset_name"}  # of the machine it ran on; the card names the data itself
+# where a run lay and went to: its owner's business; the card names the data itself
+OF_THE_OWNER = {
+    "output_dir",
+    "train_dir",
+    "dataset_name",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+}
 LICENSE = "apache-2.0"
 LOCAL_SNIPPET = """\
 import hf_vicreg; from transformers import AutoImageProcessor, AutoModel
@@ -195,7 +204,7 @@ def _training(facts: CardFacts) -> Iterator[str]:
     speed = f"{statistics.median_low(speeds):.0f} images/s (median of the log)" if speeds else MISSING
     yield "| | |\n| --- | --- |"
     yield f"| data | {count(results, 'num_images')} images of `{facts.dataset}` |"
-    yield f"| steps | {count(results, 'steps')} |"
+    yield f"| steps | {count(results, 'steps')}{_unfinished(results)} |"
     yield f"| steps skipped as not finite | {count(results, 'skipped_steps')} |"
     yield f"| batch | {facts.recipe.get('statistics_batch_size') or facts.recipe.get('batch_size', MISSING)} images |"
     yield f"| hardware | {results.get('hardware', MISSING)} |"
@@ -209,8 +218,13 @@ def _training(facts: CardFacts) -> Iterator[str]:
     if facts.recipe:
         yield "\nThe command, with the recipe below as `recipe.yaml`:\n"
         yield f"```bash\n{training_command(facts)}\n```\n"
-        recipe = {key: value for key, value in facts.recipe.items() if key not in PATHS}
+        recipe = {key: value for key, value in facts.recipe.items() if key not in OF_THE_OWNER}
         yield f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).strip()}\n```"
+
+
+def _unfinished(results: dict[str, Any]) -> str:
+    planned = results.get("planned_steps")
+    return "" if planned in (None, results.get("steps")) else f" of {planned:,} planned: this run is not finished"
 
 
 def training_command(facts: CardFacts) -> str:

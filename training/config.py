@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -124,6 +125,12 @@ class PretrainArguments:
     linear_probe: bool = _option(False, "Beside each k-NN, a logistic regression on the same features.")
     with_tracking: bool = _option(False, "Send what log.jsonl holds to the trackers of `report_to` as well.")
     report_to: str = _option("all", "`tensorboard`, `wandb`, or `all`: those that are installed.")
+    push_to_hub: bool = _option(False, "Publish the encoder on the Hub, as `hf-vicreg publish` does.")
+    hub_model_id: str | None = _option(None, "Repository to publish to, OWNER/NAME; made if there is none.")
+    hub_strategy: str = _option(
+        "end", "`end`: the finished run; `checkpoint`: every checkpoint, too, in the background."
+    )
+    hub_private_repo: bool = _option(False, "Make a new repository a private one.")
     seed: int = _option(0, "Seed of weights, order and augmentation.")
 
 
@@ -146,6 +153,10 @@ RESUMABLE_CHANGES = {
     "linear_probe",
     "with_tracking",
     "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
     "per_device_train_batch_size",  # resolved into batch_size
 }
 
@@ -161,6 +172,7 @@ RESERVED = {
     "out_features",
     "out_indices",
 }
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MAX_SEED = 2**32 - 1001  # every process adds its rank, and numpy takes 32 bits
 
 
@@ -420,6 +432,10 @@ def _check_ranges(run: PretrainArguments) -> None:
         raise InputError(f"`mixed_precision`: expected 'auto', 'bf16', 'fp16' or 'no', got {run.mixed_precision!r}.")
     if run.optim not in ("adamw", "lars"):
         raise InputError(f"`optim`: expected 'adamw' or 'lars', got {run.optim!r}.")
+    if run.hub_strategy not in ("end", "checkpoint"):
+        raise InputError(f"`hub_strategy`: expected 'end' or 'checkpoint', got {run.hub_strategy!r}.")
+    if run.push_to_hub and not REPO.fullmatch(run.hub_model_id or ""):
+        raise InputError(f"`hub_model_id`: expected OWNER/NAME with --push_to_hub, got {run.hub_model_id!r}.")
     if not run.output_dir:
         raise InputError("`output_dir`: expected a folder for the run, got none; add --output_dir FOLDER.")
     if bool(run.dataset_name) == bool(run.train_dir):

@@ -1,9 +1,13 @@
 """The finished run as a folder that others can load: encoder, processor, card and results at its root."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
@@ -13,6 +17,7 @@ from hf_vicreg.training.evaluation.results import EVALUATIONS, FILE, read_result
 from hf_vicreg.training.run_log import read_log
 
 SECOND = "second_encoder"  # where the second branch's encoder lies
+RECIPE, LOG = "recipe.yaml", "log.jsonl"
 
 
 def export_run(
@@ -28,18 +33,9 @@ def export_run(
         recipe: The resolved configuration.
         results: What was measured; stored as `results.json` and read by the card.
     """
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    with _without_bars():
         model.save_pretrained(folder / "pretraining")
-        model.encoder.save_pretrained(folder)
-        if model.second_encoder is not None:
-            model.second_encoder.save_pretrained(folder / SECOND)
-            processor.save_pretrained(folder / SECOND)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    processor.save_pretrained(folder)
+    _save_encoders(folder, model, processor)
     # what `hf-vicreg evaluate` has added since stays: a finished run may be resumed
     kept = {key: one for key, one in read_results(folder).items() if key == EVALUATIONS}
     (folder / FILE).write_text(json.dumps(results | kept, indent=1) + "\n")
@@ -50,9 +46,54 @@ def export_run(
                 config=json.loads((folder / "config.json").read_text()),
                 results=results,
                 recipe=recipe,
-                log=read_log(folder / "log.jsonl"),
+                log=read_log(folder / LOG),
                 has_second_encoder=model.second_encoder is not None,
                 has_pretraining=True,
             )
         )
     )
+
+
+def export_snapshot(
+    folder: Path,
+    run_folder: Path,
+    model: VicRegForPreTraining,
+    processor: BaseImageProcessor,
+    recipe: dict[str, Any],
+    results: dict[str, Any],
+) -> None:
+    """Write what `hf-vicreg publish` needs of a run that is not finished into a folder of its own.
+
+    Args:
+        folder: Where to; it exists.
+        run_folder: The run's `output_dir`.
+        model: As it is now.
+        processor: Its image processor.
+        recipe: The resolved configuration.
+        results: What has been measured so far.
+    """
+    _save_encoders(folder, model, processor)
+    (folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / FILE).write_text(json.dumps(results, indent=1) + "\n")
+    if (run_folder / LOG).exists():
+        shutil.copy(run_folder / LOG, folder / LOG)
+
+
+def _save_encoders(folder: Path, model: VicRegForPreTraining, processor: BaseImageProcessor) -> None:
+    with _without_bars():
+        model.encoder.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if model.second_encoder is not None:
+            model.second_encoder.save_pretrained(folder / SECOND)
+            processor.save_pretrained(folder / SECOND)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()

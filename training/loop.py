@@ -69,6 +69,8 @@ class Trainer:
         run = config.run
         self.config, self.run, self.accelerator, self.measure = config, run, accelerator, measure
         self.source, self.stop = source, stop
+        # called on the main process after each checkpoint that training goes on from
+        self.on_checkpoint: Callable[[RunState], None] | None = None
         self.folder = Path(run.output_dir)
         self.pieces = config.step_size // run.batch_size
         if isinstance(source, ImageSource) and config.step_size > len(source):
@@ -126,8 +128,8 @@ class Trainer:
                 finite many times in a row.
             RunStopped: It was asked to stop and has written a checkpoint.
         """
-        run, state = self.run, self.state
-        if self.accelerator.is_main_process:
+        run, state, accelerator = self.run, self.state, self.accelerator
+        if accelerator.is_main_process:
             remove_leftovers(self.folder / "checkpoints")
         log = RunLog(self.folder, state.step, self.accelerator, self.config.vicreg.gamma)
         loader = self._loader(state.step)
@@ -183,6 +185,8 @@ class Trainer:
             if state.step % run.checkpointing_steps == 0 or last or stopping:
                 state.training_seconds = seconds_before + time.perf_counter() - started
                 self._checkpoint()
+                if self.on_checkpoint is not None and accelerator.is_main_process and not (last or stopping):
+                    self.on_checkpoint(state)
             if stopping:
                 progress.close()
                 self._leave()

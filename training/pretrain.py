@@ -22,13 +22,15 @@ from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProce
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
+from hf_vicreg.training.checkpoint import RunState
 from hf_vicreg.training.config import RunConfig, check_statistics_batch, parse_flags, resolve
 from hf_vicreg.training.curves import CURVES_FILE, draw_curves
 from hf_vicreg.training.distributed import build_accelerator, run_on_main
 from hf_vicreg.training.doctor import health_of, health_table
 from hf_vicreg.training.errors import InputError, RunStopped, as_input_error, room_in
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
-from hf_vicreg.training.export import export_run
+from hf_vicreg.training.export import export_run, export_snapshot
+from hf_vicreg.training.hub_push import HubPush, check_account
 from hf_vicreg.training.loop import Trainer
 from hf_vicreg.training.resume import checkpoint_to_resume
 from hf_vicreg.training.run_log import LOG_FILE, read_log
@@ -109,6 +111,11 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         log_with=trackers,
         project_dir=folder / TRACKERS_FOLDER,
     )
+    push = None
+    if run.push_to_hub:
+        repo = run.hub_model_id or ""
+        run_on_main(lambda: check_account(repo), accelerator)
+        push = HubPush(folder, repo, private=run.hub_private_repo) if accelerator.is_main_process else None
     if run.per_device_train_batch_size is not None:
         run.batch_size = run.per_device_train_batch_size * accelerator.num_processes
         if run.batch_size < 2:
@@ -165,12 +172,49 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     if probe.possible and "untrained" not in trainer.state.knn:
         trainer.state.note(probe.of_pixels())
         trainer.state.note(probe.of_encoders("untrained"))
+
+    def results_now(state: RunState) -> dict[str, Any]:
+        name = run.dataset_name
+        return {
+            "dataset": source.name,
+            # what others can load it by; a folder of this machine they cannot
+            "hub_dataset": name if name and name != "digits" and not os.path.exists(name) else None,
+            "num_images": len(source) if isinstance(source, ImageSource) else state.step * config.step_size,
+            "unusable_images": len(state.unusable),
+            "steps": state.step,
+            "planned_steps": trainer.num_steps,
+            "skipped_steps": state.skipped_steps,
+            "training_seconds": round(state.training_seconds, 1),
+            "hardware": _hardware(accelerator),
+            "encoder_parameters": sizes[0],
+            "features": trainer.unwrapped.expander.in_features,
+            "attention_density": density,
+            "knn_neighbours": run.knn_neighbours,
+            "knn_train_samples": len(bank) if bank is not None and probe.possible else 0,
+            "knn_test_samples": probe.num_queries,
+            "knn_accuracy": state.knn,
+            "linear_accuracy": state.linear,
+        }
+
+    def push_snapshot(state: RunState) -> None:
+        assert push is not None
+        results = results_now(state)
+        push.offer(
+            f"step {state.step}",
+            lambda into: export_snapshot(into, folder, trainer.unwrapped, processor, config.to_recipe(), results),
+        )
+
+    if push is not None and run.hub_strategy == "checkpoint":
+        trainer.on_checkpoint = push_snapshot
     start_trackers(accelerator, folder, config.to_recipe(), trainer.state.step)
     try:
         with stop:
             state = trainer.fit()
-    except RunStopped:
-        finish_trackers(accelerator)
+    except BaseException as error:
+        if push is not None:
+            push.abandon()
+        if isinstance(error, RunStopped):
+            finish_trackers(accelerator)
         raise
     if probe.possible:
         state.note(probe.of_encoders("trained"))
@@ -181,26 +225,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
             len(state.unusable),
             ", ".join(map(source.describe, state.unusable[:10])) + (", ..." if len(state.unusable) > 10 else ""),
         )
-    name = run.dataset_name
-    results = {
-        "dataset": source.name,
-        # what others can load it by; a folder of this machine they cannot
-        "hub_dataset": name if name and name != "digits" and not os.path.exists(name) else None,
-        "num_images": len(source) if isinstance(source, ImageSource) else state.step * config.step_size,
-        "unusable_images": len(state.unusable),
-        "steps": state.step,
-        "skipped_steps": state.skipped_steps,
-        "training_seconds": round(state.training_seconds, 1),
-        "hardware": _hardware(accelerator),
-        "encoder_parameters": sizes[0],
-        "features": trainer.unwrapped.expander.in_features,
-        "attention_density": density,
-        "knn_neighbours": run.knn_neighbours,
-        "knn_train_samples": len(bank) if bank is not None and probe.possible else 0,
-        "knn_test_samples": probe.num_queries,
-        "knn_accuracy": state.knn,
-        "linear_accuracy": state.linear,
-    }
+    results = results_now(state)
     encoder = trainer.unwrapped.encoder.eval()
 
     def finish() -> None:
@@ -212,6 +237,8 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         print(summary(folder, results, records))
 
     run_on_main(finish, accelerator)
+    if push is not None:
+        push.finish()
     return PretrainResult(folder, encoder, processor, results)
 
 

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from hf_vicreg.model_cards.card import PATHS, CardFacts, model_card
+from hf_vicreg.model_cards.card import OF_THE_OWNER, CardFacts, model_card
 from hf_vicreg.publishing.custom_code import AUTO_MAPS, write_custom_code
 from hf_vicreg.publishing.pictures import draw_pictures
 from hf_vicreg.publishing.secret_scan import refuse_secrets
@@ -87,7 +87,7 @@ def stage(run: Path, into: Path, *, repo: str, include_pretraining: bool = False
     if results:
         (into / "results.json").write_text(json.dumps(_without_paths(results), indent=1) + "\n")
     if recipe:
-        public = {key: value for key, value in recipe.items() if key not in PATHS}
+        public = {key: value for key, value in recipe.items() if key not in OF_THE_OWNER}
         (into / "recipe.yaml").write_text(yaml.safe_dump(public, sort_keys=False))
     log = _read_log(run)
     pictures = draw_pictures(into, _encoder_config(into), log)

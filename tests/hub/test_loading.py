@@ -3,12 +3,13 @@
 import json
 import sys
 import sysconfig
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from hf_vicreg import BigBirdViTForImageClassification, BigBirdViTImageProcessor
@@ -44,15 +45,26 @@ def required(names):
     return found
 
 
-@pytest.fixture
-def bare_python(run_process, tmp_path):
-    """The interpreter of a fresh virtual environment that has torch, transformers, pillow and what these require."""
+@pytest.fixture(params=["linked", pytest.param("installed", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def bare_python(request, run_process, tmp_path):
+    """The interpreter of a fresh virtual environment that has torch, transformers, pillow and what these require.
+
+    Installing them, in the releases of this environment, takes minutes: the default run links to its packages.
+    """
     folder = tmp_path / "bare"
+    bare = ["torch", "transformers", "pillow"]
+    if request.param == "installed":
+        made = run_process([sys.executable, "-m", "venv", folder])
+        assert made.returncode == 0, made.stderr
+        releases = [f"{name}=={Version(version(name)).public}" for name in bare]
+        installed = run_process([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *releases], 900)
+        assert installed.returncode == 0, installed.stderr
+        return folder / "bin" / "python"
     made = run_process([sys.executable, "-m", "venv", "--without-pip", folder])
     assert made.returncode == 0, made.stderr
     site = Path(sysconfig.get_path("purelib"))
     (target,) = folder.glob("lib/python*/site-packages")
-    for name in required(["torch", "transformers", "pillow"]):
+    for name in required(bare):
         for top in {file.parts[0] for file in distribution(name).files or []}:
             if (site / top).exists() and top not in ("..", "__pycache__") and not (target / top).exists():
                 (target / top).symlink_to(site / top)
