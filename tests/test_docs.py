@@ -10,7 +10,7 @@ from PIL import Image
 
 from hf_vicreg import pretrain
 from hf_vicreg.cli import build_parser
-from hf_vicreg.training.config import parse_flags, recipe_names, resolve
+from hf_vicreg.training.resolve import parse_flags, recipe_names, resolve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "guides").glob("*.md"))]

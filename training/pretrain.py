@@ -17,26 +17,28 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from hf_vicreg.model_cards.card import LOCAL_SNIPPET
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
 from hf_vicreg.training.checkpoint import RunState
-from hf_vicreg.training.config import RunConfig, check_statistics_batch, parse_flags, resolve
+from hf_vicreg.training.checks import check_statistics_batch
+from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.curves import CURVES_FILE, draw_curves
 from hf_vicreg.training.distributed import build_accelerator, run_on_main
-from hf_vicreg.training.doctor import health_of, health_table
+from hf_vicreg.training.doctor import health_of
 from hf_vicreg.training.errors import InputError, RunStopped, as_input_error, room_in
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
 from hf_vicreg.training.export import export_run, export_snapshot
 from hf_vicreg.training.hub_push import HubPush, check_account
 from hf_vicreg.training.loop import Trainer
+from hf_vicreg.training.resolve import parse_flags, resolve
 from hf_vicreg.training.resume import checkpoint_to_resume
+from hf_vicreg.training.run_images import load_images
 from hf_vicreg.training.run_log import LOG_FILE, read_log
 from hf_vicreg.training.signals import StopRequest, stop_exit_code
-from hf_vicreg.training.sources import ImageSource, is_image_folder, load_sources
-from hf_vicreg.training.streaming import ImageStream, load_stream
+from hf_vicreg.training.sources import ImageSource, is_image_folder
+from hf_vicreg.training.summary import summary
 from hf_vicreg.training.tracking import TRACKERS_FOLDER, finish_trackers, start_trackers, tracker_names
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
@@ -100,7 +102,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     stop = StopRequest(folder, run.max_time)
     _refuse_foreign_folder(folder, resuming=run.resume_from_checkpoint is not None)
     trackers = tracker_names(run.report_to) if run.with_tracking else []
-    source, bank, test = _load_images(config)
+    source, bank, test = load_images(config)
 
     types = [one.model_type for one in (config.vicreg.encoder, config.vicreg.second_encoder) if one is not None]
     # encoders of others may have parameters that no forward pass reaches (DINOv2's mask token)
@@ -262,51 +264,6 @@ def build_processor(config: RunConfig) -> BaseImageProcessor:
     return BigBirdViTImageProcessor(size={"height": height, "width": width})
 
 
-def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]) -> str:
-    """Return what a finished run says at its end: accuracies side by side, its health, and how to load it.
-
-    Args:
-        folder: The run's.
-        results: What `results.json` holds.
-        records: The lines of its log.
-    """
-    lines = [f"Trained in {results['training_seconds']:.0f} s; attention density {results['attention_density']:.3f}."]
-    kinds = {"knn_accuracy": f"{results['knn_neighbours']}-NN", "linear_accuracy": "linear"}
-    measured = {title: results[kind] for kind, title in kinds.items() if results[kind]}
-    if measured:
-        lines.append(
-            f"Accuracy, {results['knn_test_samples']} held-out images against {results['knn_train_samples']} labelled "
-            "ones:"
-        )
-        lines.append(f"  {'':<18} " + "  ".join(f"{title:<6}" for title in measured))
-        for key, text in (
-            ("raw_pixels", "raw pixels"),
-            ("untrained", "untrained encoder"),
-            ("trained", "trained encoder"),
-            ("second_untrained", "second, untrained"),
-            ("second_trained", "second, trained"),
-        ):
-            if any(key in values for values in measured.values()):
-                found = (f"{values[key]:<6.3f}" if key in values else "-     " for values in measured.values())
-                lines.append(f"  {text:<18} " + "  ".join(found))
-    if any("loss" in record for record in records):
-        lines.append(f"\n{health_table(records)}\n")
-        for verdict in results["verdicts"]:
-            when = "since" if verdict["present"] else "at"
-            lines.append(
-                f"{verdict['name']} ({when} step {verdict['step']}): {verdict['finding']}; {verdict['remedy']}"
-            )
-    lines.append(f"\nThe encoder is in {folder}. To load it:\n")
-    lines.append(LOCAL_SNIPPET.format(name=folder, features=results["features"]))
-    return "\n" + "\n".join(lines)
-
-
-def _patch_size(encoder: PreTrainedConfig) -> tuple[int, int]:
-    """Return (height, width) in pixels; 1 for encoders without patches."""
-    size = getattr(encoder, "patch_size", None) or 1
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def _refuse_size(model: VicRegForPreTraining, side: int) -> None:
     """Fail before anything is written when the encoder takes no images of a local view's size."""
     try:
@@ -328,50 +285,6 @@ def _refuse_foreign_folder(folder: Path, *, resuming: bool) -> None:
         raise InputError(f"`output_dir`: expected a new or empty folder, {folder} is not; {remedy} choose another.")
     if present and resuming and OWN_FILE not in present:
         raise InputError(f"`output_dir`: expected the folder of a run to resume, {folder} holds something else.")
-
-
-def _load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSource | None, ImageSource | None]:
-    """Return the images to train on and, where they are no stream, those of the k-NN: its bank and its queries."""
-    run = config.run
-    smallest = _patch_size(config.vicreg.encoder)
-    if run.streaming:
-        assert run.dataset_name is not None
-        stream = load_stream(run.dataset_name, run.dataset_config_name, run.train_split, run.image_column_name)
-        return stream.at_least(*smallest), None, None
-    source, test = load_sources(
-        dataset_name=run.dataset_name,
-        dataset_config_name=run.dataset_config_name,
-        train_dir=run.train_dir,
-        train_split=run.train_split,
-        test_split=run.test_split,
-        image_column_name=run.image_column_name,
-        label_column_name=run.label_column_name,
-    )
-    bank = source.first(run.knn_train_samples)
-    source = source.first(run.max_train_samples).at_least(*smallest)
-    _refuse_unusable(source, "train_dir" if run.train_dir else "dataset_name")
-    return source, bank, test
-
-
-def _refuse_unusable(source: ImageSource, field: str) -> None:
-    """Fail before anything is written when not one of the images looked at can be used."""
-    tried = source.sampled()
-    if any(source.read(index) is not None for index in tried):
-        return
-    readable = source.at_least(1, 1)
-    small = next((index for index in tried if readable.read(index) is not None), None)
-    if small is None:
-        raise InputError(
-            f"`{field}`: expected readable images in {source.name}, found {len(tried)} of {len(tried)} corrupt, "
-            f"{source.describe(0)} among them; check them."
-        )
-    image = readable.read(small)
-    assert image is not None
-    raise InputError(
-        f"`{field}`: expected images of at least one patch {source.min_size} (height, width) in pixels, found "
-        f"{(image.height, image.width)} in {source.describe(small)}; give larger images or a smaller "
-        "--model.patch_size."
-    )
 
 
 def _hardware(accelerator: Accelerator) -> str:

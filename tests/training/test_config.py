@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from hf_vicreg import BigBirdViTConfig
-from hf_vicreg.training.config import parse_flags, read_recipe, recipe_names, resolve
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.pretrain import attention_density
+from hf_vicreg.training.resolve import parse_flags, read_recipe, recipe_names, resolve
 
 NEEDED = {"output_dir": "somewhere", "dataset_name": "digits"}
 

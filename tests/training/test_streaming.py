@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from hf_vicreg import pretrain
-from hf_vicreg.training.config import ViewsConfig, resolve
+from hf_vicreg.training.config import ViewsConfig
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.resolve import resolve
 from hf_vicreg.training.sources import load_sources
 from hf_vicreg.training.streaming import StreamDataset, load_stream, stream_batches
 from hf_vicreg.training.views import ViewSampler

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_vicreg.training.config import resolve
 from hf_vicreg.training.curves import draw_curves
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.resolve import resolve
 from hf_vicreg.training.tracking import tracker_names
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -1,0 +1,62 @@
+"""The images of a run: those to train on, and those of its probes."""
+
+from transformers import PreTrainedConfig
+
+from hf_vicreg.training.config import RunConfig
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.sources import ImageSource, load_sources
+from hf_vicreg.training.streaming import ImageStream, load_stream
+
+
+def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSource | None, ImageSource | None]:
+    """Return the images to train on and, where they are no stream, those of the k-NN: its bank and its queries.
+
+    Raises:
+        InputError: Nothing to train on, or not one usable image among those looked at.
+    """
+    run = config.run
+    smallest = _patch_size(config.vicreg.encoder)
+    if run.streaming:
+        assert run.dataset_name is not None
+        stream = load_stream(run.dataset_name, run.dataset_config_name, run.train_split, run.image_column_name)
+        return stream.at_least(*smallest), None, None
+    source, test = load_sources(
+        dataset_name=run.dataset_name,
+        dataset_config_name=run.dataset_config_name,
+        train_dir=run.train_dir,
+        train_split=run.train_split,
+        test_split=run.test_split,
+        image_column_name=run.image_column_name,
+        label_column_name=run.label_column_name,
+    )
+    bank = source.first(run.knn_train_samples)
+    source = source.first(run.max_train_samples).at_least(*smallest)
+    _refuse_unusable(source, "train_dir" if run.train_dir else "dataset_name")
+    return source, bank, test
+
+
+def _refuse_unusable(source: ImageSource, field: str) -> None:
+    """Fail before anything is written when not one of the images looked at can be used."""
+    tried = source.sampled()
+    if any(source.read(index) is not None for index in tried):
+        return
+    readable = source.at_least(1, 1)
+    small = next((index for index in tried if readable.read(index) is not None), None)
+    if small is None:
+        raise InputError(
+            f"`{field}`: expected readable images in {source.name}, found {len(tried)} of {len(tried)} corrupt, "
+            f"{source.describe(0)} among them; check them."
+        )
+    image = readable.read(small)
+    assert image is not None
+    raise InputError(
+        f"`{field}`: expected images of at least one patch {source.min_size} (height, width) in pixels, found "
+        f"{(image.height, image.width)} in {source.describe(small)}; give larger images or a smaller "
+        "--model.patch_size."
+    )
+
+
+def _patch_size(encoder: PreTrainedConfig) -> tuple[int, int]:
+    """Return (height, width) in pixels; 1 for encoders without patches."""
+    size = getattr(encoder, "patch_size", None) or 1
+    return (size, size) if isinstance(size, int) else tuple(size)
