@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 LOG = "hub_push.log"
 SNAPSHOT = "hub_snapshot"
 NICENESS = 10
+GRACE_S = 10.0  # between being asked to end and being killed
 TIMEOUT_S = 3600.0  # of the last push, which is waited for; the Hub's own time-outs are far shorter
 # of the launcher: the process is none of its ranks
 DISTRIBUTED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -33,8 +35,8 @@ def check_account(repo: str) -> None:
     """Find out before a run what would make all its pushes fail.
 
     Raises:
-        InputError: No token, one that the Hub does not accept, or none of the owner's. A Hub that does not answer is a
-            warning: it may when the first push comes.
+        InputError: No token, one that may only read or that the Hub does not accept, or none of the owner's. A Hub
+            that does not answer is a warning: it may when the first push comes.
     """
     try:
         account = HfApi().whoami()
@@ -50,6 +52,8 @@ def check_account(repo: str) -> None:
     except Exception as error:  # of the network, and of the library underneath, which differs between versions
         logger.warning("push_to_hub: no answer from the Hub (%s); training goes on", type(error).__name__)
         return
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise InputError("`push_to_hub`: expected a token with write access, this one may only read; make another.")
     owners = [account["name"], *(one["name"] for one in account.get("orgs", []))]
     owner = repo.partition("/")[0]
     if owner not in owners:
@@ -104,9 +108,13 @@ class HubPush:
     def abandon(self) -> None:
         """End a push under way: it is whole on the Hub or not there."""
         if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
-            self.process.wait()
+            # an interrupt first: it has copies in temporary folders, and checks in processes of their own
+            for number in (signal.SIGINT, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(GRACE_S)
+                    break
             self.process = None
         shutil.rmtree(self.folder / SNAPSHOT, ignore_errors=True)
 

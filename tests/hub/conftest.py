@@ -17,7 +17,7 @@ sys.modules["loopback_hub"] = loopback_hub  # its dataclasses look for their mod
 specification.loader.exec_module(loopback_hub)
 
 SMALL = {"knn_train_samples": 200, "knn_test_samples": 50, "knn_neighbours": 5}
-TOKEN, STRANGER = loopback_hub.ACCOUNTS
+TOKEN, STRANGER, READER = loopback_hub.ACCOUNTS
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ LARGE = (".safetensors", ".png")
 ACCOUNTS = {
     "hf_writer_token_of_the_tests": {"name": "writer", "orgs": [{"name": "lab"}]},
     "hf_stranger_token_of_the_tests": {"name": "stranger", "orgs": []},
+    "hf_reader_token_of_the_tests": {"name": "writer", "orgs": [], "auth": {"accessToken": {"role": "read"}}},
 }
 
 

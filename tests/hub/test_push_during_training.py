@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def test_checkpoints_are_pushed_one_at_a_time_and_then_the_finished_run(hub, tra
     [
         ("writer/x", "", "`push_to_hub`: expected a token with write access, got none"),
         ("writer/x", "hf_wrong", "`push_to_hub`: the token is not accepted"),
+        ("writer/x", "hf_reader_token_of_the_tests", "`push_to_hub`: expected a token with write access, this one"),
         ("nobody/x", None, r"`hub_model_id`: expected one of the token's owners ['writer', 'lab'], got 'nobody'"),
         ("writer", None, "`hub_model_id`: expected OWNER/NAME with --push_to_hub, got 'writer'"),
     ],
@@ -81,12 +83,22 @@ def test_a_hub_that_fails_costs_a_warning_and_not_the_run(hub, training):
     assert (out / "model.safetensors").exists()
 
 
-def test_a_run_that_stops_does_not_wait_for_the_hub(hub, training):
-    hub.fault("POST", "writer/live/commit", "hang")
-    hub.fault("GET", "api/models/writer/live", "hang")
-    steps = ["--hub_strategy", "checkpoint", "--checkpointing_steps", 1, "--max_steps", 100_000, "--max_time", 0.2]
-    finished, out = training("--hub_model_id", "writer/live", *steps)
+def test_a_run_that_stops_does_not_wait_for_the_hub(hub, training, tmp_path):
+    silent = hub.fault("POST", "writer/live/commit", "hang")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+
+    def stop_when_it_hangs():
+        assert silent.seen.wait(300)
+        (tmp_path / "run" / "stop").touch()
+
+    asking = threading.Thread(target=stop_when_it_hangs)
+    asking.start()
+    steps = ["--hub_strategy", "checkpoint", "--checkpointing_steps", 1, "--max_steps", 1_000_000]
+    finished, out = training("--hub_model_id", "writer/live", *steps, TMPDIR=str(scratch))
+    asking.join()
     assert finished.returncode == 75, finished.stderr
     assert "is left to the next one" in finished.stderr
     assert not (out / "hub_snapshot").exists()
-    assert not any(name == "writer/live" and len(one.commits) > 1 for name, one in hub.repositories.items())
+    assert not list(scratch.glob("hf_vicreg_*"))  # nor copies of the weights elsewhere
+    assert len(hub.repositories["writer/live"].commits) == 1
