@@ -13,6 +13,8 @@ COMMANDS = {
     "retrieval": "evaluate retrieval",
     "few_labels": "evaluate few-labels",
     "finetune_classification": "finetune classification",
+    "finetune_detection": "finetune detection",
+    "finetune_captioning": "finetune captioning",
 }
 METADATA_TASKS = ("knn", "linear", "finetune_classification")  # of which accuracies go into the card's metadata
 

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessor,
     pipeline,
 )
 
@@ -172,11 +175,30 @@ def test_a_resumed_detector_is_the_same(workplace):
     assert [step for step, _ in record_of(resumed)["details"]["map_50_curve"]] == [2, 4]
 
 
+def test_a_detector_of_others_is_taken_and_one_without_its_processor_is_not(workplace, capsys):
+    config = YolosConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=[48, 64],
+        patch_size=16,
+        num_detection_tokens=5,
+        num_labels=2,
+    )
+    YolosForObjectDetection(config).save_pretrained("yolos")
+    assert main(["detect", "yolos", "my_photo.jpg"]) == 2
+    assert "`MODEL`: expected a detector's image processor in yolos" in capsys.readouterr().err
+    YolosImageProcessor(size={"height": 48, "width": 64}).save_pretrained("yolos")
+    assert main(["detect", "yolos", "my_photo.jpg", "--threshold", "0"]) == 0
+    assert "my_photo.jpg: 5 objects" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_the_same_detector(workplace, run_process):
     flags = f"finetune detection {workplace}/runs/mine --dataset_name {workplace}/my_boxes {SMALL} --max_steps 3"
-    flags += f" --batch_size 4 --output_dir {workplace}"
+    flags += f" --batch_size 4 --max_grad_norm 0 --output_dir {workplace}"
     assert main(f"{flags}/one".split()) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = run_process(
@@ -216,6 +238,39 @@ def test_the_example_of_captioning_runs_as_written(workplace, capsys):
     assert written == [sample["written"] for sample in record["details"]["samples"]]
 
 
+def test_a_resumed_captioner_is_the_same(workplace):
+    flags = "finetune captioning runs/mine --dataset_name my_captions --decoder_hidden_size 32 --decoder_layers 1"
+    flags += " --batch_size 2 --max_steps 4 --checkpointing_steps 2"
+    assert main([*flags.split(), "--output_dir", "said"]) == 0
+    shutil.copytree("said", "said_again")
+    shutil.rmtree("said_again/checkpoints/step_00000004")
+    (workplace / "said_again" / "model.safetensors").unlink()
+    torch.manual_seed(5)  # the decoder drops activations: its generator's state has to come back
+    assert main([*flags.split(), "--output_dir", "said_again", "--resume_from_checkpoint", "latest"]) == 0
+    one, other = (workplace / name / "model.safetensors" for name in ("said", "said_again"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_what_is_frozen_is_not_in_training_mode(workplace):
+    seen = []
+
+    def look(module, inputs):
+        if type(module).__name__ == "BigBirdViTBackbone":
+            seen.append((module.training, torch.is_grad_enabled()))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    flags = f"finetune detection runs/mine --dataset_name my_boxes {SMALL} --batch_size 2 --max_steps 2"
+    try:
+        for ratio in ("0", "1"):
+            arguments = [*flags.split(), "--encoder_learning_rate_ratio", ratio, "--output_dir", f"frozen_{ratio}"]
+            assert main(arguments) == 0
+            trained = {mode for mode, learning in seen if learning}
+            assert trained == {ratio == "1"}
+            seen.clear()
+    finally:
+        hook.remove()
+
+
 DETECTION = ["finetune", "detection", "runs/mine", "--output_dir", "o", "--dataset_name"]
 CAPTIONING = ["finetune", "captioning", "runs/mine", "--output_dir", "o", "--dataset_name"]
 
@@ -243,6 +298,8 @@ CAPTIONING = ["finetune", "captioning", "runs/mine", "--output_dir", "o", "--dat
         ),
         ([*CAPTIONING, "my_boxes"], "`text_column_name`: expected a column 'text' in split 'train'"),
         ([*CAPTIONING, "my_captions", "--vocab_size", "10"], "`vocab_size`: expected a number of at least 260"),
+        ([*CAPTIONING, "my_captions", "--max_target_length", "1"], "`max_target_length`: expected a number of at lea"),
+        ([*DETECTION, "my_boxes", "--encoder_layers", "0"], "`encoder_layers`: expected a number of at least 1"),
         (["detect", "runs/mine", "my_photo.jpg"], "`MODEL`: expected the folder or Hub id of a detector"),
         (["detect", "nowhere", "my_photo.jpg"], "`MODEL`: expected the folder or Hub id"),
         (["detect", "runs/mine", "no_photo.jpg"], "`IMAGE`: expected image files, cannot read no_photo.jpg"),
@@ -253,7 +310,7 @@ CAPTIONING = ["finetune", "captioning", "runs/mine", "--output_dir", "o", "--dat
     ],
     ids=[
         "no-objects", "no-folder", "no-data", "width", "jitter", "queries", "no-model", "no-output", "not-empty",
-        "no-text", "vocabulary", "no-detector", "no-model-to-detect", "no-image", "same-names",
+        "no-text", "vocabulary", "length", "layers", "no-detector", "no-model-to-detect", "no-image", "same-names",
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line(arguments, message, workplace, capsys):

@@ -86,11 +86,15 @@ def objects(box=(4.0, 6.0, 20.0, 10.0), category="ball", **extra):
         ([GOOD], GOOD, {"num_queries": 1}, "`num_queries`: expected at least the 2 objects"),
         ([GOOD], GOOD, {"objects_column_name": "boxes"}, "expected a column 'boxes' in split 'train'"),
         ([GOOD], GOOD, {"objects_column_name": "image"}, "`objects_column_name`: expected"),
+        ([objects((64.2, 6, 0.5, 10))], GOOD, {}, "pixels, got [64.2, 6.0, 0.5, 10.0] in row 0 of 'train', of which"),
+        ([{"bbox": [1.0, 2.0, 3.0, 4.0], "category": 0}], GOOD, {}, "`objects_column_name`: expected a list of"),
+        ([GOOD], GOOD, {"train_split": "test"}, "`test_split`: expected a split `test` or `validation` beside 'test'"),
         ([GOOD], GOOD, {"test_split": "validation"}, "`test_split`: expected one of ['test', 'train']"),
     ],
     ids=[
         "right", "top", "bottom", "shares", "no-area", "nan", "three", "unequal", "no-category", "no-bbox", "negative",
-        "empty", "unknown", "empty-test", "queries", "column", "wrong-column", "split",
+        "empty", "unknown", "empty-test", "queries", "column", "beyond", "one-object", "one-split",
+        "wrong-column", "split",
     ],
 )  # fmt: skip
 def test_bad_objects_are_refused_in_one_line(arguments, train, test, flags, message):
@@ -133,6 +137,8 @@ def test_what_a_crop_hardly_shows_is_no_object():
     sampler = CanvasSampler((48, 64), 0.8, 0.0)
     shown = [len(sampler(image(0), given, random.Random(seed))["boxes"]) for seed in range(40)]
     assert 0 < sum(shown) < 40
+    line = Objects(torch.tensor([[4.0, 4.0, 0.0, 4.0]]), torch.tensor([0]))
+    assert not len(sampler(image(0), line, random.Random(0))["boxes"])
 
 
 def test_training_sees_what_the_processor_makes():

@@ -1,5 +1,7 @@
 """The detector: the encoder's weights arrive, all of it learns, and transformers loads what is saved."""
 
+import math
+
 import pytest
 import torch
 from PIL import Image
@@ -93,6 +95,16 @@ def test_an_image_batch_without_objects_has_a_loss(encoder, flags):
     inputs = batch()
     inputs["labels"] = [inputs["labels"][1]] * 2
     assert build_detector(encoder, NAMES, flags)(**inputs).loss.isfinite()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_predictions_that_are_not_finite_are_a_loss_of_nan_for_the_guard(value, encoder, flags):
+    detector, inputs = build_detector(encoder, NAMES, flags), batch()
+    inputs["pixel_values"][0, 0, 0, 0] = value
+    loss = detector(**inputs).loss
+    assert loss.isnan()
+    loss.backward()  # all of it, or other processes would wait
+    assert not [name for name, one in detector.named_parameters() if one.grad is None]
 
 
 def test_transformers_loads_what_is_saved(encoder, flags, tmp_path):

@@ -76,7 +76,7 @@ def build_captioner(
             n_positions=arguments.max_target_length,
             n_embd=width,
             n_layer=arguments.decoder_layers,
-            n_head=max(1, width // 64),
+            n_head=width // 64 if width % 64 == 0 else width // 32,
             is_decoder=True,
             add_cross_attention=True,
             tie_word_embeddings=False,

@@ -63,7 +63,9 @@ def finetune_captioning(model_name: str, arguments: CaptioningArguments) -> dict
     folder = check_task(arguments)
     train, test = load_captioning(arguments)
     overlap = count_overlap(train, test)
-    all_used = load_config(model_name).model_type == BigBirdViTConfig.model_type
+    config = load_config(model_name)
+    # models of others may have parameters that no forward pass reaches; a decoder does not look at pooled features
+    all_used = config.model_type == BigBirdViTConfig.model_type and config.pooler_act is None
     accelerator = build_accelerator(arguments.mixed_precision, find_unused_parameters=not all_used)
     tokenizer = build_tokenizer(train.annotations, arguments.vocab_size)
     model, processor = build_captioner(model_name, tokenizer, arguments)

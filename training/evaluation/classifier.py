@@ -31,9 +31,7 @@ def build_classifier(name: str, class_names: Sequence[str], *, from_scratch: boo
     Raises:
         InputError: No model there, none that classifies images, or weights of the encoder missing.
     """
-    config = load_config(name)
-    if isinstance(config, VicRegConfig):
-        raise InputError(f"`MODEL`: expected an encoder, {name} is the wrapper around one; give the run's folder.")
+    refuse_wrapper(name)
     numbered = dict(enumerate(class_names))
     labels = {"id2label": numbered, "label2id": {one: index for index, one in numbered.items()}}
     set_seed(seed)
@@ -53,6 +51,12 @@ def build_classifier(name: str, class_names: Sequence[str], *, from_scratch: boo
             f"{len(missing) - 1} more."
         )
     return model
+
+
+def refuse_wrapper(name: str) -> None:
+    """Raise InputError for the wrapper around an encoder, which has no form with a classifier's head."""
+    if isinstance(load_config(name), VicRegConfig):
+        raise InputError(f"`MODEL`: expected an encoder, {name} is the wrapper around one; give the run's folder.")
 
 
 def classifier_accelerator(name: str, mixed_precision: str) -> Accelerator:

@@ -40,7 +40,7 @@ def detect(model_name: str, images: Sequence[str], output: str | None, threshold
     config = load_config(model_name)
     try:
         detector, info = load_weights(AutoModelForObjectDetection, model_name)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:  # ImportError: a backbone of timm's
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"`MODEL`: expected the folder or Hub id of a detector, as `hf-vicreg finetune detection` makes it, got "
@@ -53,6 +53,11 @@ def detect(model_name: str, images: Sequence[str], output: str | None, threshold
         )
     detector.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(model_name, detector.config)
+    if not hasattr(processor, "post_process_object_detection"):
+        raise InputError(
+            f"`MODEL`: expected a detector's image processor in {model_name}, found {type(processor).__name__}; save "
+            "it beside the weights."
+        )
     folder = None if output is None else Path(output)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

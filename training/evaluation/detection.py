@@ -74,8 +74,8 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
     centring = collate([plain[0, index] for index in range(min(NUM_CENTRING, len(train)))])
     if centring is None:
         raise InputError("`train_split`: expected readable images, found too many corrupt ones; check them.")
+    recipe = settings_of(arguments) | {"weights": weights_digest(model)}  # before what another CPU rounds differently
     centre_features(model, model_inputs(processor, centring, model.device))
-    recipe = settings_of(arguments) | {"weights": weights_digest(model)}
     tester = _Tester(model, processor, test, class_names, accelerator, arguments.per_device_eval_batch_size)
     trainer = TaskTrainer(
         model,
@@ -90,6 +90,8 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
         accelerator,
         RunState(recipe=recipe, data_fingerprint=train.fingerprint),
         lambda: tester.measure()[0],
+        # transformers divides the number of boxes by that of processes though it has averaged it already
+        loss_scale=1 / accelerator.num_processes,
     )
     set_seed(arguments.seed + accelerator.process_index)  # every process drops paths of its own
     checkpoint = checkpoint_to_resume(arguments, accelerator)

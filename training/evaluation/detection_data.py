@@ -117,10 +117,10 @@ def _columns_of(images: AnnotatedImages, row: int) -> tuple[list[Any], list[Any]
     if given is None:
         return [], []
     if isinstance(given, list):
-        keys = given[0].keys() if given and isinstance(given[0], dict) else ()
-        given = {key: [one[key] for one in given] for key in keys} if keys or not given else given
         if not given:
             return [], []
+        if all(isinstance(one, dict) and one.keys() == given[0].keys() for one in given):
+            given = {key: [one[key] for one in given] for key in given[0]}
     if not isinstance(given, dict):
         raise InputError(
             f"`objects_column_name`: expected `bbox` and `category` for each object, got {str(given)[:60]!r} in row "
@@ -134,7 +134,12 @@ def _columns_of(images: AnnotatedImages, row: int) -> tuple[list[Any], list[Any]
                 f"`objects_column_name`: expected `{what}` for each object, found {sorted(given)} in row {row} of "
                 f"{images.split!r}."
             )
-        found.append(list(given[key] or []))
+        if not isinstance(given[key], list | None):
+            raise InputError(
+                f"`objects_column_name`: expected a list of `{key}`, one for each object, got {given[key]!r} in row "
+                f"{row} of {images.split!r}."
+            )
+        found.append(given[key] or [])
     if len(found[0]) != len(found[1]):
         raise InputError(
             f"`objects_column_name`: expected as many boxes as categories, got {len(found[0])} and {len(found[1])} in "
@@ -203,6 +208,11 @@ def _checked_box(box: Any, size: tuple[int, int] | None, where: str) -> list[flo
                 "large; multiply shares by the image's width and height."
             )
         left, top, right, bottom = max(left, 0), max(top, 0), min(right, size[1]), min(bottom, size[0])
+        if right <= left or bottom <= top:
+            raise InputError(
+                f"`objects_column_name`: expected boxes inside the image of {size[1]}x{size[0]} pixels, got {box!r} "
+                f"in {where}, of which nothing is."
+            )
     return [left, top, right - left, bottom - top]
 
 
@@ -260,7 +270,8 @@ class CanvasSampler:
         corners = (corners - torch.tensor([left, top])) * stretch  # (objects, 2 corners, x and y)
         whole = (corners[:, 1] - corners[:, 0]).prod(1)
         corners = corners.clamp(min=torch.zeros(2), max=torch.tensor([out_width, out_height]))
-        visible = (corners[:, 1] - corners[:, 0]).prod(1) >= MIN_VISIBLE * whole
+        area = (corners[:, 1] - corners[:, 0]).prod(1)
+        visible = (area >= MIN_VISIBLE * whole) & (area > 0)
         corners, class_labels = corners[visible], objects.categories[visible]
         if rng.random() < self.flip_probability:
             shown = shown.flip(2)

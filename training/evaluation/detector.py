@@ -6,7 +6,7 @@ its own, so small sets of images suffice where DETR needs hundreds of passes. It
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,7 +95,23 @@ def build_detector(
     if not arguments.from_scratch:  # a configuration brings no weights
         detector.model.backbone.model.load_state_dict(backbone.state_dict())
     start_as_authors(detector)
+    detector.loss_function = finite_or_nan(detector.loss_function)
     return detector
+
+
+def finite_or_nan(loss_function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a detector's loss that is NaN where predictions are not finite.
+
+    That of transformers raises on them, on the process whose images they are, while the others wait; a loss of NaN is
+    the guard's business.
+    """
+
+    def loss(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, **more):
+        if outputs_class.isfinite().all() and outputs_coord.isfinite().all():
+            return loss_function(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, **more)
+        return (outputs_class.sum() + outputs_coord.sum()) * math.nan, {}, None
+
+    return loss
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from hf_vicreg.training.checkpoint import RunState
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FewLabelsArguments
-from hf_vicreg.training.evaluation.classifier import build_classifier, classifier_accelerator
+from hf_vicreg.training.evaluation.classifier import build_classifier, classifier_accelerator, refuse_wrapper
 from hf_vicreg.training.evaluation.classifier_data import LABELLED, UNLABELLED
 from hf_vicreg.training.evaluation.classifier_training import ClassifierTrainer
 from hf_vicreg.training.evaluation.evaluate import Evaluation, print_table, share_right, start_evaluation
@@ -44,11 +44,13 @@ def evaluate_few_labels(model: str, arguments: FewLabelsArguments) -> dict[str, 
     amounts = {text: parse_amount(text) for text in arguments.labels}
     if "linear" in arguments.methods:
         require_sklearn()
+    tuned = [one for one in arguments.methods if one != "linear"]
+    if tuned:
+        refuse_wrapper(model)
     evaluation = start_evaluation(model, arguments)
     seeds = range(arguments.seed, arguments.seed + arguments.num_seeds)
     # all draws before the first long computation: too few images of a class show at once
     draws = {(text, seed): evaluation.train.draw(amount, seed) for text, amount in amounts.items() for seed in seeds}
-    tuned = [one for one in arguments.methods if one != "linear"]
     features = evaluation.features() if "linear" in arguments.methods else None
     accelerator = classifier_accelerator(model, arguments.mixed_precision) if tuned else None
     runs: list[dict[str, Any]] = []

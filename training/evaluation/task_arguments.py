@@ -83,9 +83,10 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("max_train_samples", "max_test_samples", "batch_size", "num_train_epochs", "max_steps"), 1),
     **dict.fromkeys(("per_device_eval_batch_size", "logging_steps", "eval_steps", "checkpointing_steps"), 1),
     **dict.fromkeys(("checkpoints_total_limit", "image_height", "image_width", "num_queries"), 1),
-    **dict.fromkeys(("decoder_layers", "max_target_length"), 1),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
     **dict.fromkeys(("learning_rate", "encoder_learning_rate_ratio", "weight_decay", "max_grad_norm"), 0),
-    **dict.fromkeys(("dataloader_num_workers", "encoder_layers", "seed"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "seed"), 0),
+    "max_target_length": 2,  # a token and the end
     "vocab_size": 260,  # bytes and the special tokens
 }
 ELSEWHERE = {

@@ -51,11 +51,12 @@ def load_annotated(
     """
     name = arguments.dataset_name
     splits = load_splits(name, arguments.dataset_config_name)
-    test_split = arguments.test_split or next((one for one in ("test", "validation") if one in splits), None)
+    others = [one for one in ("test", "validation") if one in splits and one != arguments.train_split]
+    test_split = arguments.test_split or next(iter(others), None)
     if test_split is None:
         raise InputError(
-            f"`test_split`: expected a split `test` or `validation` in {name}, found {sorted(splits)}; name the one "
-            "to test on with --test_split."
+            f"`test_split`: expected a split `test` or `validation` beside {arguments.train_split!r} in {name}, found "
+            f"{sorted(splits)}; name the one to test on with --test_split."
         )
     both = []
     for flag, split, limit in (

@@ -43,6 +43,7 @@ class TaskTrainer:
         accelerator: Accelerator,
         state: RunState,
         measure: Callable[[], dict[str, float]],
+        loss_scale: float = 1.0,
     ):
         """Set up optimiser and data order.
 
@@ -57,13 +58,14 @@ class TaskTrainer:
             accelerator: Processes and device.
             state: With the configuration and the data's fingerprint, at step 0.
             measure: Called on every process every `eval_steps`; what it returns is logged.
+            loss_scale: Factor on the model's loss.
 
         Raises:
             InputError: A batch that the processes cannot share.
         """
         self.dataset, self.num_images, self.collate, self.inputs_of = dataset, num_images, collate, inputs_of
         self.settings, self.accelerator, self.state, self.measure = settings, accelerator, state, measure
-        self.folder = Path(settings.output_dir)
+        self.folder, self.loss_scale = Path(settings.output_dir), loss_scale
         processes = accelerator.num_processes
         self.batch_size = min(settings.batch_size, num_images) // processes * processes
         if self.batch_size == 0:
@@ -100,7 +102,7 @@ class TaskTrainer:
         state, settings = self.state, self.settings
         if self.accelerator.is_main_process:
             truncate_log(self.folder / LOG_FILE, state.step)
-        self.model.train()
+        self._train_mode()
         progress = Progress(self.num_steps, state.step, shown=self.accelerator.is_local_main_process)
         seconds_before, started = state.training_seconds, time.perf_counter()
         for batch in self._loader(state.step):
@@ -118,7 +120,7 @@ class TaskTrainer:
             if settings.eval_steps and state.step % settings.eval_steps == 0 and not last:
                 pause = time.perf_counter()
                 found = self.measure()
-                self.model.train()
+                self._train_mode()
                 self.log(found)
                 progress.write(f"step {state.step}: " + ", ".join(f"{key} {one:.3f}" for key, one in found.items()))
                 started += time.perf_counter() - pause
@@ -126,6 +128,14 @@ class TaskTrainer:
             if state.step % settings.checkpointing_steps == 0 or last:
                 self._checkpoint()
         progress.close()
+
+    def _train_mode(self) -> None:
+        """Put the model into training mode, but not what is frozen: that neither drops paths nor moves statistics."""
+        self.model.train()
+        for module in self.unwrapped.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(one.requires_grad for one in parameters):
+                module.eval()
 
     def log(self, record: dict[str, float]) -> None:
         """Add a line about the present step to the log."""
@@ -167,7 +177,7 @@ class TaskTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["scale"]
         self.guard.begin()
-        loss = self.model(**self.inputs_of(batch, self.accelerator.device)).loss
+        loss = self.loss_scale * self.model(**self.inputs_of(batch, self.accelerator.device)).loss
         self.accelerator.backward(loss)
         limit = settings.max_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit).item()
