@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 
 from hf_vicreg.training.checkpoint import RunState, local_rng_states, save_checkpoint
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, RelayedError
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def run_on_main(action: Callable[[], object], accelerator: Accelerator) -> None:
     """Run an action on the main process while the others wait; every process must call.
 
     Raises:
-        Exception: That of the action. The other processes raise its message as an InputError: none is left waiting
+        Exception: That of the action. The other processes raise its message as a RelayedError: none is left waiting
             for one that has gone.
     """
     failure: Exception | None = None
@@ -136,4 +136,4 @@ def run_on_main(action: Callable[[], object], accelerator: Accelerator) -> None:
     if failure is not None:
         raise failure
     if told[0] is not None:
-        raise InputError(told[0])
+        raise RelayedError(told[0])

@@ -15,6 +15,10 @@ class InputError(ValueError):
     """Bad input, told in one line: the field, what was found, what was expected, the remedy. Exit code 2."""
 
 
+class RelayedError(InputError):
+    """Bad input that another process met, which says so itself."""
+
+
 class RunStopped(Exception):  # noqa: N818 - it went as it was asked to go
     """The run was asked to stop, has written a checkpoint, and can be resumed. Exit code 75."""
 

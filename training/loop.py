@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,66 +133,74 @@ class Trainer:
         if accelerator.is_main_process:
             remove_leftovers(self.folder / "checkpoints")
         log = RunLog(self.folder, state.step, self.accelerator, self.config.vicreg.gamma)
-        loader = self._loader(state.step)
         self.model.train()
-        progress = Progress(self.num_steps, state.step, shown=self.accelerator.is_local_main_process)
+        progress = Progress(self.num_steps, state.step, shown=accelerator.is_local_main_process)
         seconds_before, started = state.training_seconds, time.perf_counter()
         stopwatch = Stopwatch()
-        for batches in zip(*[stopwatch.waits(loader)] * self.pieces, strict=True):
-            self.unusable.update(index for batch in batches for index in batch["unusable"])
-            empty = next((batch for batch in batches if batch["views"] is None), None)
-            if empty is not None:
-                last_one = self.source.describe(empty["unusable"][-1])
-                message = (
-                    f"`{self.source.name}`: expected usable images, found {MAX_SUBSTITUTES} drawn in "
-                    f"a row that are corrupt or smaller than a patch, the last of them {last_one}; check the data."
-                )
-                if not self.accelerator.is_main_process:
-                    logger.error(message)  # the others do not see this process's share
-                raise InputError(message)
-            outputs, grad_norm, learning_rate = self._step(batches)
-            state.step += 1
-            stopwatch.count(self.config.step_size, grad_norm)
-            epoch_done = state.step % self.steps_per_epoch == 0
-            last = state.step == self.num_steps
-            stopping = bool(self.stopping) and not last
-            if state.step % run.logging_steps == 0 or last:
-                record = {
-                    "step": state.step,
-                    "epoch": state.step / self.steps_per_epoch,
-                    **{part: outputs[part].item() for part in ("loss", "invariance", "variance", "covariance")},
-                    **measure_health(outputs, self.process_group),
-                    "grad_norm": grad_norm,
-                    "learning_rate": learning_rate,
-                    "skipped_steps": state.skipped_steps,
-                    **stopwatch.read(self.accelerator),
-                }
-                for verdict in log.write(record):
-                    progress.write(f"warning: {verdict}")
-                progress.describe(
-                    "loss {loss:.2f} inv {invariance:.3f} var {variance:.3f} cov {covariance:.2f} "
-                    "{images_per_second:.0f} img/s".format(**record)
-                )
-            progress.update(state.step)
-            epoch = state.step // self.steps_per_epoch
-            due = epoch_done and run.knn_every_epochs and epoch % run.knn_every_epochs == 0
-            if self.measure and due and not last and not stopping:
-                pause = time.perf_counter()
-                accuracies = self.measure()
-                log.write({"step": state.step, "epoch": epoch, **accuracies})
-                found = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in accuracies.items())
-                progress.write(f"epoch {epoch}: {found}")
-                stopwatch.exclude(time.perf_counter() - pause)
-            if state.step % run.checkpointing_steps == 0 or last or stopping:
-                state.training_seconds = seconds_before + time.perf_counter() - started
-                self._checkpoint()
-                if self.on_checkpoint is not None and accelerator.is_main_process and not (last or stopping):
-                    self.on_checkpoint(state)
-            if stopping:
-                progress.close()
-                self._leave()
+        with closing(stopwatch.waits(self._loader(state.step))) as waited:
+            for batches in zip(*[waited] * self.pieces, strict=True):
+                self._refuse_unusable(batches)
+                outputs, grad_norm, learning_rate = self._step(batches)
+                state.step += 1
+                stopwatch.count(self.config.step_size, grad_norm)
+                last = state.step == self.num_steps
+                stopping = bool(self.stopping) and not last
+                if state.step % run.logging_steps == 0 or last:
+                    record = {
+                        "step": state.step,
+                        "epoch": state.step / self.steps_per_epoch,
+                        **{part: outputs[part].item() for part in ("loss", "invariance", "variance", "covariance")},
+                        **measure_health(outputs, self.process_group),
+                        "grad_norm": grad_norm,
+                        "learning_rate": learning_rate,
+                        "skipped_steps": state.skipped_steps,
+                        **stopwatch.read(accelerator),
+                    }
+                    for verdict in log.write(record):
+                        progress.write(f"warning: {verdict}")
+                    progress.describe(
+                        "loss {loss:.2f} inv {invariance:.3f} var {variance:.3f} cov {covariance:.2f} "
+                        "{images_per_second:.0f} img/s".format(**record)
+                    )
+                progress.update(state.step)
+                if self.measure and self._measurement_due() and not last and not stopping:
+                    pause = time.perf_counter()
+                    epoch = state.step // self.steps_per_epoch
+                    accuracies = self.measure()
+                    log.write({"step": state.step, "epoch": epoch, **accuracies})
+                    found = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in accuracies.items())
+                    progress.write(f"epoch {epoch}: {found}")
+                    stopwatch.exclude(time.perf_counter() - pause)
+                if state.step % run.checkpointing_steps == 0 or last or stopping:
+                    state.training_seconds = seconds_before + time.perf_counter() - started
+                    self._checkpoint()
+                    if self.on_checkpoint is not None and accelerator.is_main_process and not (last or stopping):
+                        self.on_checkpoint(state)
+                if stopping:
+                    progress.close()
+                    self._leave()
         progress.close()
         return state
+
+    def _measurement_due(self) -> bool:
+        """Whether an epoch has just ended after which accuracies are measured."""
+        epoch, rest = divmod(self.state.step, self.steps_per_epoch)
+        every = self.run.knn_every_epochs
+        return rest == 0 and every > 0 and epoch % every == 0
+
+    def _refuse_unusable(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Note images that could not be used; InputError if no other could take one's place."""
+        self.unusable.update(index for batch in batches for index in batch["unusable"])
+        empty = next((batch for batch in batches if batch["views"] is None), None)
+        if empty is not None:
+            last_one = self.source.describe(empty["unusable"][-1])
+            message = (
+                f"`{self.source.name}`: expected usable images, found {MAX_SUBSTITUTES} drawn in "
+                f"a row that are corrupt or smaller than a patch, the last of them {last_one}; check the data."
+            )
+            if not self.accelerator.is_main_process:
+                logger.error(message)  # the others do not see this process's share
+            raise InputError(message)
 
     def _loader(self, first_step: int) -> Iterable[dict[str, Any]]:
         run, accelerator = self.run, self.accelerator

@@ -27,7 +27,7 @@ from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.curves import CURVES_FILE, draw_curves
 from hf_vicreg.training.distributed import build_accelerator, run_on_main
 from hf_vicreg.training.doctor import health_of
-from hf_vicreg.training.errors import InputError, RunStopped, as_input_error, room_in
+from hf_vicreg.training.errors import InputError, RelayedError, RunStopped, as_input_error, room_in
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
 from hf_vicreg.training.export import export_run, export_snapshot
 from hf_vicreg.training.hub_push import HubPush, check_account
@@ -153,13 +153,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     if checkpoint is not None:
         trainer.resume(checkpoint)
 
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"`output_dir`: expected a folder to write to, cannot make {folder}: {error}.") from error
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(config.to_recipe(), sort_keys=False))
-    accelerator.wait_for_everyone()
+    run_on_main(lambda: _start_folder(folder, config), accelerator)
     sizes = [sum(one.numel() for one in encoder.parameters()) for encoder in trainer.unwrapped.encoders]
     logger.info(
         "%s images of %s, batch %d, %d steps; encoder of %s M parameters, attention density %.3f; covariance by %s",
@@ -276,6 +270,18 @@ def _refuse_size(model: VicRegForPreTraining, side: int) -> None:
         ) from error
 
 
+def _start_folder(folder: Path, config: RunConfig) -> None:
+    """Make the run's folder if need be, and write into it what the run is made of; whole, or what was there stays."""
+    temporary = folder / f"{OWN_FILE}.tmp"
+    try:
+        with room_in(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(yaml.safe_dump(config.to_recipe(), sort_keys=False))
+            temporary.replace(folder / OWN_FILE)
+    except OSError as error:
+        raise InputError(f"`output_dir`: expected a folder to write to, {folder} is not: {error}.") from error
+
+
 def _refuse_foreign_folder(folder: Path, *, resuming: bool) -> None:
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.exists() and not folder.is_dir():
@@ -297,12 +303,13 @@ def _hardware(accelerator: Accelerator) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; return the exit code: 2 for bad input, 75 for a run that stopped when asked."""
     main_process = os.environ.get("RANK", "0") == "0"
+    first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_vicreg").setLevel(logging.INFO if main_process else logging.ERROR)
     try:
         run_pretraining(resolve(parse_flags(sys.argv[1:] if arguments is None else arguments)))
     except InputError as error:
-        if main_process:
+        if first_of_machine and (main_process or not isinstance(error, RelayedError)):
             print(f"error: {error}", file=sys.stderr)
         return 2
     except RunStopped:

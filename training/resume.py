@@ -1,5 +1,6 @@
 """Going on where a run was: from which checkpoint, and whether it is this run's."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hf_vicreg.training.checkpoint import RunState, find_checkpoint
-from hf_vicreg.training.config import RESUMABLE_CHANGES
+from hf_vicreg.training.config import RESUMABLE_CHANGES, PretrainArguments
 from hf_vicreg.training.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+DEFAULTS = {one.name: one.default for one in dataclasses.fields(PretrainArguments)}
 
 
 def checkpoint_to_resume(run: Any, accelerator: Accelerator) -> Path | None:
@@ -26,14 +29,21 @@ def checkpoint_to_resume(run: Any, accelerator: Accelerator) -> Path | None:
     """
     if run.resume_from_checkpoint is None:
         return None
-    found = find_checkpoint(Path(run.output_dir) / "checkpoints", run.resume_from_checkpoint)
+    found, error = None, None
+    try:
+        found = find_checkpoint(Path(run.output_dir) / "checkpoints", run.resume_from_checkpoint)
+    except InputError as one:
+        error = one
     if accelerator.num_processes > 1:
-        names = gather_object([None if found is None else found.name])
-        if len(set(names)) > 1:
+        # errors, too: a process that leaves would keep the others waiting
+        seen = set(gather_object([str(error) if error is not None else None if found is None else found.name]))
+        if len(seen) > 1:
             raise InputError(
                 f"`output_dir`: expected every machine to see the same checkpoints in {run.output_dir}, got "
-                f"{sorted({str(name) for name in names})}; put it on a file system that all of them share."
+                f"{sorted(map(str, seen))}; put it on a file system that all of them share."
             )
+    if error is not None:
+        raise error
     if found is None:
         if (Path(run.output_dir) / "model.safetensors").exists():
             raise InputError(
@@ -46,10 +56,12 @@ def checkpoint_to_resume(run: Any, accelerator: Accelerator) -> Path | None:
 
 def refuse_other_configuration(found: RunState, expected: RunState) -> None:
     """Raise InputError if a checkpoint's configuration or data differ from the run's, naming each difference."""
+    # a checkpoint of before a flag was there was trained with what is its default
+    one, other = DEFAULTS | expected.recipe, DEFAULTS | found.recipe
     differences = [
-        f"`{key}` is {expected.recipe.get(key)!r}, the checkpoint has {found.recipe.get(key)!r}"
-        for key in sorted(expected.recipe.keys() | found.recipe.keys())
-        if key not in RESUMABLE_CHANGES and expected.recipe.get(key) != found.recipe.get(key)
+        f"`{key}` is {one.get(key)!r}, the checkpoint has {other.get(key)!r}"
+        for key in sorted(one.keys() | other.keys())
+        if key not in RESUMABLE_CHANGES and one.get(key) != other.get(key)
     ]
     if found.data_fingerprint != expected.data_fingerprint:
         differences.append("the images are not the ones it was trained on")

@@ -1,8 +1,9 @@
 """The log of a run: a line of JSON every so many steps, timed, watched, and sent to trackers where there are any."""
 
 import json
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from accelerate import Accelerator
 
 from hf_vicreg.training.diagnosis import Verdict, Watch
+from hf_vicreg.training.distributed import run_on_main
 from hf_vicreg.training.errors import room_in
+from hf_vicreg.training.signals import end_workers
 
 LOG_FILE = "log.jsonl"
 
@@ -24,22 +27,26 @@ class Stopwatch:
     def _restart(self) -> None:
         self.started, self.waited, self.images, self.grad_norm_max = time.perf_counter(), 0.0, 0, 0.0
 
-    def waits(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches, adding up how long each one was waited for."""
+    def waits(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
+        """Yield the batches, adding up how long each one was waited for; closed early, it ends their loader."""
         iterator = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - asked
-            yield batch
+        try:
+            while True:
+                asked = time.perf_counter()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                self.waited += time.perf_counter() - asked
+                yield batch
+        finally:
+            end_workers(iterator)
 
     def count(self, images: int, grad_norm: float) -> None:
         """Note a step: its images over all processes, and the norm of its gradient."""
         self.images += images
-        self.grad_norm_max = max(self.grad_norm_max, grad_norm)  # a NaN is passed over: its step is skipped
+        if math.isfinite(grad_norm):  # else the step is left out
+            self.grad_norm_max = max(self.grad_norm_max, grad_norm)
 
     def exclude(self, seconds: float) -> None:
         """Leave out time spent on something else than training."""
@@ -63,33 +70,44 @@ class RunLog:
     """The log of a run on its main process; the others have none, and what is written there goes nowhere."""
 
     def __init__(self, folder: Path, step: int, accelerator: Accelerator, gamma: float):
-        """Continue the log at a step, or begin it.
+        """Continue the log at a step, or begin it; every process must call.
 
         Args:
             folder: The run's.
             step: Steps done; lines of later ones, which will be done again, are dropped.
             accelerator: Its trackers get every line.
             gamma: Target of the embeddings' standard deviation.
+
+        Raises:
+            InputError: The disk is full.
         """
         self.path, self.accelerator = folder / LOG_FILE, accelerator
         self.watch = Watch(gamma)
-        if accelerator.is_main_process:
-            for record in truncate_log(self.path, step):
-                self.watch.follow(record)
+
+        def begin() -> None:
+            with room_in(folder):
+                for record in truncate_log(self.path, step):
+                    self.watch.follow(record)
+
+        run_on_main(begin, accelerator)
 
     def write(self, record: dict[str, Any]) -> list[Verdict]:
         """Append a line, send it to the trackers, and return what is found wrong for the first time.
+
+        Every process must call; on the others than the main one nothing is ever found.
 
         Raises:
             InputError: The disk is full.
         """
         figures = {key: value for key, value in record.items() if key != "step"}
         self.accelerator.log(figures, step=record["step"])
-        if not self.accelerator.is_main_process:
-            return []
-        with room_in(self.path.parent), self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        return self.watch.follow(record)
+
+        def append() -> None:
+            with room_in(self.path.parent), self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+        run_on_main(append, self.accelerator)
+        return self.watch.follow(record) if self.accelerator.is_main_process else []
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,9 @@ from types import FrameType, TracebackType
 STOP_FILE = "stop"
 STOP_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 SECONDS_BETWEEN_LOOKS = 1.0  # at the stop file, which may lie on a network's file system
-WORKER_GRACE_S = 120  # how long a loader process outlives a SIGTERM; the step it works for is done long before
+WORKER_GRACE_S = 600  # how long a loader process outlives a SIGTERM: a step, a measurement and a checkpoint
+LAUNCHERS = (b"accelerate", b"accelerate-launch", b"torchrun")
+LAUNCHER_MODULES = (b"accelerate.", b"torch.distributed.")
 
 
 class StopReason(IntEnum):
@@ -109,6 +111,17 @@ def outlive_signals(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, _end_later)
 
 
+def end_workers(iterator: object) -> None:
+    """End the processes of a loader's iterator that is left early, if it has any.
+
+    Otherwise they are ended when the interpreter exits, by the very signal that they outlive. torch does the same when
+    the iterator is deleted, but an exception on its way keeps it alive.
+    """
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
+
+
 def _end_later(number: int, frame: FrameType | None) -> None:
     signal.alarm(WORKER_GRACE_S)
 
@@ -123,4 +136,6 @@ def _launcher() -> int | None:
         command = Path(f"/proc/{parent}/cmdline").read_bytes()
     except OSError:
         return None
-    return parent if any(name in command for name in (b"accelerate", b"torchrun", b"torch.distributed")) else None
+    words = command.split(b"\0")[:4]  # an interpreter, its options, and what it runs
+    named = any(os.path.basename(word) in LAUNCHERS or word.startswith(LAUNCHER_MODULES) for word in words)
+    return parent if named else None

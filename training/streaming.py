@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from hf_vicreg.training.data import MAX_SUBSTITUTES, collate, draw_views, joint_reduction
 from hf_vicreg.training.decoding import decode
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.signals import outlive_signals
+from hf_vicreg.training.signals import end_workers, outlive_signals
 from hf_vicreg.training.sources import image_column_of, load_splits
 from hf_vicreg.training.views import ViewSampler
 
 logger = logging.getLogger(__name__)
 
+NUM_FINGERPRINTED = 8
 BUFFER_SIZE = 1000  # images, still encoded, that the next one is drawn from
 
 
@@ -52,8 +53,12 @@ class ImageStream:
 
     @property
     def fingerprint(self) -> str:
-        """Of what can be known without reading everything."""
-        return f"stream of {self.num_shards} shards"
+        """Of what can be known without reading everything: shards, columns and the first images."""
+        digest = hashlib.sha256(f"{self.num_shards} {self.column}".encode())
+        for row in self.rows.take(NUM_FINGERPRINTED):
+            entry = row[self.column] or {}
+            digest.update(entry.get("bytes") or str(os.path.basename(entry.get("path") or "")).encode())
+        return f"stream {digest.hexdigest()[:16]}"
 
     def at_least(self, height: int, width: int) -> "ImageStream":
         """Return the same images, smaller ones being unusable from now on."""
@@ -138,7 +143,7 @@ class StreamDataset(IterableDataset):
                 try:
                     with fsspec.open(entry["path"], "rb") as file:
                         entry["bytes"] = file.read()
-                except OSError:
+                except Exception:  # of whatever the path stands for; a file that is lost is one image less
                     entry["bytes"] = b""
             yield entry["bytes"]
 
@@ -171,7 +176,7 @@ def stream_batches(
         pin_memory: As the loader's.
 
     Raises:
-        InputError: The stream holds no images.
+        InputError: The stream holds no images, or a shard that cannot be read.
     """
     if first_step:
         logger.warning("streaming: the run goes on in a new order; some images come again before others come at all")
@@ -186,8 +191,19 @@ def stream_batches(
         pin_memory=pin_memory,
     )
     batches = iter(loader)
-    for _ in range(num_batches):
-        batch = next(batches, None)
-        if batch is None:
-            raise InputError(f"`dataset_name`: expected images in {stream.name}, process {process_index} got none.")
-        yield batch
+    try:
+        for _ in range(num_batches):
+            try:
+                batch = next(batches, None)
+            except (OSError, ValueError, RuntimeError) as error:  # of a loader process, wrapped into its own kind
+                reason = str(error).strip().splitlines()[-1]
+                message = f"`dataset_name`: expected shards that can be read in {stream.name}: {reason}"
+                logger.error("process %d: %s", process_index, message)  # the others do not see this one's shards
+                raise InputError(message) from error
+            if batch is None:
+                message = f"`dataset_name`: expected images in {stream.name}, process {process_index} got none."
+                logger.error(message)
+                raise InputError(message)
+            yield batch
+    finally:
+        end_workers(batches)

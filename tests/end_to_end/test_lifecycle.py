@@ -133,6 +133,10 @@ def assert_same_end(one, other):
     assert losses(one) == losses(other)
 
 
+def lines_of(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -196,8 +200,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(
 def test_a_signal_means_checkpoint_and_exit_code_75(name, forks, undisturbed, tmp_path):
     out = tmp_path / "stopped"
     settings = {"checkpointing_steps": 1000}
-    (child,) = forks.start(out, **settings)
-    wait_for((out / "log.jsonl").exists, "step")
+    (child,) = forks.start(out, wrong=["sleep", 0, 5, 2], **settings)
+    wait_for(lambda: lines_of(out / "log.jsonl") == 5, "fifth step")
     os.kill(child, signal.Signals[name])
     assert forks.finish() == [75], forks.said()
     step = newest_step(out)
@@ -210,7 +214,7 @@ def test_a_signal_means_checkpoint_and_exit_code_75(name, forks, undisturbed, tm
 
 def test_a_second_interrupt_ends_at_once(forks, tmp_path):
     out = tmp_path / "hasty"
-    (child,) = forks.start(out, wrong=["sleep", 0, 2])  # a step that takes 20 s
+    (child,) = forks.start(out, wrong=["sleep", 0, 2, 20])
     wait_for(lambda: newest_step(out) == 2, "second step")
     time.sleep(0.2)
     began = time.monotonic()
@@ -238,8 +242,8 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_their_work(forks, undist
 @pytest.mark.distributed
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(forks, undisturbed, tmp_path):
     out, settings = tmp_path / "one_rank", {"checkpointing_steps": 1000}
-    children = forks.start(out, 2, **settings)
-    wait_for((out / "log.jsonl").exists, "step")
+    children = forks.start(out, 2, wrong=["sleep", 0, 5, 2], **settings)
+    wait_for(lambda: lines_of(out / "log.jsonl") == 5, "fifth step")
     os.kill(children[1], signal.SIGTERM)  # not the main process
     assert forks.finish() == [75, 75], forks.said()
     assert "2 process(es)" in forks.said()
@@ -301,6 +305,16 @@ def test_a_full_disk_is_told_and_older_checkpoints_stay(world_size, forks, undis
     assert kept
     assert all(find_damage(path) is None for path in kept)
     assert not list((out / "checkpoints").glob(".*"))
+    filler = out / "filler"
+    with contextlib.suppress(OSError), filler.open("wb") as file:  # not a byte is left
+        while file.write(bytes(4096)):
+            file.flush()
+    recipe = (out / "recipe.yaml").read_bytes()
+    assert forks.run(out, world_size, **settings) == [2] * world_size, forks.said()
+    assert "`output_dir`: expected room to write in" in forks.said()
+    assert "Traceback" not in forks.said()
+    assert (out / "recipe.yaml").read_bytes() == recipe
+    filler.unlink()
     small_disk(40 * size)
     assert forks.run(out, world_size, **settings) == [0] * world_size, forks.said()
     assert_same_end(out, whole)
@@ -319,6 +333,27 @@ def test_an_image_that_disappears_is_replaced_and_counted(forks, tmp_path):
         victim.write_bytes(content)
     assert json.loads((out / "results.json").read_text())["unusable_images"] == 1
     assert "0039.png" in forks.said()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_run_with_loaders_that_stops_or_fails_leaves_at_once(forks, run_process, tmp_path):
+    run = [sys.executable, "-m", MODULE, "--config", forks.folder / "recipe.yaml", "--dataloader_num_workers", 2]
+    stopped = run_process(
+        [*run, "--train_dir", forks.folder / "images", "--output_dir", tmp_path / "s", "--max_time", 0], 100
+    )
+    assert stopped.returncode == 75, stopped.stderr
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(16):  # one that is readable, or the run would not begin, and is not there later
+        shutil.copy(forks.folder / "images" / f"{index:04d}.png", images)
+    flags = ["--train_dir", images, "--output_dir", tmp_path / "f", "--max_steps", 100_000]
+    process = run_process.start([*run, *flags])
+    wait_for((tmp_path / "f" / "log.jsonl").exists, "step")
+    for path in images.iterdir():
+        path.unlink()
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 2, said
+    assert "expected usable images, found 64 drawn in a row" in said
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="needs /proc")

@@ -14,7 +14,7 @@ import torch
 from hf_vicreg.training.pretrain import main
 
 
-def go_wrong(kind, rank_wanted, step_wanted, rank):
+def go_wrong(rank, kind, rank_wanted, step_wanted, seconds=0):
     """At a step, make the loss or a gradient of one rank NaN, or let the rank sleep."""
     steps = 0
 
@@ -29,7 +29,7 @@ def go_wrong(kind, rank_wanted, step_wanted, rank):
             elif kind == "gradient" and name == "BigBirdViTModel":
                 output.pooler_output.register_hook(lambda gradient: gradient * float("nan"))
             elif kind == "sleep" and name == "VicRegForPreTraining":
-                time.sleep(20)
+                time.sleep(seconds)
         steps += name == "VicRegForPreTraining"
 
     torch.nn.modules.module.register_module_forward_hook(hook)
@@ -54,7 +54,7 @@ def run(order, rank):
             "MASTER_PORT": str(order["port"]),
         }
     if "wrong" in order:
-        go_wrong(*order["wrong"], rank)
+        go_wrong(rank, *order["wrong"])
     try:
         code = main(order["flags"])
         sys.stdout.flush()

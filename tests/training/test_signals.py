@@ -84,8 +84,8 @@ def test_exit_code_is_75_and_0_where_a_launcher_would_start_again(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="needs /proc")
-@pytest.mark.parametrize("name", ["launch_of_accelerate", "shell"])
-def test_a_launcher_that_ends_is_noticed_and_a_shell_is_not(name, tmp_path, run_process):
+@pytest.mark.parametrize("name", ["accelerate", "accelerate-of-mine.py"])
+def test_a_launcher_that_ends_is_noticed_and_a_script_is_not(name, tmp_path, run_process):
     # the parent ends at once and leaves its child behind, as `accelerate launch` does on SIGTERM
     child = (
         f"{BY_PATH}import time; from pathlib import Path\n"
@@ -93,7 +93,7 @@ def test_a_launcher_that_ends_is_noticed_and_a_shell_is_not(name, tmp_path, run_
         "while not Path('gone').exists(): time.sleep(0.01)\n"
         "time.sleep(0.2); Path('reason').write_text(stop.reason().name)\n"
     )
-    parent = tmp_path / f"{name}.py"
+    parent = tmp_path / name
     parent.write_text(
         "import subprocess, sys, time, os\n"
         f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
@@ -106,7 +106,7 @@ def test_a_launcher_that_ends_is_noticed_and_a_shell_is_not(name, tmp_path, run_
     while not (tmp_path / "reason").exists() or not (tmp_path / "reason").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert (tmp_path / "reason").read_text() == ("NONE" if name == "shell" else "LAUNCHER_GONE")
+    assert (tmp_path / "reason").read_text() == ("LAUNCHER_GONE" if name == "accelerate" else "NONE")
 
 
 def test_loader_processes_outlive_a_signal_but_not_for_ever():

@@ -17,7 +17,7 @@ from hf_vicreg.training.config import ViewsConfig
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.resolve import resolve
 from hf_vicreg.training.sources import load_sources
-from hf_vicreg.training.streaming import StreamDataset, load_stream, stream_batches
+from hf_vicreg.training.streaming import ImageStream, StreamDataset, load_stream, stream_batches
 from hf_vicreg.training.views import ViewSampler
 
 SHARDS, IN_A_SHARD = 4, 12
@@ -131,6 +131,36 @@ def test_nothing_usable_ends_the_run(tmp_path):
                 load_stream(str(tmp_path / "set")), still(), num_batches=1, batch_size=2, num_workers=0, **settings
             )
         )
+
+
+def test_a_broken_shard_is_one_line_and_a_lost_image_is_one_less(shards, caplog):
+    settings = {"seed": 0, "first_step": 0, "process_index": 0, "num_processes": 1, "pin_memory": False}
+    settings |= {"num_batches": 30, "batch_size": 4}
+    path = shards / "train-00002-of-00004.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    for workers in (0, 2):
+        with pytest.raises(InputError, match="`dataset_name`: expected shards that can be read in shards: ") as caught:
+            list(stream_batches(load_stream(str(shards)), still(), num_workers=workers, **settings))
+        assert "\n" not in str(caught.value)
+        assert "process 0: `dataset_name`" in caplog.text
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = [{"bytes": None, "path": "no-such-protocol://x"}, {"bytes": None, "path": "no-such-file"}]
+    stream = ImageStream(
+        "rows", datasets.Dataset.from_dict({"image": rows}, features=features).to_iterable_dataset(), "image"
+    )
+    assert next(iter(StreamDataset(stream, still(), "key", 0, 1)))["views"] is None
+
+
+def test_other_images_have_another_fingerprint(shards, tmp_path):
+    before = load_stream(str(shards)).fingerprint
+    assert load_stream(str(shards)).fingerprint == before
+    buffer = BytesIO()
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(buffer, "PNG")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": [{"bytes": buffer.getvalue(), "path": None}] * IN_A_SHARD, "label": [0] * IN_A_SHARD}
+    path = shards / "train-00000-of-00004.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    assert load_stream(str(shards)).fingerprint != before
 
 
 def test_a_streamed_run_trains_and_says_what_resuming_means(shards, tmp_path, tiny_recipe, caplog):

@@ -43,6 +43,9 @@ trap ask_to_stop USR1
 # torchrun starts failed processes again; each start goes on from the newest checkpoint that is whole. With a store of its
 # own it does not read addresses of the start before (pytorch#135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then # since SLURM 22.05 srun does not take it from sbatch
+    export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+fi
 srun torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv_backend c10d --rdzv_endpoint "${hosts[0]}:29500" --rdzv_id "$SLURM_JOB_ID" --max_restarts 3 \
