@@ -97,15 +97,13 @@ def _evaluate(parsed: argparse.Namespace) -> None:
 
 def _finetune_classification(parsed: argparse.Namespace) -> None:
     log_to_stderr()
-    import torch.distributed
-
+    from hf_vicreg.training.distributed import leave_processes
     from hf_vicreg.training.evaluation.finetune import finetune_classification
 
     try:
         finetune_classification(parsed.model, arguments_of(parsed))
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_processes()
 
 
 def log_to_stderr() -> None:

@@ -58,14 +58,13 @@ def _finetune_captioning(parsed: argparse.Namespace) -> None:
 
 
 def _finetune(task: Any, parsed: argparse.Namespace) -> None:
-    import torch.distributed
+    from hf_vicreg.training.distributed import leave_processes
 
     log_to_stderr()
     try:
         task(parsed.model, arguments_of(parsed))
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_processes()
 
 
 def _detect(parsed: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from hf_vicreg.training.checkpoint import RunState
 from hf_vicreg.training.checks import check_statistics_batch
 from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.curves import CURVES_FILE, draw_curves
-from hf_vicreg.training.distributed import build_accelerator, run_on_main
+from hf_vicreg.training.distributed import build_accelerator, leave_processes, run_on_main
 from hf_vicreg.training.doctor import health_of
 from hf_vicreg.training.errors import InputError, RelayedError, RunStopped, as_input_error, room_in
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
@@ -233,6 +233,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         print(summary(folder, results, records))
 
     run_on_main(finish, accelerator)
+    accelerator.wait_for_everyone()  # or the main process would leave while others still listen to it
     if push is not None:
         push.finish()
     return PretrainResult(folder, encoder, processor, results)
@@ -315,8 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RunStopped:
         return stop_exit_code()
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_processes()
     return 0
 
 
