@@ -100,7 +100,7 @@ def train(config: RunConfig, objective: str, source: ImageSource, progress: Call
     assert source.labels is not None
     head = torch.nn.Linear(model.expander.in_features, max(source.labels) + 1)
     model.add_module("head", head)
-    optimizer = build_optimizer(model, run.learning_rate, run.weight_decay, (run.adam_beta1, run.adam_beta2))
+    optimizer = build_optimizer(model, "adamw", run.learning_rate, run.weight_decay, (run.adam_beta1, run.adam_beta2))
     dataset = ViewDataset(source, ViewSampler.of_views(config.views, config.image_size), run.seed)
     num_steps = run.num_train_epochs * (len(source) // run.batch_size)
     started = time.perf_counter()

@@ -130,7 +130,7 @@ class Side:
 
     def __init__(self, model: VicRegForPreTraining, loader: Iterator[Any], device: torch.device):
         self.model = copy.deepcopy(model).to(device).train()
-        self.optimizer = build_optimizer(self.model, 1e-4, 0.05, (0.9, 0.95))
+        self.optimizer = build_optimizer(self.model, "adamw", 1e-4, 0.05, (0.9, 0.95))
         self.loader, self.device = loader, device
 
     def views(self, batch: Any) -> torch.Tensor:
