@@ -86,7 +86,7 @@ def _entry(task: str, dataset_id: str | None, dataset: str, name: str, value: fl
         dataset_name=dataset,
         metric_type="accuracy",
         metric_name=name,
-        metric_value=value,
+        metric_value=round(value, 6),  # float32 means have digits that say nothing
     )
 
 

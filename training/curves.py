@@ -16,7 +16,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> bool:
     matplotlib is not a requirement of the package: a run on a machine without it says so in the log and goes on.
 
     Args:
-        records: Lines of log.jsonl.
+        records: Lines of log.jsonl, `with_ends` if accuracies were measured there.
         path: PNG file to write.
 
     Returns:
@@ -62,6 +62,23 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> bool:
             axes.legend(fontsize="small")
     figure.savefig(path, dpi=DOTS_PER_INCH)
     return True
+
+
+def with_ends(records: list[dict[str, Any]], results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a log's records between the accuracies of the untrained and of the trained encoders, as records.
+
+    Args:
+        records: Lines of log.jsonl, which has the accuracies between the two.
+        results: What `results.json` holds.
+    """
+    first, last = ({"step": step} for step in (0, results.get("steps", 0)))
+    for kind in ("knn_accuracy", "linear_accuracy"):
+        measured = results.get(kind) or {}
+        for record, when in ((first, "untrained"), (last, "trained")):
+            for whose in ("", "second_"):
+                if f"{whose}{when}" in measured:
+                    record[f"{whose}{kind}"] = measured[f"{whose}{when}"]
+    return [*([first] if len(first) > 1 else []), *records, *([last] if len(last) > 1 else [])]
 
 
 def _draw(axes: Any, records: list[dict[str, Any]], names: dict[str, str], **style: Any) -> bool:

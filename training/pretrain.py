@@ -24,7 +24,7 @@ from hf_vicreg.modeling.vicreg_statistics import covariance_form
 from hf_vicreg.training.checkpoint import RunState
 from hf_vicreg.training.checks import check_statistics_batch
 from hf_vicreg.training.config import RunConfig
-from hf_vicreg.training.curves import CURVES_FILE, draw_curves
+from hf_vicreg.training.curves import CURVES_FILE, draw_curves, with_ends
 from hf_vicreg.training.distributed import build_accelerator, leave_processes, run_on_main
 from hf_vicreg.training.doctor import health_of
 from hf_vicreg.training.errors import InputError, RelayedError, RunStopped, as_input_error, room_in
@@ -229,7 +229,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         results.update(health_of(records, config.vicreg.gamma))
         with room_in(folder):
             export_run(folder, trainer.unwrapped, processor, config.to_recipe(), results)
-            draw_curves(records, folder / CURVES_FILE)
+            draw_curves(with_ends(records, results), folder / CURVES_FILE)
         print(summary(folder, results, records))
 
     run_on_main(finish, accelerator)

@@ -7,6 +7,7 @@ from typing import Any
 from hf_vicreg.modeling.bigbird_pattern import BlockPattern
 from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 from hf_vicreg.modeling.pattern_picture import COLOURS, LEGEND
+from hf_vicreg.training.curves import with_ends
 
 logger = logging.getLogger(__name__)
 
@@ -14,13 +15,14 @@ MAX_TILES = 1024  # of a pattern: its table has the square of that
 PARTS = ("invariance", "variance", "covariance")
 
 
-def draw_pictures(folder: Path, config: Any, log: list[dict[str, Any]]) -> list[str]:
+def draw_pictures(folder: Path, config: Any, log: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
     """Draw what there is to draw into a folder and return the files' names; none where matplotlib is missing.
 
     Args:
         folder: Where to write `training_curves.png` and `attention_pattern.png`.
         config: The encoder's configuration; a pattern is drawn for a `BigBirdViTConfig` with sparse attention.
         log: The run's records, with `step` and what was measured there.
+        results: What `results.json` holds, accuracies before and after training among it.
     """
     try:
         import matplotlib.figure  # noqa: F401
@@ -29,7 +31,7 @@ def draw_pictures(folder: Path, config: Any, log: list[dict[str, Any]]) -> list[
         return []
     drawn = []
     if any("loss" in record for record in log):
-        _draw_curves(folder / "training_curves.png", log)
+        _draw_curves(folder / "training_curves.png", with_ends(log, results))
         drawn.append("training_curves.png")
     if config.model_type == "bigbird_vit" and config.attention_type == "block_sparse":
         pattern = layer_pattern(config, *config.grid_size(*config.image_size_hw))
@@ -67,7 +69,7 @@ def _draw_curves(path: Path, log: list[dict[str, Any]]) -> None:
             second = [record["second_knn_accuracy"] for record in measured]
             panels[-1].plot(at, second, marker="o", color="#d95f02", label="second encoder")
             panels[-1].legend(frameon=False)
-        panels[-1].set_title("k-NN accuracy during training")
+        panels[-1].set_title("k-NN accuracy")
     for panel in panels:
         panel.set_xlabel("step")
         panel.spines[["top", "right"]].set_visible(False)

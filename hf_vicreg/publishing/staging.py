@@ -90,7 +90,7 @@ def stage(run: Path, into: Path, *, repo: str, include_pretraining: bool = False
         public = {key: value for key, value in recipe.items() if key not in OF_THE_OWNER}
         (into / "recipe.yaml").write_text(yaml.safe_dump(public, sort_keys=False))
     log = _read_log(run)
-    pictures = draw_pictures(into, _encoder_config(into), log)
+    pictures = draw_pictures(into, _encoder_config(into), log, results)
     if (run / NEIGHBOURS).exists():
         Image.open(_inside(run, NEIGHBOURS)).convert("RGB").save(into / NEIGHBOURS)  # the pixels, without comments
         pictures.append(NEIGHBOURS)

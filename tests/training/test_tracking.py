@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_vicreg.training.curves import draw_curves
+from hf_vicreg.training.curves import draw_curves, with_ends
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.resolve import resolve
 from hf_vicreg.training.tracking import tracker_names
@@ -99,3 +99,15 @@ def test_curves_are_drawn_from_what_there_is(tmp_path, monkeypatch, caplog):
         assert not draw_curves(full, tmp_path / "absent.png")
     assert "matplotlib is not installed" in caplog.text
     assert not (tmp_path / "absent.png").exists()
+
+
+def test_curves_begin_with_the_untrained_encoder_and_end_with_the_trained_one():
+    records = [{"step": 3, "loss": 1.0}, {"step": 3, "epoch": 1, "knn_accuracy": 0.4}]
+    measured = {"raw_pixels": 0.2, "untrained": 0.3, "trained": 0.5, "second_trained": 0.1}
+    found = with_ends(records, {"steps": 6, "knn_accuracy": measured, "linear_accuracy": {}})
+    assert found == [
+        {"step": 0, "knn_accuracy": 0.3},
+        *records,
+        {"step": 6, "knn_accuracy": 0.5, "second_knn_accuracy": 0.1},
+    ]
+    assert with_ends(records, {}) == records
