@@ -9,7 +9,12 @@ from hf_vicreg._version import __version__
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; return the exit code: 2 for bad input, else what the verb says."""
-    parsed = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["pretrain"]:  # its flags are the recipe's, which argparse does not know
+        from hf_vicreg.training.pretrain import main as pretrain
+
+        return pretrain(given[1:])
+    parsed = build_parser().parse_args(given)
     try:
         code = parsed.run(parsed)
     except (ValueError, OSError) as error:
@@ -27,6 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
+    verbs.add_parser(
+        "pretrain", help="pretrain an encoder; as `accelerate launch -m hf_vicreg.training.pretrain` does"
+    )
     inspect = verbs.add_parser("inspect", help="what a model's attention costs and looks like")
     whats = inspect.add_subparsers(required=True, metavar="WHAT")
     cost = whats.add_parser("cost", help="FLOPs and memory at an image size, dense and by blocks")

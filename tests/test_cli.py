@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from transformers import ViTConfig
 
 from hf_vicreg import BigBirdViTConfig, VicRegConfig
@@ -30,6 +32,30 @@ def test_installed_command_prints_costs(folder):
     assert finished.returncode == 0, finished.stderr
     assert "512x512 pixels: 32x32 patches, 1,025 tokens" in finished.stdout
     assert "density 0.167" in finished.stdout
+
+
+def test_pretrain_is_the_trainer(tmp_path, capsys, caplog, tiny_recipe):
+    threads = torch.get_num_threads()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe))
+    flags = [
+        "pretrain",
+        "--config",
+        str(tmp_path / "tiny.yaml"),
+        "--dataset_name",
+        "digits",
+        "--max_train_samples",
+        "64",
+    ]
+    assert main([*flags, "--output_dir", str(tmp_path / "run")]) == 0
+    torch.set_num_threads(threads)  # a run sets them
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert main([*flags, "--output_dir", str(tmp_path / "run")]) == 2
+    assert "error: `output_dir`: expected a new or empty folder" in capsys.readouterr().err
+    for arguments, words in ((["--help"], "pretrain an encoder"), (["pretrain", "--help"], "--batch_size")):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        assert words in capsys.readouterr().out
 
 
 def test_cost_of_a_wrapper_is_its_encoders(folder, capsys):
