@@ -14,12 +14,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
-from hf_vicreg.training.checkpoint import (
-    RunState,
-    load_state,
-    load_tensors,
-    remove_leftovers,
-)
+from hf_vicreg.training.checkpoint import RunState, remove_leftovers
 from hf_vicreg.training.colour import finish_batch
 from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate
@@ -30,7 +25,7 @@ from hf_vicreg.training.guard import StepGuard, Verdict
 from hf_vicreg.training.health import measure_health
 from hf_vicreg.training.optim import build_optimizer, learning_rate_at
 from hf_vicreg.training.progress import Progress
-from hf_vicreg.training.resume import refuse_other_configuration
+from hf_vicreg.training.resume import resume_from
 from hf_vicreg.training.run_log import RunLog, Stopwatch
 from hf_vicreg.training.signals import StopReason, StopRequest, outlive_signals
 from hf_vicreg.training.sources import ImageSource
@@ -111,15 +106,10 @@ class Trainer:
         Raises:
             InputError: It belongs to another configuration or other data.
         """
-        state = load_state(checkpoint)
-        refuse_other_configuration(state, self.state)
-        load_tensors(checkpoint, self.unwrapped, self.optimizer.optimizer, self.accelerator.process_index)
-        if self.accelerator.scaler is not None and state.scaler:
-            self.accelerator.scaler.load_state_dict(state.scaler)
-        recipe = self.state.recipe
-        self.state, self.unusable = state, set(state.unusable)
-        self.state.recipe = recipe
-        logger.info("resumed from %s at step %d of %d", checkpoint.name, state.step, self.num_steps)
+        self.state = resume_from(
+            checkpoint, self.state, self.unwrapped, self.optimizer.optimizer, self.accelerator, self.num_steps
+        )
+        self.unusable = set(self.state.unusable)
 
     def fit(self) -> RunState:
         """Train to the last step and return where the run stands; every process must call.

@@ -5,10 +5,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 
-from hf_vicreg.training.checkpoint import RunState, find_checkpoint
+from hf_vicreg.training.checkpoint import RunState, find_checkpoint, load_state, load_tensors
 from hf_vicreg.training.config import RESUMABLE_CHANGES, PretrainArguments
 from hf_vicreg.training.errors import InputError
 
@@ -52,6 +54,37 @@ def checkpoint_to_resume(run: Any, accelerator: Accelerator) -> Path | None:
             )
         logger.info("no checkpoint in %s yet: starting at step 0", run.output_dir)
     return found
+
+
+def resume_from(
+    checkpoint: Path,
+    expected: RunState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    num_steps: int,
+) -> RunState:
+    """Load a checkpoint into model, optimiser, generators and scaler, and return where the run stands.
+
+    Args:
+        checkpoint: Its folder.
+        expected: With the run's own configuration and data, at step 0.
+        model: In place.
+        optimizer: In place.
+        accelerator: Whose scaler and rank.
+        num_steps: Of the whole run, for the log.
+
+    Raises:
+        InputError: It belongs to another configuration or other data.
+    """
+    state = load_state(checkpoint)
+    refuse_other_configuration(state, expected)
+    load_tensors(checkpoint, model, optimizer, accelerator.process_index)
+    if accelerator.scaler is not None and state.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
+    state.recipe = expected.recipe
+    logger.info("resumed from %s at step %d of %d", checkpoint.name, state.step, num_steps)
+    return state
 
 
 def refuse_other_configuration(found: RunState, expected: RunState) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from hf_vicreg.training.checkpoint import RunState, load_state, load_tensors
+from hf_vicreg.training.checkpoint import RunState
 from hf_vicreg.training.data import StepSampler
 from hf_vicreg.training.distributed import checkpoint_together, largest
 from hf_vicreg.training.errors import InputError
@@ -37,7 +37,7 @@ from hf_vicreg.training.evaluation.layer_decay import decayed_groups
 from hf_vicreg.training.guard import MAX_SKIPPED_IN_A_ROW, StepGuard, Verdict
 from hf_vicreg.training.optim import learning_rate_at
 from hf_vicreg.training.progress import Progress
-from hf_vicreg.training.resume import refuse_other_configuration
+from hf_vicreg.training.resume import resume_from
 from hf_vicreg.training.run_log import truncate_log
 from hf_vicreg.training.sources import ImageSource
 
@@ -128,11 +128,9 @@ class ClassifierTrainer:
         Raises:
             InputError: It belongs to another configuration or other data.
         """
-        state = load_state(checkpoint)
-        refuse_other_configuration(state, self.state)
-        load_tensors(checkpoint, self.unwrapped, self.optimizer.optimizer, self.accelerator.process_index)
-        state.recipe, self.state = self.state.recipe, state
-        logger.info("resumed from %s at step %d of %d", checkpoint.name, state.step, self.num_steps)
+        self.state = resume_from(
+            checkpoint, self.state, self.unwrapped, self.optimizer.optimizer, self.accelerator, self.num_steps
+        )
 
     def fit(self) -> None:
         """Train to the last step; every process must call.

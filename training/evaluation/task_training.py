@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from hf_vicreg.training.checkpoint import RunState, load_state, load_tensors
+from hf_vicreg.training.checkpoint import RunState
 from hf_vicreg.training.data import StepSampler
 from hf_vicreg.training.distributed import checkpoint_together, largest
 from hf_vicreg.training.errors import InputError
@@ -22,7 +22,7 @@ from hf_vicreg.training.evaluation.task_arguments import OWN_FILE, TaskArguments
 from hf_vicreg.training.guard import MAX_SKIPPED_IN_A_ROW, StepGuard, Verdict
 from hf_vicreg.training.optim import learning_rate_at, parameter_groups
 from hf_vicreg.training.progress import Progress
-from hf_vicreg.training.resume import refuse_other_configuration
+from hf_vicreg.training.resume import resume_from
 from hf_vicreg.training.run_log import LOG_FILE, read_log, truncate_log
 
 logger = logging.getLogger(__name__)
@@ -87,11 +87,9 @@ class TaskTrainer:
         Raises:
             InputError: It belongs to another configuration or other data.
         """
-        state = load_state(checkpoint)
-        refuse_other_configuration(state, self.state)
-        load_tensors(checkpoint, self.unwrapped, self.optimizer.optimizer, self.accelerator.process_index)
-        state.recipe, self.state = self.state.recipe, state
-        logger.info("resumed from %s at step %d of %d", checkpoint.name, state.step, self.num_steps)
+        self.state = resume_from(
+            checkpoint, self.state, self.unwrapped, self.optimizer.optimizer, self.accelerator, self.num_steps
+        )
 
     def fit(self) -> None:
         """Train to the last step; every process must call.
