@@ -62,21 +62,23 @@ def core(method: str, side: int, device: str, dtype: torch.dtype) -> Callable[[]
     pattern = pattern_of(side)
     tokens = side * side if method == "bigbird" else pattern.num_tokens
     shape = (1, NUM_HEADS, tokens, HEAD_DIM)
-    tensors = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    keyed = {"pattern": pattern, "scaling": HEAD_DIM**-0.5}
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    scaling = HEAD_DIM**-0.5
     if method in ("dense", "cudnn"):
         backend = SDPBackend.CUDNN_ATTENTION if method == "cudnn" else SDPBackend.FLASH_ATTENTION
-        return pinned(backend, device, lambda: F.scaled_dot_product_attention(*tensors))
+        return pinned(backend, device, lambda: F.scaled_dot_product_attention(query, key, value))
     if method == "masked":
-        return lambda: dense_attention(*tensors, None, **keyed)
+        return lambda: dense_attention(query, key, value, None, pattern=pattern, scaling=scaling)
     if method == "flex":
-        return lambda: flex_block_attention(*tensors, None, **keyed)
+        return lambda: flex_block_attention(query, key, value, None, pattern=pattern, scaling=scaling)
     if method == "bigbird":
         peer, masks = bigbird(side * side, device, dtype)
         attend = peer.bigbird_block_sparse_attention
         sizes = (NUM_HEADS, 3, HEAD_DIM, 64, 64, 1, tokens, tokens)
-        return lambda: attend(*tensors, *masks, *sizes, seed=0, plan_from_length=None, plan_num_rand_blocks=None)[0]
-    return lambda: sdpa_attention(torch.nn.Identity(), *tensors, None, **keyed)[0]
+        plan = {"plan_from_length": None, "plan_num_rand_blocks": None}
+        return lambda: attend(query, key, value, *masks, *sizes, seed=0, **plan)[0]
+    module = torch.nn.Identity()
+    return lambda: sdpa_attention(module, query, key, value, None, pattern=pattern, scaling=scaling)[0]
 
 
 def layer(method: str, side: int, device: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -225,10 +227,9 @@ def main() -> None:
         what, kind, method = arguments.child
         side = arguments.sides[0]
         if what == "times":
-            result = measure_times(kind, side, arguments.repeats, arguments.device, dtype)
+            print(json.dumps(measure_times(kind, side, arguments.repeats, arguments.device, dtype)))
         else:
-            result = measure_memory(kind, method, side, arguments.device, dtype)
-        print(json.dumps(result))
+            print(json.dumps(measure_memory(kind, method, side, arguments.device, dtype)))
         return
     common = ["--device", arguments.device, "--threads", str(arguments.threads), "--tile", *map(str, TILE)]
     rows = []
@@ -240,7 +241,7 @@ def main() -> None:
             for row in new:
                 if side >= MEMORY_FROM_SIDE:
                     extra = in_child(*common, "--sides", str(side), "--child", "memory", kind, row["method"])
-                    row["extra_memory_mb"] = None if extra is None else round(extra / 1e6, 1)
+                    row["extra_memory_mb"] = round(extra / 1e6, 1) if isinstance(extra, int) else None
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             rows += new
     if arguments.out:

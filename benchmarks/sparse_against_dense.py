@@ -93,7 +93,8 @@ def train(arguments: argparse.Namespace, name: str, steps: int, attention_type: 
 
 def crops(dataset_name: str, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the left and the right crop of each held-out image, `(images, 3, side, side)`, in [0, 1]."""
-    left, right = [], []
+    left: list[torch.Tensor] = []
+    right: list[torch.Tensor] = []
     for split in ("validation", "test"):
         for row in load_dataset(dataset_name, split=split):
             pixels = pil_to_tensor(row["image"].convert("RGB"))
