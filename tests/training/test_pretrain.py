@@ -46,6 +46,8 @@ def test_two_branches_of_different_kinds_train_and_resume(tmp_path, tiny_recipe)
         "second_model": tiny_recipe["model"],
         "vicreg": {"expander_sizes": [32, 32], "variance_weight": [25.0, 20.0]},
         "knn_every_epochs": 1,
+        "knn_train_samples": 200,
+        "knn_test_samples": 50,
         "num_train_epochs": 2,
     }
     out = tmp_path / "run"
@@ -66,8 +68,9 @@ def test_two_branches_of_different_kinds_train_and_resume(tmp_path, tiny_recipe)
     assert again.results["steps"] == 6
     with pytest.raises(InputError, match=r"`second_model.model_type`: expected a model type"):
         pretrain(out=tmp_path / "other", data="digits", **settings | {"second_model": {"model_type": "nothing"}})
+    bert = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 24, "vocab_size": 50}
     with pytest.raises(InputError, match=r"`second_model.model_type`: expected an encoder of images, got 'bert'"):
-        pretrain(out=tmp_path / "other", data="digits", **settings | {"second_model": {"model_type": "bert"}})
+        pretrain(out=tmp_path / "other", data="digits", **settings | {"second_model": bert})
 
 
 def test_a_run_leaves_a_folder_that_loads(tmp_path, tiny_recipe, caplog, capsys):
