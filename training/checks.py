@@ -39,8 +39,9 @@ def check_ranges(run: PretrainArguments) -> None:
             raise InputError(f"`{name}`: expected at least {least}, got {value}.")
     for name in ("batch_size", "per_device_train_batch_size"):
         value = getattr(run, name)
-        if value is not None and value < (2 if name == "batch_size" else 1):
-            raise InputError(f"`{name}`: expected at least 2 images for a covariance, got {value}; raise it.")
+        least, reason = (2, "2 images for a covariance") if name == "batch_size" else (1, "1 image")
+        if value is not None and value < least:
+            raise InputError(f"`{name}`: expected at least {reason}, got {value}; raise it.")
     if run.statistics_batch_size is not None and run.per_device_train_batch_size is None:
         check_statistics_batch(run)
     if run.learning_rate == math.inf:

@@ -70,7 +70,9 @@ VIEW_PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class PretrainArguments:
-    """Flags of a run. Sections of the recipe have dotted flags: `--model.KEY`, `--vicreg.KEY`, `--views.KEY`."""
+    """Flags of a run. Sections of the recipe have dotted flags: `--model.KEY`, `--second_model.KEY`,
+    `--vicreg.KEY`, `--views.KEY`.
+    """
 
     output_dir: str = _option("", "Folder of the run: encoder, processor and card at its root, checkpoints inside.")
     dataset_name: str | None = _option(None, "Hub id, local `datasets` folder, or `digits` (built in).")

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_vicreg.model_cards.card import CardFacts, model_card
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
-from hf_vicreg.training.evaluation.results import EVALUATIONS, FILE, read_results
+from hf_vicreg.training.evaluation.results import EVALUATIONS, FILE, read_results, write_results
 from hf_vicreg.training.run_log import read_log
 
 SECOND = "second_encoder"  # where the second branch's encoder lies
@@ -38,7 +38,6 @@ def export_run(
     _save_encoders(folder, model, processor)
     # what `hf-vicreg evaluate` has added since stays: a finished run may be resumed
     kept = {key: one for key, one in read_results(folder).items() if key == EVALUATIONS}
-    (folder / FILE).write_text(json.dumps(results | kept, indent=1) + "\n")
     (folder / "README.md").write_text(
         model_card(
             CardFacts(
@@ -52,6 +51,7 @@ def export_run(
             )
         )
     )
+    write_results(folder, results | kept)  # last: who finds it finds a run that is finished
 
 
 def export_snapshot(

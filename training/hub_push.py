@@ -153,7 +153,10 @@ class HubPush:
         """Say how the last push went."""
         if self.process is None:
             return
-        said = (self.folder / LOG).read_text(errors="replace").strip().splitlines() or ["nothing was said"]
+        said = []
+        with contextlib.suppress(OSError):
+            said = (self.folder / LOG).read_text(errors="replace").strip().splitlines()
+        said = said or ["nothing was said"]
         if self.process.returncode == 0:
             logger.info("push_to_hub: %s: %s", self.pushing, said[-1])
         else:

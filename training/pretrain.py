@@ -3,6 +3,7 @@
 The same from Python is `hf_vicreg.pretrain(out=..., data=..., model=...)`.
 """
 
+import contextlib
 import logging
 import os
 import platform
@@ -44,6 +45,7 @@ from hf_vicreg.training.tracking import TRACKERS_FOLDER, finish_trackers, start_
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
 
 OWN_FILE = "recipe.yaml"  # what a folder has to hold to be taken for a run of ours
+STARTED = f"{OWN_FILE}.tmp"  # what a kill may leave of it
 
 
 @dataclass
@@ -78,7 +80,8 @@ def pretrain(
         data: A folder of image files, a local `datasets` folder, a Hub id, or `"digits"`.
         model: Encoder configuration, or a dictionary of its fields over those of the recipe.
         config: Recipe: a name that comes with the package, or a YAML file.
-        run_arguments: Any flag of the command line, and the sections `vicreg` and `views` as dictionaries.
+        run_arguments: Any flag of the command line, and the sections `second_model`, `vicreg` and `views` as
+            dictionaries.
 
     Raises:
         InputError: A `ValueError` whose one line names the field, what was found and what to do.
@@ -228,8 +231,8 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         records = read_log(folder / LOG_FILE)
         results.update(health_of(records, config.vicreg.gamma))
         with room_in(folder):
-            export_run(folder, trainer.unwrapped, processor, config.to_recipe(), results)
             draw_curves(with_ends(records, results), folder / CURVES_FILE)
+            export_run(folder, trainer.unwrapped, processor, config.to_recipe(), results)
         print(summary(folder, results, records))
 
     run_on_main(finish, accelerator)
@@ -273,7 +276,7 @@ def _refuse_size(model: VicRegForPreTraining, side: int) -> None:
 
 def _start_folder(folder: Path, config: RunConfig) -> None:
     """Make the run's folder if need be, and write into it what the run is made of; whole, or what was there stays."""
-    temporary = folder / f"{OWN_FILE}.tmp"
+    temporary = folder / STARTED
     try:
         with room_in(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -281,10 +284,13 @@ def _start_folder(folder: Path, config: RunConfig) -> None:
             temporary.replace(folder / OWN_FILE)
     except OSError as error:
         raise InputError(f"`output_dir`: expected a folder to write to, {folder} is not: {error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _refuse_foreign_folder(folder: Path, *, resuming: bool) -> None:
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    present = {path.name for path in folder.iterdir()} - {STARTED} if folder.is_dir() else set()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`output_dir`: expected a folder, got {folder}, which is a file.")
     if present and not resuming:

@@ -66,8 +66,9 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
     parser = _Parser(
         [PretrainArguments],
         prog="hf_vicreg.training.pretrain",
-        description="Pretrain an encoder by VICReg. Sections of a recipe have dotted flags: --model.KEY (encoder), "
-        "--vicreg.KEY (expander and loss), --views.KEY (augmentation); for example --model.tile_size 4.",
+        description="Pretrain an encoder by VICReg. Sections of a recipe have dotted flags: --model.KEY and "
+        "--second_model.KEY (encoders), --vicreg.KEY (expander and loss), --views.KEY (augmentation); for example "
+        "--model.tile_size 4.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", help=f"Recipe: a YAML file or one of {', '.join(recipe_names())}.")

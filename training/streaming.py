@@ -1,8 +1,9 @@
 """Images that are read as they come, too many to store: `--streaming`.
 
 A stream has no length and no index. So what an `ImageSource` promises is given up in part, and said in the log: each
-pass mixes images through a buffer instead of a permutation; the order depends on the number of processes and workers;
-and a resumed run begins a new pass in another order, in which some images come again before others have come at all.
+pass mixes images through a buffer instead of a permutation; order and views depend on the number of processes and
+workers; and a resumed run begins a new pass in another order, in which some images come again before others have come
+at all.
 """
 
 import hashlib

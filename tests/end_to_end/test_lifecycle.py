@@ -320,6 +320,23 @@ def test_a_full_disk_is_told_and_older_checkpoints_stay(world_size, forks, undis
     assert_same_end(out, whole)
 
 
+def test_a_disk_that_is_full_at_the_start_leaves_a_folder_to_start_in(forks, small_disk):
+    out = small_disk(64) / "run"
+    out.mkdir()
+    filler = out.parent / "filler"
+    with contextlib.suppress(OSError), filler.open("wb") as file:
+        while file.write(bytes(4096)):
+            file.flush()
+    assert forks.run(out) == [2], forks.said()
+    assert "`output_dir`: expected room to write in" in forks.said()
+    assert not list(out.iterdir())
+    filler.unlink()
+    (out / "recipe.yaml.tmp").write_text("what a kill leaves")
+    small_disk(20_000)
+    assert forks.run(out) == [0], forks.said()
+    assert not list(out.glob("*.tmp"))
+
+
 def test_an_image_that_disappears_is_replaced_and_counted(forks, tmp_path):
     out = tmp_path / "lost"
     victim = forks.folder / "images" / "0039.png"

@@ -94,6 +94,8 @@ def test_a_run_leaves_a_folder_that_loads(tmp_path, tiny_recipe, caplog, capsys)
         "recipe.yaml",
         "results.json",
     }
+    # scripts take it for the sign that a run is finished: it comes last
+    assert (out / "results.json").stat().st_mtime_ns == max(path.stat().st_mtime_ns for path in out.glob("*.*"))
     results = json.loads((out / "results.json").read_text())
     assert results == result.results
     assert results["steps"] == 6

@@ -2,7 +2,8 @@
 
 The file is one object. A pretraining run writes its own fields there; evaluations are a list under `evaluations`, each
 
-    task         "knn", "linear", "retrieval", "few_labels" or "finetune_classification"
+    task         "knn", "linear", "retrieval", "few_labels", "finetune_classification", "finetune_detection" or
+                 "finetune_captioning"
     model        name, model_type, parameters, weights (a hash of configuration and weights), feature, preprocessing
     data         dataset, config, splits, columns, numbers of images and classes, fingerprints of the images' bytes,
                  test_images_in_train (how many are byte for byte among the training images)
@@ -90,14 +91,27 @@ def add_evaluation(folder: Path, record: dict[str, Any]) -> None:
     Raises:
         InputError: The file there is not ours to change.
     """
-    path = folder / FILE
     results = read_results(folder)
     known = results.get(EVALUATIONS, [])
     kept = [one for one in known if any(one.get(key) != record[key] for key in SAME)]
     results[EVALUATIONS] = [*kept, record]
+    write_results(folder, results)
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write a folder's results, whole, or what was there stays.
+
+    Raises:
+        OSError: No room, or a folder that is not writable.
+    """
+    path = folder / FILE
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 #   sbatch training/launch/slurm.sh --config imagenet_small_patch16 --train_dir /shared/images --output_dir /shared/runs/mine
 # The flags are those of hf_vicreg.training.pretrain; --output_dir has to be on a file system that all nodes share.
 # Three minutes before the limit SLURM signals this script, the script asks the run to stop by a file, the run writes a
-# checkpoint, and the job queues again. Not run by the tests but for its syntax and its use of the flags.
+# checkpoint, and the job queues again. The tests run it against stand-ins for srun and
+# scontrol, not on a cluster.
 #SBATCH --job-name=hf_vicreg
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
