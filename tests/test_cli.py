@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from transformers import ViTConfig
 
@@ -35,7 +34,6 @@ def test_installed_command_prints_costs(folder):
 
 
 def test_pretrain_is_the_trainer(tmp_path, capsys, caplog, tiny_recipe):
-    threads = torch.get_num_threads()
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe))
     flags = [
         "pretrain",
@@ -47,7 +45,6 @@ def test_pretrain_is_the_trainer(tmp_path, capsys, caplog, tiny_recipe):
         "64",
     ]
     assert main([*flags, "--output_dir", str(tmp_path / "run")]) == 0
-    torch.set_num_threads(threads)  # a run sets them
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert main([*flags, "--output_dir", str(tmp_path / "run")]) == 2
     assert "error: `output_dir`: expected a new or empty folder" in capsys.readouterr().err

@@ -58,11 +58,8 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _at_work(workplace, monkeypatch):
-    threads = torch.get_num_threads()
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(workplace / "hf_home"))
-    yield
-    torch.set_num_threads(threads)
 
 
 def example(verb, what, capsys):

@@ -71,10 +71,7 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _at_work(workplace, monkeypatch):
-    threads = torch.get_num_threads()
     monkeypatch.chdir(workplace)
-    yield
-    torch.set_num_threads(threads)
 
 
 def example(capsys, *verb):

@@ -14,10 +14,10 @@ from transformers.utils import logging as transformers_logging
 from hf_vicreg.model_cards.card import CardFacts, model_card
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.evaluation.results import EVALUATIONS, FILE, read_results, write_results
-from hf_vicreg.training.run_log import read_log
+from hf_vicreg.training.run_log import LOG_FILE, read_log
 
 SECOND = "second_encoder"  # where the second branch's encoder lies
-RECIPE, LOG = "recipe.yaml", "log.jsonl"
+RECIPE = "recipe.yaml"  # by which a run's folder is known again
 
 
 def export_run(
@@ -45,7 +45,7 @@ def export_run(
                 config=json.loads((folder / "config.json").read_text()),
                 results=results,
                 recipe=recipe,
-                log=read_log(folder / LOG),
+                log=read_log(folder / LOG_FILE),
                 has_second_encoder=model.second_encoder is not None,
                 has_pretraining=True,
             )
@@ -75,8 +75,8 @@ def export_snapshot(
     _save_encoders(folder, model, processor)
     (folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / FILE).write_text(json.dumps(results, indent=1) + "\n")
-    if (run_folder / LOG).exists():
-        shutil.copy(run_folder / LOG, folder / LOG)
+    if (run_folder / LOG_FILE).exists():
+        shutil.copy(run_folder / LOG_FILE, folder / LOG_FILE)
 
 
 def _save_encoders(folder: Path, model: VicRegForPreTraining, processor: BaseImageProcessor) -> None:

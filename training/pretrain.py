@@ -3,7 +3,6 @@
 The same from Python is `hf_vicreg.pretrain(out=..., data=..., model=...)`.
 """
 
-import contextlib
 import logging
 import os
 import platform
@@ -30,11 +29,12 @@ from hf_vicreg.training.distributed import build_accelerator, leave_processes, r
 from hf_vicreg.training.doctor import health_of
 from hf_vicreg.training.errors import InputError, RelayedError, RunStopped, as_input_error, room_in
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
-from hf_vicreg.training.export import export_run, export_snapshot
+from hf_vicreg.training.export import RECIPE, export_run, export_snapshot
 from hf_vicreg.training.hub_push import HubPush, check_account
 from hf_vicreg.training.loop import Trainer
 from hf_vicreg.training.resolve import parse_flags, resolve
 from hf_vicreg.training.resume import checkpoint_to_resume
+from hf_vicreg.training.run_folder import refuse_foreign_folder, start_folder
 from hf_vicreg.training.run_images import load_images
 from hf_vicreg.training.run_log import LOG_FILE, read_log
 from hf_vicreg.training.signals import StopRequest, stop_exit_code
@@ -43,9 +43,6 @@ from hf_vicreg.training.summary import summary
 from hf_vicreg.training.tracking import TRACKERS_FOLDER, finish_trackers, start_trackers, tracker_names
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
-
-OWN_FILE = "recipe.yaml"  # what a folder has to hold to be taken for a run of ours
-STARTED = f"{OWN_FILE}.tmp"  # what a kill may leave of it
 
 
 @dataclass
@@ -103,7 +100,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     run = config.run
     folder = Path(run.output_dir)
     stop = StopRequest(folder, run.max_time)
-    _refuse_foreign_folder(folder, resuming=run.resume_from_checkpoint is not None)
+    refuse_foreign_folder(folder, RECIPE, resuming=run.resume_from_checkpoint is not None)
     trackers = tracker_names(run.report_to) if run.with_tracking else []
     source, bank, test = load_images(config)
 
@@ -156,7 +153,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     if checkpoint is not None:
         trainer.resume(checkpoint)
 
-    run_on_main(lambda: _start_folder(folder, config), accelerator)
+    start_folder(folder, RECIPE, yaml.safe_dump(config.to_recipe(), sort_keys=False), accelerator)
     sizes = [sum(one.numel() for one in encoder.parameters()) for encoder in trainer.unwrapped.encoders]
     logger.info(
         "%s images of %s, batch %d, %d steps; encoder of %s M parameters, attention density %.3f; covariance by %s",
@@ -272,32 +269,6 @@ def _refuse_size(model: VicRegForPreTraining, side: int) -> None:
             f"`views.local_image_size`: the encoder {model.config.encoder.model_type!r} takes no images of {side} "
             f"pixels: {' '.join(str(error).split())}"
         ) from error
-
-
-def _start_folder(folder: Path, config: RunConfig) -> None:
-    """Make the run's folder if need be, and write into it what the run is made of; whole, or what was there stays."""
-    temporary = folder / STARTED
-    try:
-        with room_in(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(yaml.safe_dump(config.to_recipe(), sort_keys=False))
-            temporary.replace(folder / OWN_FILE)
-    except OSError as error:
-        raise InputError(f"`output_dir`: expected a folder to write to, {folder} is not: {error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _refuse_foreign_folder(folder: Path, *, resuming: bool) -> None:
-    present = {path.name for path in folder.iterdir()} - {STARTED} if folder.is_dir() else set()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"`output_dir`: expected a folder, got {folder}, which is a file.")
-    if present and not resuming:
-        remedy = "add --resume_from_checkpoint latest to continue it, or" if OWN_FILE in present else "please"
-        raise InputError(f"`output_dir`: expected a new or empty folder, {folder} is not; {remedy} choose another.")
-    if present and resuming and OWN_FILE not in present:
-        raise InputError(f"`output_dir`: expected the folder of a run to resume, {folder} holds something else.")
 
 
 def _hardware(accelerator: Accelerator) -> str:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from hf_vicreg.publishing.hub_errors import patience
 from hf_vicreg.publishing.push import bring_up_to_date, check_account, download, push, read_remote
 from hf_vicreg.publishing.secret_scan import refuse_secrets
 from hf_vicreg.publishing.staging import Staged, stage
+from hf_vicreg.training.checks import REPO
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 300.0
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)

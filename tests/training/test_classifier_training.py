@@ -47,14 +47,6 @@ TINY = {
 COLOURS = [(190, 40, 40), (40, 170, 60), (50, 60, 190), (180, 180, 50)]
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """A run sets the threads of its process; give them back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def encoder(tmp_path):
     """Returns a function that saves an encoder with its processor and returns the folder."""

@@ -9,7 +9,6 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from hf_vicreg import pretrain
@@ -18,14 +17,6 @@ from hf_vicreg.training.data import joint_reduction
 from hf_vicreg.training.decoding import MAX_PIXELS, decode
 from hf_vicreg.training.sources import load_sources
 from hf_vicreg.training.views import ViewSampler, crop_box
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    """A run sets the threads of its process; give them back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def encoded(image, form, **options):

@@ -11,8 +11,8 @@ from transformers import DeformableDetrImageProcessor
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.detection import collate, model_inputs
 from hf_vicreg.training.evaluation.detection_data import CanvasSampler, DetectionViews, Objects, load_detection
+from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.task_arguments import DetectionArguments
-from hf_vicreg.training.evaluation.task_data import count_overlap
 
 WIDTH, HEIGHT = 64, 48
 GOOD = {"bbox": [[4.0, 6.0, 20.0, 10.0], [40.0, 20.0, 25.0, 28.0]], "category": ["ball", "box"]}
@@ -49,8 +49,8 @@ def test_names_boxes_and_classes(arguments):
     # the second box ends a pixel outside: cut
     assert train.annotations[0].boxes.tolist() == [[4, 6, 20, 10], [40, 20, 24, 28]]
     assert train.annotations[1].boxes.shape == (0, 4)
-    assert count_overlap(train, test) == 0
-    assert count_overlap(train, train) == 2
+    assert count_overlap(train.digests, test.digests) == 0
+    assert count_overlap(train.digests, train.digests) == 2
 
 
 def test_a_list_of_objects_is_the_same_as_lists_of_their_parts(arguments, tmp_path):

@@ -11,13 +11,6 @@ from hf_vicreg import pretrain
 from hf_vicreg.training.evaluation.linear_probe import linear_accuracy
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("noise", [1.0, 2.5])
 def test_equals_scikit_learn(noise):
     labels = torch.randint(0, 4, (600,))

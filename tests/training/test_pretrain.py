@@ -19,14 +19,6 @@ from hf_vicreg.training.evaluation.online_probe import small_pixels
 from hf_vicreg.training.pretrain import main
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """A run sets the threads of its process; give them back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def recipe_file(tmp_path, tiny_recipe):
     """Returns a function that writes the tiny recipe, changed, and returns its path."""

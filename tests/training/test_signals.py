@@ -22,14 +22,6 @@ BY_PATH = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """A run sets the threads of its process; give them back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_time_limit_and_stop_file_stop_a_run_that_can_go_on(tmp_path, tiny_recipe, image_folder):
     settings = tiny_recipe | {"batch_size": 16, "data": image_folder(40), "max_steps": 5}
     out = tmp_path / "run"

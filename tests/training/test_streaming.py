@@ -10,7 +10,6 @@ from itertools import islice
 import datasets
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from hf_vicreg import pretrain
@@ -22,14 +21,6 @@ from hf_vicreg.training.streaming import ImageStream, StreamDataset, load_stream
 from hf_vicreg.training.views import ViewSampler
 
 SHARDS, IN_A_SHARD = 4, 12
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    """A run sets the threads of its process; give them back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

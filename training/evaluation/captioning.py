@@ -27,11 +27,13 @@ from hf_vicreg.training.evaluation.captioning_data import (
     padded,
 )
 from hf_vicreg.training.evaluation.encoder import load_config, public_name, quiet_transformers, weights_digest
+from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.results import FILE, add_evaluation, evaluation_record
-from hf_vicreg.training.evaluation.task_arguments import CaptioningArguments, check_task, settings_of
-from hf_vicreg.training.evaluation.task_data import AnnotatedImages, count_overlap, describe_data
-from hf_vicreg.training.evaluation.task_training import TaskTrainer, start_folder
+from hf_vicreg.training.evaluation.task_arguments import OWN_FILE, CaptioningArguments, check_task, settings_of
+from hf_vicreg.training.evaluation.task_data import AnnotatedImages, describe_data
+from hf_vicreg.training.evaluation.task_training import TaskTrainer
 from hf_vicreg.training.resume import checkpoint_to_resume
+from hf_vicreg.training.run_folder import start_folder
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def finetune_captioning(model_name: str, arguments: CaptioningArguments) -> dict
     started = time.perf_counter()
     folder = check_task(arguments)
     train, test = load_captioning(arguments)
-    overlap = count_overlap(train, test)
+    overlap = count_overlap(train.digests, test.digests)
     config = load_config(model_name)
     # models of others may have parameters that no forward pass reaches; a decoder does not look at pooled features
     all_used = config.model_type == BigBirdViTConfig.model_type and config.pooler_act is None
@@ -87,7 +89,8 @@ def finetune_captioning(model_name: str, arguments: CaptioningArguments) -> dict
     checkpoint = checkpoint_to_resume(arguments, accelerator)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    start_folder(folder, accelerator, {"model": public_name(model_name)} | recipe)
+    described = {"model": public_name(model_name)} | recipe
+    start_folder(folder, OWN_FILE, json.dumps(described, indent=1) + "\n", accelerator)
     logger.info("%d captioned images, %d tokens, %d steps", len(train), len(tokenizer), trainer.num_steps)
     trainer.fit()
     metrics, captions = tester.measure()

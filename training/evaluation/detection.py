@@ -27,11 +27,13 @@ from hf_vicreg.training.evaluation.detector import (
     learning_rate_scale,
 )
 from hf_vicreg.training.evaluation.encoder import public_name, quiet_transformers, weights_digest
+from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.results import FILE, add_evaluation, evaluation_record
-from hf_vicreg.training.evaluation.task_arguments import DetectionArguments, check_task, settings_of
-from hf_vicreg.training.evaluation.task_data import AnnotatedImages, count_overlap, describe_data
-from hf_vicreg.training.evaluation.task_training import TaskTrainer, start_folder
+from hf_vicreg.training.evaluation.task_arguments import OWN_FILE, DetectionArguments, check_task, settings_of
+from hf_vicreg.training.evaluation.task_data import AnnotatedImages, describe_data
+from hf_vicreg.training.evaluation.task_training import TaskTrainer
 from hf_vicreg.training.resume import checkpoint_to_resume
+from hf_vicreg.training.run_folder import start_folder
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
     folder = check_task(arguments)
     check_extra()
     train, test, class_names = load_detection(arguments)
-    overlap = count_overlap(train, test)
+    overlap = count_overlap(train.digests, test.digests)
     accelerator = build_accelerator(arguments.mixed_precision)
     model = build_detector(model_name, class_names, arguments)
     backbone_config = model.config.backbone_config
@@ -97,7 +99,8 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
     checkpoint = checkpoint_to_resume(arguments, accelerator)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    start_folder(folder, accelerator, {"model": public_name(model_name)} | recipe)
+    described = {"model": public_name(model_name)} | recipe
+    start_folder(folder, OWN_FILE, json.dumps(described, indent=1) + "\n", accelerator)
     logger.info("%d training images of %dx%d pixels, %d steps", len(train), *canvas, trainer.num_steps)
     trainer.fit()
     metrics, by_class, predictions = tester.measure()

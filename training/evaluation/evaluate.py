@@ -107,7 +107,7 @@ def start_evaluation(model: str, arguments: EvaluationArguments) -> Evaluation:
     folder = results_folder(model, arguments.output_dir)
     train, test = load_labelled(arguments)
     encoder = load_vision_encoder(model)
-    return Evaluation(arguments, folder, encoder, train, test, count_overlap(train, test), started)
+    return Evaluation(arguments, folder, encoder, train, test, count_overlap(train.digests, test.digests), started)
 
 
 def results_folder(model: str, output_dir: str | None) -> Path:

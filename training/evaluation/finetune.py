@@ -23,6 +23,7 @@ from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap
 from hf_vicreg.training.evaluation.pictures import can_draw, confusion_matrix, draw_confusion
 from hf_vicreg.training.evaluation.results import FILE, add_evaluation, describe_data, evaluation_record
 from hf_vicreg.training.resume import checkpoint_to_resume
+from hf_vicreg.training.run_folder import refuse_foreign_folder, start_folder
 from hf_vicreg.training.sources import ImageSource, load_sources
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
     folder = Path(arguments.output_dir)
     _check_folder(arguments)
     train, test = load_labelled(arguments)
-    overlap = count_overlap(train, test)
+    overlap = count_overlap(train.digests, test.digests)
     sources = training_sources(train, arguments.labels_per_class, arguments.seed)
     if not arguments.consistency:
         del sources[UNLABELLED]
@@ -80,18 +81,13 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
     checkpoint = checkpoint_to_resume(arguments, accelerator)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"`output_dir`: expected a folder to write to, cannot make {folder}: {error}.") from error
-        (folder / OWN_FILE).write_text(json.dumps({"model": public_name(model_name)} | recipe, indent=1) + "\n")
-    accelerator.wait_for_everyone()
+    described = {"model": public_name(model_name)} | recipe
+    start_folder(folder, OWN_FILE, json.dumps(described, indent=1) + "\n", accelerator)
     logger.info("%d labelled images, %d steps", len(sources[LABELLED]), trainer.num_steps)
     trainer.fit()
     predictions, labels = trainer.predict(test.source, arguments.per_device_eval_batch_size)
     accuracy = share_right(predictions, labels)
-    described = {
+    tuned = {
         "name": folder.resolve().name,
         "model_type": model.config.model_type,
         "parameters": sum(one.numel() for one in model.parameters()),
@@ -116,7 +112,7 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
     pictures = [CONFUSION] if can_draw() else []
     record = evaluation_record(
         "finetune_classification",
-        described,
+        tuned,
         describe_data(arguments, train, test, overlap),
         settings_of(arguments),
         {"accuracy": accuracy},
@@ -170,11 +166,5 @@ def _check_folder(arguments: FinetuneArguments) -> None:
         raise InputError(
             "`freeze_encoder`: expected pretrained weights, got --from_scratch; leave one of the two out."
         )
-    folder = Path(arguments.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"`output_dir`: expected a folder, got {folder}, which is a file.")
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     resuming = arguments.resume_from_checkpoint is not None
-    if present and not (resuming and OWN_FILE in present):
-        remedy = "add --resume_from_checkpoint latest to continue it, or" if OWN_FILE in present else "please"
-        raise InputError(f"`output_dir`: expected a new or empty folder, {folder} is not; {remedy} choose another.")
+    refuse_foreign_folder(Path(arguments.output_dir), OWN_FILE, resuming=resuming)

@@ -164,15 +164,15 @@ def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, Lab
     return train, test
 
 
-def count_overlap(train: LabelledImages, test: LabelledImages) -> int:
-    """Return how many test images are byte for byte among the training images; warns if there are any."""
-    known = set(train.digests)
-    count = sum(digest in known for digest in test.digests)
+def count_overlap(train: Sequence[bytes], test: Sequence[bytes]) -> int:
+    """Return how many test images are byte for byte among the training images, by their digests; warns of them."""
+    known = set(train)
+    count = sum(digest in known for digest in test)
     if count:
         logger.warning(
             "%d of the %d test images are byte for byte among the training images: the figures flatter",
             count,
-            len(test.digests),
+            len(test),
         )
     return count
 

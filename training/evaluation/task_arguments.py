@@ -6,6 +6,7 @@ from typing import Any
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import flag
+from hf_vicreg.training.run_folder import refuse_foreign_folder
 
 OWN_FILE = "finetuning.json"  # what a folder has to hold to be taken for a fine-tuned model of ours
 
@@ -126,12 +127,7 @@ def check_task(arguments: TaskArguments) -> Path:
     if not arguments.output_dir:
         raise InputError("`output_dir`: expected a folder for the model, got none; add --output_dir FOLDER.")
     folder = Path(arguments.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"`output_dir`: expected a folder, got {folder}, which is a file.")
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if present and not (arguments.resume_from_checkpoint is not None and OWN_FILE in present):
-        remedy = "add --resume_from_checkpoint latest to continue it, or" if OWN_FILE in present else "please"
-        raise InputError(f"`output_dir`: expected a new or empty folder, {folder} is not; {remedy} choose another.")
+    refuse_foreign_folder(folder, OWN_FILE, resuming=arguments.resume_from_checkpoint is not None)
     return folder
 
 

@@ -80,19 +80,6 @@ def load_annotated(
     return both[0], both[1]
 
 
-def count_overlap(train: AnnotatedImages, test: AnnotatedImages) -> int:
-    """Return how many test images are byte for byte among the training images; warns if there are any."""
-    known = set(train.digests)
-    count = sum(digest in known for digest in test.digests)
-    if count:
-        logger.warning(
-            "%d of the %d test images are byte for byte among the training images: the figures flatter",
-            count,
-            len(test),
-        )
-    return count
-
-
 def describe_data(
     arguments: TaskArguments, train: AnnotatedImages, test: AnnotatedImages, overlap: int, **more: Any
 ) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hf_vicreg.training.checkpoint import RunState
 from hf_vicreg.training.data import StepSampler
 from hf_vicreg.training.distributed import checkpoint_together, largest
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.task_arguments import OWN_FILE, TaskArguments
+from hf_vicreg.training.evaluation.task_arguments import TaskArguments
 from hf_vicreg.training.guard import MAX_SKIPPED_IN_A_ROW, StepGuard, Verdict
 from hf_vicreg.training.optim import learning_rate_at, parameter_groups
 from hf_vicreg.training.progress import Progress
@@ -194,21 +194,6 @@ class TaskTrainer:
             self.settings.checkpoints_total_limit,
             self.accelerator,
         )
-
-
-def start_folder(folder: Path, accelerator: Accelerator, recipe: dict[str, Any]) -> None:
-    """Make the folder and write into it what it is trained with; every process must call.
-
-    Raises:
-        InputError: It cannot be made.
-    """
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"`output_dir`: expected a folder to write to, cannot make {folder}: {error}.") from error
-        (folder / OWN_FILE).write_text(json.dumps(recipe, indent=1) + "\n")
-    accelerator.wait_for_everyone()
 
 
 def scaled_groups(
