@@ -1,7 +1,6 @@
 """Annotated images of a task: two splits, checked for what any task needs."""
 
 import hashlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,6 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import public_name
 from hf_vicreg.training.evaluation.task_arguments import TaskArguments
 from hf_vicreg.training.sources import ImageSource, dataset_source, load_splits
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
