@@ -1,0 +1,288 @@
+"""What to train: encoder, grid, batch and expander, chosen from the images, the machine and the time alone.
+
+Pure functions: nothing is measured here and nothing is read. A value that was given is kept, and the rest adapts to it.
+The rates below are rough, and serve to choose between encoders; how long the run may be is measured afterwards.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
+from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.planner.machine import Machine
+
+MAX_DENSITY = 0.6
+MIN_IMAGES = 16
+MAX_EPOCHS = 1000  # beyond that a small set of images teaches nothing new
+EVENING_SECONDS = 3 * 3600.0
+FLOPS_PER_SECOND = {"cpu": 35e9, "cuda": 25e12, "mps": 1e12}  # of training, for each core of a CPU
+SHORT_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is known of the images.
+
+    Attributes:
+        count: How many there are.
+        height: Median, in pixels.
+        width: Median, in pixels.
+        labelled: Whether k-NN can be measured on them.
+    """
+
+    count: int
+    height: int
+    width: int
+    labelled: bool
+
+
+@dataclass(frozen=True)
+class Size:
+    """An encoder of the ladder, with the batch it is trained on and how many images it wants to see.
+
+    Attributes:
+        name: For people.
+        model: Its fields.
+        cells: The image is cut into so many strides a side; overlapping patches of two strides make one row fewer.
+        batch: Images of a step.
+        images_seen: Images to see in all, below which a smaller encoder is the better one. From runs on CIFAR-10
+            (the first rung) and the schedules people publish for the others; an order of magnitude.
+    """
+
+    name: str
+    model: dict[str, Any]
+    cells: int
+    batch: int
+    images_seen: int
+
+
+def _fields(width: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+    }
+
+
+LADDER = (
+    Size("smallest", _fields(128, 3, 4, 384) | {"initializer_range": 0.06}, 8, 256, 0),
+    Size("small", _fields(192, 6, 3, 768), 8, 256, 1_500_000),
+    Size("ViT-Tiny", _fields(192, 12, 3, 768), 16, 512, 5_000_000),
+    Size("ViT-Small", _fields(384, 12, 6, 1536), 16, 1024, 20_000_000),
+    Size("ViT-Base", _fields(768, 12, 12, 3072), 16, 2048, 150_000_000),
+)
+
+
+@dataclass
+class Choices:
+    """Settings with every open value filled, and why each has its value.
+
+    Attributes:
+        settings: Nested, as `explicit_settings` returns them.
+        reasons: By dotted name, in the order of the table.
+        rung: Which encoder of the ladder; None if the encoder was given.
+    """
+
+    settings: dict[str, Any]
+    reasons: dict[str, str] = field(default_factory=dict)
+    rung: int | None = None
+
+    def fill(self, name: str, value: Any, why: str) -> Any:
+        """Set a value unless it was given, and return what holds."""
+        section, _, key = name.rpartition(".")
+        where = self.settings.setdefault(section, {}) if section else self.settings
+        if where.get(key) is None:
+            where[key] = value
+            self.reasons[name] = why
+        else:
+            self.reasons[name] = "given"
+        return where[key]
+
+
+def is_open(settings: dict[str, Any]) -> bool:
+    """Return whether a run is to be planned: its length, batch or encoder is left open, or a time is given for it."""
+    run_length = settings.keys() & {"num_train_epochs", "max_steps"}
+    batch = settings.keys() & {"batch_size", "per_device_train_batch_size", "statistics_batch_size"}
+    encoder = settings.get("model", {}).keys() & {"hidden_size", "hidden_sizes", "model_type"}
+    return settings.get("time_budget") is not None or not (run_length and batch and encoder)
+
+
+def choose(
+    settings: dict[str, Any], images: Images, machine: Machine, seconds: float, *, at_most: int | None = None
+) -> Choices:
+    """Return settings for a run of so many seconds.
+
+    Args:
+        settings: What was given.
+        images: To train on.
+        machine: What one process may use.
+        seconds: For the training.
+        at_most: The highest rung of the ladder to take.
+
+    Raises:
+        InputError: Too few images, or a batch larger than the images.
+    """
+    if images.count < MIN_IMAGES:
+        raise InputError(
+            f"`data`: expected at least {MIN_IMAGES} usable images for a covariance worth the name, found "
+            f"{images.count}; give more images."
+        )
+    made = Choices(copy.deepcopy(settings))
+    side = _image_side(images, machine, seconds)
+    given = settings.get("model", {})
+    own_encoder = given.get("model_type", "bigbird_vit") == "bigbird_vit"
+    if own_encoder:
+        rung = _rung(images, machine, seconds, side)
+        rung = rung if at_most is None else min(rung, at_most)
+        size = LADDER[rung]
+        made.rung = None if "hidden_size" in given else rung
+        seen = "the smallest of the ladder" if rung == 0 else "the largest that sees images enough in the time"
+        for key, value in size.model.items():
+            if key != "initializer_range" or not {"hidden_size", "num_hidden_layers"} & given.keys():
+                made.fill(f"model.{key}", value, seen)
+        made.fill("model.pooling", "mean", "the mean of the patches")
+        _choose_grid(made, side, size.cells, images)
+    else:
+        size = LADDER[0]
+        made.fill("views.image_size", side, _why_side(side, images))
+    _choose_batch(made, size.batch, images, machine)
+    views_side = _side_of(made.settings, side)
+    made.fill("views.crop_min_ratio", 0.2 if views_side <= 64 or images.count < 5000 else 0.08, _why_crop(views_side))
+    if views_side <= 64:
+        made.fill("views.blur_probability", 0.0, "small images have no detail to spare")
+    return made
+
+
+def _image_side(images: Images, machine: Machine, seconds: float) -> int:
+    """Return a side in pixels: the images' own, as far as the device can afford it; a multiple of 16, or 32."""
+    core_hours = seconds / 3600 * machine.cores
+    most = 224 if machine.device != "cpu" else 96 if core_hours < 4 else 128 if core_hours < 50 else 224
+    own = min(images.height, images.width)
+    return max(32, min(most, own // 16 * 16))
+
+
+def _rung(images: Images, machine: Machine, seconds: float, side: int) -> int:
+    per_second = FLOPS_PER_SECOND[machine.device] * (machine.cores if machine.device == "cpu" else 1)
+    best = 0
+    for index, size in enumerate(LADDER):
+        seen = min(seconds * per_second * machine.num_processes / training_flops(size), MAX_EPOCHS * images.count)
+        if seen >= size.images_seen:
+            best = index
+    return best
+
+
+def training_flops(size: Size) -> float:
+    """Return the FLOPs of one image's two views, forward and backward: matrices of the layers and the expander."""
+    model, width = size.model, 8 * size.batch
+    tokens = (size.cells - 1) ** 2 + 1
+    layer = 4 * model["hidden_size"] ** 2 + 2 * model["hidden_size"] * model["intermediate_size"]
+    expander = model["hidden_size"] * width + 2 * width**2
+    return 3 * 2 * 2 * (tokens * model["num_hidden_layers"] * layer + expander)
+
+
+def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
+    """Fill image size, patches and the pattern of attention, sparse on its own grid."""
+    model = made.settings.setdefault("model", {})
+    if made.settings.get("views", {}).get("image_size") is None:
+        side = made.fill("model.image_size", side, _why_side(side, images))
+    else:
+        side = made.settings["views"]["image_size"]
+        model.setdefault("image_size", side)
+        made.reasons["model.image_size"] = "given"
+    shortest = min(side) if isinstance(side, list | tuple) else side
+    if "patch_size" not in model and "patch_stride" not in model:
+        stride = max(1, shortest // cells)
+        if shortest >= 224 and cells == 16:
+            made.fill("model.patch_size", 16, "as ViT has it")
+        else:
+            made.fill("model.patch_size", 2 * stride, "overlapping by half")
+            made.fill("model.patch_stride", stride, "half a patch")
+    elif "patch_size" not in model:
+        made.fill("model.patch_size", 2 * model["patch_stride"], "overlapping by half")
+    if model.get("attention_type") == "original_full" or model.get("attention_layout") == "raster":
+        return
+    tile, links = _sparse_tile(model)
+    made.fill("model.tile_size", tile, f"the largest with a density of at most {MAX_DENSITY}")
+    made.fill("model.num_random_blocks", links, "with that tile")
+
+
+def _sparse_tile(model: dict[str, Any]) -> tuple[Any, int]:
+    """Return tile and number of random tiles: the largest tile whose density is at most `MAX_DENSITY`."""
+    tiles = [model["tile_size"]] if "tile_size" in model else [8, 4, 2, 1]
+    links = [model["num_random_blocks"]] if "num_random_blocks" in model else [3, 2]
+    for tile in tiles:
+        for count in links:
+            if density(model | {"tile_size": tile, "num_random_blocks": count}) <= MAX_DENSITY:
+                return tile, count
+    return tiles[-1], links[-1]
+
+
+def density(model: dict[str, Any]) -> float:
+    """Return the share of pairs that attend to each other on the encoder's own grid, of its first layer."""
+    config = BigBirdViTConfig(**{key: value for key, value in model.items() if key != "model_type"})
+    return layer_pattern(config, *config.grid_size(*config.image_size_hw)).density
+
+
+def _choose_batch(made: Choices, wanted: int, images: Images, machine: Machine) -> None:
+    settings = made.settings
+    processes = machine.num_processes
+    batch = settings.get("batch_size")
+    if settings.get("per_device_train_batch_size") is not None:
+        batch = settings["per_device_train_batch_size"] * processes
+    if batch is None:
+        # two steps an epoch at least, where that leaves a batch worth the name
+        most = images.count if images.count < 2 * MIN_IMAGES else max(MIN_IMAGES, images.count // 2)
+        batch = min(wanted, 2 ** int(math.log2(most)))
+        batch = max(processes, batch // processes * processes)
+        made.fill("batch_size", batch, "for a stable covariance" if batch == wanted else "half of the images or less")
+    whole = settings.get("statistics_batch_size") or batch
+    width = min(8192, max(128, 8 * whole))
+    made.fill("vicreg.expander_sizes", [width] * 3, "8 times the batch")
+    base = 1e-3 if settings.get("model", {}).get("hidden_size", 384) <= 192 else 5e-4
+    rate = float(f"{base * math.sqrt(whole / 256):.2g}")
+    made.fill("learning_rate", rate, "grows with the root of the batch")
+
+
+def choose_schedule(made: Choices, num_steps: int, steps_per_epoch: int, step_seconds: float, knn_seconds: float) -> None:
+    """Fill what depends on the length of the run: its steps, checkpoints, measurements and the loss's weights.
+
+    Args:
+        made: In place.
+        num_steps: Of the whole run.
+        steps_per_epoch: Of a pass over the images.
+        step_seconds: Measured.
+        knn_seconds: One measurement of k-NN; 0 without labels.
+    """
+    settings = made.settings
+    epochs = math.ceil(num_steps / steps_per_epoch)
+    if not settings.keys() & {"num_train_epochs", "max_steps"}:
+        made.fill("max_steps", num_steps, "what the time holds" if epochs < MAX_EPOCHS else "more would teach no more")
+        made.fill("num_train_epochs", epochs, "passes over the images")
+    short = num_steps < SHORT_STEPS
+    for name in ("vicreg.invariance_weight", "vicreg.variance_weight"):
+        made.fill(name, 10.0 if short else 25.0, "more decorrelation, for a short run" if short else "the paper's")
+    made.fill("warmup_ratio", 0.1, "a tenth of the steps")
+    total = num_steps * step_seconds
+    every = min(max(60.0, total / 20), 600.0)
+    made.fill("checkpointing_steps", max(1, round(every / step_seconds)), f"every {every / 60:.0f} minutes or so")
+    if knn_seconds:
+        measurements = max(1, min(5, int(0.08 * total / knn_seconds)))
+        made.fill("knn_every_epochs", max(1, math.ceil(epochs / measurements)), "at most a twelfth of the time")
+
+
+def _side_of(settings: dict[str, Any], default: int) -> int:
+    size = settings.get("views", {}).get("image_size") or settings.get("model", {}).get("image_size") or default
+    return min(size) if isinstance(size, list | tuple) else size
+
+
+def _why_side(side: int, images: Images) -> str:
+    own = min(images.height, images.width)
+    return "the images' own" if side >= own - 15 else f"what the time affords of the images' {own}"
+
+
+def _why_crop(side: int) -> str:
+    return "small or few images" if side <= 64 else "the paper's, or more where images are few"

@@ -1,0 +1,171 @@
+"""The machine a run may use: its device, cores and memory, within the limits that a container or a cluster sets."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hf_vicreg.training.errors import InputError
+
+USABLE_RATIO = 0.9  # of the memory: the rest is for the file cache and for what a prediction misses
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one process of a run may use.
+
+    Attributes:
+        device: `cpu`, `cuda` or `mps`.
+        name: For people: the GPU's name, or the processor's cores.
+        cores: CPU cores of this process.
+        memory: Bytes that this process may come to hold on its device; on a CPU its own resident memory included.
+        num_processes: Processes of the run, all alike.
+    """
+
+    device: str
+    name: str
+    cores: int
+    memory: int
+    num_processes: int = 1
+
+    @property
+    def usable_memory(self) -> int:
+        """Bytes that a plan may use."""
+        return int(self.memory * USABLE_RATIO)
+
+
+def this_machine(
+    device: torch.device, *, max_memory: int | None = None, num_processes: int = 1, local_processes: int = 1
+) -> Machine:
+    """Return the machine as this process sees it.
+
+    Args:
+        device: Where the run computes.
+        max_memory: Bytes to stay below, for each process, where that is less than there is.
+        num_processes: Of the run.
+        local_processes: Of them on this machine: they share its memory and cores.
+    """
+    cores = max(1, _num_cores() // local_processes)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        memory, name = free, torch.cuda.get_device_name(device)
+    else:
+        memory = resident_memory() + max(0, available_memory() - (local_processes - 1) * resident_memory())
+        memory = memory if local_processes == 1 else memory // local_processes
+        name = f"{cores} CPU core{'s' if cores > 1 else ''}" if device.type == "cpu" else device.type
+    return Machine(device.type, name, cores, min(memory, max_memory or memory), num_processes)
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the device of a flag `auto`, `cpu`, `cuda` or `mps`.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(one for one in ("cuda", "mps", "cpu") if found[one]))
+    if not found.get(name, False):
+        there = ", ".join(one for one, is_there in found.items() if is_there)
+        raise InputError(f"`device`: expected one of this machine's devices ({there}), got {name!r}.")
+    return torch.device(name)
+
+
+def resident_memory() -> int:
+    """Return the bytes of memory that this process holds."""
+    return _status_bytes("VmRSS")
+
+
+def peak_memory() -> int:
+    """Return the most bytes this process held since `reset_peak`, or since it began."""
+    return _status_bytes("VmHWM")
+
+
+def reset_peak() -> bool:
+    """Begin `peak_memory` anew; returns whether the system allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def available_memory() -> int:
+    """Return the bytes that this process may still take: of the machine's memory, and of each cgroup it is in."""
+    return min([_machine_available(), *(max(0, limit - used) for limit, used in _cgroup_limits())])
+
+
+def _machine_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import psutil  # macOS and Windows; a requirement of accelerate
+
+    return psutil.virtual_memory().available
+
+
+def _status_bytes(field: str) -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return getattr(info, "peak_wset", info.rss) if field == "VmHWM" else info.rss
+
+
+def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list:
+    """Return (limit, used) in bytes of every cgroup above this process that has a limit, version 1 and 2.
+
+    Inactive file pages count as used in a cgroup, but are given back when memory is asked for.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / path.lstrip("/")
+        # inside a container the path may be the host's, and the container's own group is the root
+        for folder in dict.fromkeys([group, *group.parents, base]):
+            if folder != base and base not in folder.parents:
+                continue
+            limit, used = _read_number(folder / names[0]), _read_number(folder / names[1])
+            if limit is not None and used is not None and limit < 2**60:
+                found.append((limit, max(0, used - _stat(folder / "memory.stat", names[2]))))
+    return found
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # version 2 says `max` for none
+
+
+def _stat(path: Path, field: str) -> int:
+    try:
+        rows = (line.split() for line in path.read_text().splitlines())
+        return next((int(value) for name, value in rows if name == field), 0)
+    except (OSError, ValueError):
+        return 0
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
