@@ -1,15 +1,25 @@
-"""How much memory a step will take, told before the first one: shapes are run through the real model without numbers."""
+"""How much memory a step will take, told before the first one, and a batch that fits.
 
-from dataclasses import dataclass
+The real model is run on tensors without numbers: what its forward pass keeps for its backward pass is counted to the
+byte. A CPU's allocator holds more than that, because freed memory of odd sizes is not used again at once:
+`ALLOCATOR_RATIO` is what was measured on six configurations (docs/experiments.md).
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
-from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, has_batch_norm
 from hf_vicreg.training.config import RunConfig
+from hf_vicreg.training.encoders import set_up_encoders
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.planner.machine import Machine, resident_memory
 
 OPTIMIZER_STATES = {"adamw": 2, "lars": 1}  # tensors of a parameter's size
+ALLOCATOR_RATIO = {"cpu": 1.6, "cuda": 1.15, "mps": 1.3}
+CONTEXT_BYTES = 2**29  # what a GPU's driver and libraries take beside the tensors
 
 
 @dataclass(frozen=True)
@@ -18,22 +28,33 @@ class StepMemory:
 
     Attributes:
         weights: Parameters, their gradients and the optimiser's state, fp32.
-        kept: What the forward pass keeps for the backward pass.
-        inputs: The batch as pixels, views on the device.
+        encoder: What the encoders' forward pass keeps for the backward pass.
+        expander: What expanders and loss keep.
+        inputs: The batch as pixels, all views.
+        images: That go through the encoder at once.
+        has_batch_norm: Whether an encoder has batch norms, and sees its batch at once or not at all.
     """
 
     weights: int
-    kept: int
+    encoder: int
+    expander: int
     inputs: int
+    images: int
+    has_batch_norm: bool
 
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.kept + self.inputs
+    def peak(self, device: str, pieces: int = 1) -> int:
+        """Return the largest amount held, on a CPU without what the process held before.
+
+        Args:
+            device: `cpu`, `cuda` or `mps`.
+            pieces: In so many parts the images go through the encoder, one after the other.
+        """
+        kept = self.encoder // pieces + self.expander + self.inputs // pieces
+        return self.weights + int(kept * ALLOCATOR_RATIO[device])
 
 
 def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None = None) -> StepMemory:
-    """Return the memory of a step over so many images of one process at once.
+    """Return the memory of a step over so many images of one process.
 
     Args:
         config: The run's; encoders, expander and views.
@@ -49,34 +70,93 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
                 alone = BigBirdViTModel(encoder)
             for size in {(height, width), *([(side, side)] if local else [])}:
                 alone.attention_patterns(*size)
-    storages: dict[int, int] = {}
-    alive: list[torch.Tensor] = []  # a freed storage's address would be used again
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        alive.append(tensor)
-        return tensor
-
     with torch.device("meta"):
         model = VicRegForPreTraining(config.vicreg).train()
+    kept = _Kept()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        if config.run.gradient_checkpointing:
-            from hf_vicreg.training.encoders import set_up_encoders
-
-            set_up_encoders(model, gradient_checkpointing=True, torch_compile=False)
+        set_up_encoders(model, gradient_checkpointing=config.run.gradient_checkpointing, torch_compile=False)
         inputs = {"pixel_values": torch.empty(images, 2, 3, height, width)}
         if local:
             inputs["local_pixel_values"] = torch.empty(images, local, 3, side, side)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),
-        ):
-            model(**inputs)
-        parameters = sum(one.nbytes for one in model.parameters())
-        pixels = sum(one.nbytes for one in inputs.values())
-        for one in inputs.values():
-            storages.pop(one.untyped_storage()._cdata, None)
-    weights = parameters * (2 + OPTIMIZER_STATES[config.run.optim])
-    return StepMemory(weights, sum(storages.values()), pixels)
+        with kept, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            found = model(**inputs, return_loss=False).representations
+            pixels = {one.untyped_storage()._cdata for one in inputs.values()}
+            encoder_bytes = kept.total(without=pixels)
+            views = found.unbind(1) if isinstance(found, torch.Tensor) else found
+            model(representations=[one.detach().requires_grad_() for one in views])
+            expander_bytes = kept.total(without=pixels) - encoder_bytes
+    return StepMemory(
+        weights=sum(one.nbytes for one in model.parameters()) * (2 + OPTIMIZER_STATES[config.run.optim]),
+        encoder=encoder_bytes,
+        expander=expander_bytes,
+        inputs=sum(one.nbytes for one in inputs.values()),
+        images=images,
+        has_batch_norm=any(has_batch_norm(one) for one in model.encoders),
+    )
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the storages that are kept for a backward pass, each once, parameters left out."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+        self.alive: list[torch.Tensor] = []  # a freed storage's address would be used again
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            self.storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        self.alive.append(tensor)
+        return tensor
+
+    def total(self, without: set[int]) -> int:
+        """Return their bytes."""
+        return sum(size for storage, size in self.storages.items() if storage not in without)
+
+
+def predicted_peak(memory: StepMemory, machine: Machine, pieces: int = 1) -> int:
+    """Return the bytes this process will hold at its peak, with what it holds already."""
+    before = resident_memory() if machine.device == "cpu" else CONTEXT_BYTES
+    return before + memory.peak(machine.device, pieces)
+
+
+def fit_memory(config: RunConfig, machine: Machine) -> tuple[RunConfig, int]:
+    """Return a configuration that fits into the memory, and the peak it is predicted to have in bytes.
+
+    Where the batch is too large to go through the encoder at once it goes in equal parts; the loss's batch, and with
+    it what is computed, stays the same.
+
+    Args:
+        config: Not changed.
+        machine: What a process may use.
+
+    Raises:
+        InputError: It does not fit in any number of parts.
+    """
+    run = config.run
+    share = run.batch_size // machine.num_processes
+    precision = torch.bfloat16 if machine.device == "cuda" and run.mixed_precision in ("auto", "bf16", "fp16") else None
+    whole = config.step_size // machine.num_processes
+    memory = step_memory(config, share, autocast=precision)
+    if whole > share:  # the expander sees the batch of the loss
+        memory = replace(memory, expander=memory.expander * whole // share)
+    for pieces in (one for one in range(1, share + 1) if share % one == 0):
+        peak = predicted_peak(memory, machine, pieces)
+        if peak <= machine.usable_memory:
+            if pieces == 1:
+                return config, peak
+            if memory.has_batch_norm:
+                break
+            smaller = replace(run, batch_size=run.batch_size // pieces, statistics_batch_size=config.step_size)
+            return replace(config, run=smaller), peak
+    peak = predicted_peak(memory, machine, 1 if memory.has_batch_norm else share)
+    raise InputError(
+        f"`max_memory`: expected about {_gigabytes(peak / 0.9)} for this encoder and batch, found "
+        f"{_gigabytes(machine.memory)} that this process may use; choose a smaller encoder, image, expander"
+        f"{' or batch' if memory.has_batch_norm else ''}."
+    )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 2**30:.1f} GB"
