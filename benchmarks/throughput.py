@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 from benchmarks.measuring import machine
 from benchmarks.photographs import QUALITY, write_photographs
 from hf_vicreg import BigBirdViTConfig, VicRegConfig, VicRegForPreTraining, vicreg_loss
+from hf_vicreg.training.arguments import ViewsConfig
 from hf_vicreg.training.colour import finish_batch
-from hf_vicreg.training.config import ViewsConfig
 from hf_vicreg.training.data import StepSampler, ViewDataset, collate
 from hf_vicreg.training.optim import build_optimizer
 from hf_vicreg.training.prepare import prepare

@@ -1,47 +1,29 @@
 """Pretrain BigBird vision transformers on your own images with VICReg, the Hugging Face way.
 
-Importing the package registers its models with transformers' Auto classes. Training is imported when first used:
-importing the package itself needs neither accelerate nor datasets.
+Importing the package registers its models with transformers' Auto classes: at once if transformers is imported
+already, else when it is. Everything else is imported when first used: the package itself needs no torch.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForPreTraining,
-)
-
+from hf_vicreg._registration import register, register_with_transformers
 from hf_vicreg._version import __version__
-from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
-from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
-from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
-from hf_vicreg.modeling.image_processing_pil_bigbird_vit import BigBirdViTImageProcessorPil
-from hf_vicreg.modeling.modeling_bigbird_vit import (
-    BigBirdViTBackbone,
-    BigBirdViTForImageClassification,
-    BigBirdViTModel,
-)
-from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
-from hf_vicreg.modeling.vicreg_loss import vicreg_loss
 
 if TYPE_CHECKING:
+    from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
+    from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
+    from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
+    from hf_vicreg.modeling.image_processing_pil_bigbird_vit import BigBirdViTImageProcessorPil
+    from hf_vicreg.modeling.modeling_bigbird_vit import (
+        BigBirdViTBackbone,
+        BigBirdViTForImageClassification,
+        BigBirdViTModel,
+    )
+    from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+    from hf_vicreg.modeling.vicreg_loss import vicreg_loss
     from hf_vicreg.publishing.publish import publish
     from hf_vicreg.training.pretrain import pretrain
-
-AutoConfig.register("bigbird_vit", BigBirdViTConfig)
-AutoConfig.register("vicreg", VicRegConfig)
-AutoModel.register(BigBirdViTConfig, BigBirdViTModel)
-AutoBackbone.register(BigBirdViTConfig, BigBirdViTBackbone)
-AutoModelForImageClassification.register(BigBirdViTConfig, BigBirdViTForImageClassification)
-AutoModelForPreTraining.register(VicRegConfig, VicRegForPreTraining)
-AutoImageProcessor.register(
-    BigBirdViTConfig,
-    image_processor_classes={"torchvision": BigBirdViTImageProcessor, "pil": BigBirdViTImageProcessorPil},
-)
 
 __all__ = [
     "BigBirdViTBackbone",
@@ -58,14 +40,31 @@ __all__ = [
     "vicreg_loss",
 ]
 
+_HOMES = {
+    "BigBirdViTBackbone": "hf_vicreg.modeling.modeling_bigbird_vit",
+    "BigBirdViTConfig": "hf_vicreg.modeling.configuration_bigbird_vit",
+    "BigBirdViTForImageClassification": "hf_vicreg.modeling.modeling_bigbird_vit",
+    "BigBirdViTImageProcessor": "hf_vicreg.modeling.image_processing_bigbird_vit",
+    "BigBirdViTImageProcessorPil": "hf_vicreg.modeling.image_processing_pil_bigbird_vit",
+    "BigBirdViTModel": "hf_vicreg.modeling.modeling_bigbird_vit",
+    "VicRegConfig": "hf_vicreg.modeling.configuration_vicreg",
+    "VicRegForPreTraining": "hf_vicreg.modeling.modeling_vicreg",
+    "pretrain": "hf_vicreg.training.pretrain",
+    "publish": "hf_vicreg.publishing.publish",
+    "vicreg_loss": "hf_vicreg.modeling.vicreg_loss",
+}
+
+register_with_transformers()
+
 
 def __getattr__(name: str) -> Any:
-    if name == "pretrain":
-        from hf_vicreg.training.pretrain import pretrain
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register()
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
-        return pretrain
-    if name == "publish":
-        from hf_vicreg.publishing.publish import publish
 
-        return publish
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

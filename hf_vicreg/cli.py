@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; return the exit code: 2 for bad input, else what the verb says."""
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["pretrain"]:  # its flags are the recipe's, which argparse does not know
-        from hf_vicreg.training.pretrain import main as pretrain
+        from hf_vicreg.training.command import main as pretrain
 
         return pretrain(given[1:])
     parsed = build_parser().parse_args(given)

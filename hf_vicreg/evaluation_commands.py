@@ -7,8 +7,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from hf_vicreg.training.evaluation.arguments import (
     FewLabelsArguments,
     FinetuneArguments,
@@ -16,6 +14,7 @@ from hf_vicreg.training.evaluation.arguments import (
     LinearArguments,
     RetrievalArguments,
 )
+from hf_vicreg.training.flags import add_fields
 
 DATA = "--dataset_name my_labelled_images"
 EVALUATIONS = {
@@ -36,11 +35,11 @@ FINETUNE_EXAMPLE = (
 def add_verbs(verbs: Any) -> Any:
     """Add `evaluate` and `finetune` to the command's sub-parsers; returns those of `finetune`."""
     evaluate = verbs.add_parser("evaluate", help="what a model's features are worth on labelled images")
-    whats = evaluate.add_subparsers(required=True, metavar="WHAT", parser_class=HfArgumentParser)
+    whats = evaluate.add_subparsers(required=True, metavar="WHAT")
     for name, (kind, text, example) in EVALUATIONS.items():
         add_command(whats, name, kind, text, example, _evaluate)
     finetune = verbs.add_parser("finetune", help="a pretrained encoder for a task of your own")
-    tasks = finetune.add_subparsers(required=True, metavar="TASK", parser_class=HfArgumentParser)
+    tasks = finetune.add_subparsers(required=True, metavar="TASK")
     add_command(
         tasks,
         "classification",
@@ -64,7 +63,6 @@ def add_command(
     """Add a command whose flags are the fields of a dataclass, with an example."""
     parser = whats.add_parser(
         name,
-        dataclass_types=kind,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example:\n  {example}",
@@ -72,6 +70,7 @@ def add_command(
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help=model)
+    add_fields(parser, kind)
     parser.set_defaults(run=run, arguments_class=kind, what=name)
 
 

@@ -10,7 +10,9 @@ from PIL import Image
 
 from hf_vicreg import pretrain
 from hf_vicreg.cli import build_parser
-from hf_vicreg.training.resolve import parse_flags, recipe_names, resolve
+from hf_vicreg.training.flags import parse_flags
+from hf_vicreg.training.resolve import resolve
+from hf_vicreg.training.settings import recipe_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "guides").glob("*.md"))]

@@ -2,16 +2,27 @@
 
 import math
 import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
-from hf_vicreg.training.config import PretrainArguments, RunConfig
+from hf_vicreg.training.arguments import PretrainArguments, bytes_of, seconds_of
 from hf_vicreg.training.errors import InputError
+
+if TYPE_CHECKING:
+    from hf_vicreg.training.config import RunConfig
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MAX_SEED = 2**32 - 1001  # every process adds its rank, and numpy takes 32 bits
 
 
-def check_ranges(run: PretrainArguments) -> None:
-    """Raise InputError for a flag out of its range, or flags that contradict each other."""
+def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -> None:
+    """Raise InputError for a flag out of its range, or flags that contradict each other.
+
+    Args:
+        run: The flags.
+        given: Those that were chosen; the others may yet be fitted to them, so that they contradict nothing. Default:
+            all.
+    """
     at_least = {
         "num_train_epochs": 1,
         "max_steps": 1,
@@ -42,15 +53,16 @@ def check_ranges(run: PretrainArguments) -> None:
         least, reason = (2, "2 images for a covariance") if name == "batch_size" else (1, "1 image")
         if value is not None and value < least:
             raise InputError(f"`{name}`: expected at least {reason}, got {value}; raise it.")
-    if run.statistics_batch_size is not None and run.per_device_train_batch_size is None:
+    if _all_of(given, "batch_size", "statistics_batch_size") and run.per_device_train_batch_size is None:
         check_statistics_batch(run)
     if run.learning_rate == math.inf:
         raise InputError("`learning_rate`: expected a finite number, got inf.")
-    if run.min_learning_rate > run.learning_rate:
+    if _all_of(given, "min_learning_rate", "learning_rate") and run.min_learning_rate > run.learning_rate:
         raise InputError(
             f"`min_learning_rate`: expected at most `learning_rate` {run.learning_rate}, got {run.min_learning_rate}."
         )
-    if (run.checkpoints_keep_every_steps or run.checkpointing_steps) % run.checkpointing_steps:
+    kept = run.checkpoints_keep_every_steps
+    if _all_of(given, "checkpoints_keep_every_steps", "checkpointing_steps") and (kept or 0) % run.checkpointing_steps:
         raise InputError(
             f"`checkpoints_keep_every_steps`: expected a multiple of the {run.checkpointing_steps} "
             f"`checkpointing_steps`, got {run.checkpoints_keep_every_steps}."
@@ -70,11 +82,18 @@ def check_ranges(run: PretrainArguments) -> None:
         raise InputError(f"`hub_strategy`: expected 'end' or 'checkpoint', got {run.hub_strategy!r}.")
     if run.push_to_hub and not REPO.fullmatch(run.hub_model_id or ""):
         raise InputError(f"`hub_model_id`: expected OWNER/NAME with --push_to_hub, got {run.hub_model_id!r}.")
-    if not run.output_dir:
-        raise InputError("`output_dir`: expected a folder for the run, got none; add --output_dir FOLDER.")
-    if bool(run.dataset_name) == bool(run.train_dir):
-        found = "both" if run.dataset_name else "none"
-        raise InputError(f"`dataset_name`, `train_dir`: expected one of the two, got {found}.")
+    if run.device not in ("auto", "cpu", "cuda", "mps"):
+        raise InputError(f"`device`: expected 'auto', 'cpu', 'cuda' or 'mps', got {run.device!r}.")
+    if run.time_budget is not None:
+        seconds_of(run.time_budget)
+    if run.max_memory is not None:
+        bytes_of(run.max_memory)
+    if run.dataset_name and run.train_dir:
+        raise InputError("`dataset_name`, `train_dir`: expected one of the two, got both.")
+    if not run.dataset_name and not run.train_dir:
+        raise InputError(
+            "`dataset_name`, `train_dir`: expected one of the two, got none; name your images: pretrain DATA."
+        )
     if run.streaming:
         if run.dataset_name in (None, "digits"):
             raise InputError("`streaming`: expected a dataset to stream; name a Hub id or a folder of parquet shards.")
@@ -83,6 +102,10 @@ def check_ranges(run: PretrainArguments) -> None:
         for name in ("max_train_samples", "test_split"):
             if getattr(run, name) is not None:
                 raise InputError(f"`{name}`: expected none with --streaming, which reads the train split alone.")
+
+
+def _all_of(given: Collection[str] | None, *names: str) -> bool:
+    return given is None or all(name in given for name in names)
 
 
 def check_statistics_batch(run: PretrainArguments) -> None:
@@ -98,7 +121,7 @@ def check_statistics_batch(run: PretrainArguments) -> None:
         )
 
 
-def check_local_views(config: RunConfig) -> None:
+def check_local_views(config: "RunConfig") -> None:
     """Raise InputError for local views that are not small, or beside what cannot go with them."""
     views = config.views
     if not views.num_local_views:

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 def build_accelerator(
     mixed_precision: str,
     *,
+    device: str = "auto",
     find_unused_parameters: bool = False,
     log_with: Sequence[str] = (),
     project_dir: Path | None = None,
@@ -27,6 +28,7 @@ def build_accelerator(
 
     Args:
         mixed_precision: `auto` is bf16 where a CUDA device has it, else full precision.
+        device: `auto`, `cpu`, or the kind of a GPU that is there.
         find_unused_parameters: DistributedDataParallel's, at the price of a walk through the graph in each step.
         log_with: Trackers to send figures to.
         project_dir: Folder for the trackers' files.
@@ -34,7 +36,7 @@ def build_accelerator(
     Raises:
         InputError: fp16 without a GPU, or a launcher that shards the model.
     """
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    use_cpu = device == "cpu" or _told_to_use_cpu()
     has_cuda = torch.cuda.is_available() and not use_cpu
     if mixed_precision == "fp16" and not has_cuda:
         raise InputError("`mixed_precision`: expected a CUDA device for 'fp16', found none; use 'bf16' or 'no'.")
@@ -43,6 +45,7 @@ def build_accelerator(
         mixed_precision = "bf16" if has_bf16 else "no"
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
+        cpu=use_cpu,
         log_with=list(log_with) or None,
         project_dir=project_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
@@ -62,6 +65,25 @@ def build_accelerator(
         mixed_precision,
     )
     return accelerator
+
+
+def check_device(device: str) -> None:
+    """Check that there is a device of the kind asked for.
+
+    Raises:
+        InputError: There is none, or the launcher keeps to the CPU.
+    """
+    there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device not in there:
+        return
+    if _told_to_use_cpu():
+        raise InputError(f"`device`: expected 'cpu' or 'auto' under a launcher told to use the CPU, got {device!r}.")
+    if not there[device]():
+        raise InputError(f"`device`: expected one that this machine has, found no {device!r}; use 'cpu' or 'auto'.")
+
+
+def _told_to_use_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def set_threads(local_world_size: int) -> int:

@@ -1,12 +1,10 @@
 """The errors that have a meaning of their own: bad input, a full disk, a run that was asked to stop."""
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -30,7 +28,10 @@ def as_input_error(field: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except Exception as error:
+        strict = _is_of(error, "huggingface_hub.errors", "StrictDataclassError")
+        if not strict and not isinstance(error, ValueError | TypeError):
+            raise
         # a strict dataclass wraps the reason in a headline; the last line is the reason
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"`{field}`: {reason.removeprefix('ValueError: ').removeprefix('TypeError: ')}") from error
@@ -41,8 +42,12 @@ def room_in(folder: Path) -> Iterator[None]:
     """Turn a full disk, a quota or a limit on the size of files into an `InputError`; other errors pass."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else _system_error(str(error))
+    except Exception as error:
+        number = None
+        if isinstance(error, OSError):
+            number = error.errno
+        elif _is_of(error, "safetensors", "SafetensorError"):
+            number = _system_error(str(error))
         if number not in NO_ROOM:
             raise
         raise InputError(
@@ -56,3 +61,9 @@ def _system_error(message: str) -> int | None:
     return next(
         (number for number in NO_ROOM if f"code: {number}," in message or f"os error {number})" in message), None
     )
+
+
+def _is_of(error: Exception, module: str, name: str) -> bool:
+    """Return whether an error is of a class of another package, without importing it: if it is, it was imported."""
+    found = sys.modules.get(module)
+    return found is not None and isinstance(error, getattr(found, name))

@@ -23,22 +23,25 @@ from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
 from hf_vicreg.training.checkpoint import RunState
 from hf_vicreg.training.checks import check_statistics_batch
+from hf_vicreg.training.command import main
 from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.curves import CURVES_FILE, draw_curves, with_ends
-from hf_vicreg.training.distributed import build_accelerator, leave_processes, run_on_main
+from hf_vicreg.training.distributed import build_accelerator, check_device, run_on_main
 from hf_vicreg.training.doctor import health_of
-from hf_vicreg.training.errors import InputError, RelayedError, RunStopped, as_input_error, room_in
+from hf_vicreg.training.errors import InputError, RunStopped, as_input_error, room_in
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
-from hf_vicreg.training.export import RECIPE, export_run, export_snapshot
+from hf_vicreg.training.export import export_run, export_snapshot
 from hf_vicreg.training.hub_push import HubPush, check_account
 from hf_vicreg.training.loop import Trainer
-from hf_vicreg.training.resolve import parse_flags, resolve
+from hf_vicreg.training.places import with_places
+from hf_vicreg.training.resolve import resolve
 from hf_vicreg.training.resume import checkpoint_to_resume
-from hf_vicreg.training.run_folder import refuse_foreign_folder, start_folder
+from hf_vicreg.training.run_folder import RECIPE, refuse_foreign_folder, start_folder
 from hf_vicreg.training.run_images import load_images
 from hf_vicreg.training.run_log import LOG_FILE, read_log
-from hf_vicreg.training.signals import StopRequest, stop_exit_code
-from hf_vicreg.training.sources import ImageSource, is_image_folder
+from hf_vicreg.training.settings import explicit_settings
+from hf_vicreg.training.signals import StopRequest
+from hf_vicreg.training.sources import ImageSource
 from hf_vicreg.training.summary import summary
 from hf_vicreg.training.tracking import TRACKERS_FOLDER, finish_trackers, start_trackers, tracker_names
 
@@ -64,7 +67,7 @@ class PretrainResult:
 
 def pretrain(
     *,
-    out: str | os.PathLike,
+    out: str | os.PathLike | None = None,
     data: str | os.PathLike,
     model: PreTrainedConfig | dict[str, Any] | None = None,
     config: str | os.PathLike | None = None,
@@ -73,7 +76,8 @@ def pretrain(
     """Pretrain an encoder and return it; the Python form of `accelerate launch -m hf_vicreg.training.pretrain`.
 
     Args:
-        out: Folder of the run; made, or empty, or resumed with `resume_from_checkpoint="latest"`.
+        out: Folder of the run; made, or empty, or resumed with `resume_from_checkpoint="latest"`. Default:
+            `runs/NAME-DATE`, named after the images.
         data: A folder of image files, a local `datasets` folder, a Hub id, or `"digits"`.
         model: Encoder configuration, or a dictionary of its fields over those of the recipe.
         config: Recipe: a name that comes with the package, or a YAML file.
@@ -84,10 +88,14 @@ def pretrain(
         InputError: A `ValueError` whose one line names the field, what was found and what to do.
         RunStopped: The run was asked to stop (SIGTERM, Ctrl-C, a file, `max_time`) and has written a checkpoint.
     """
-    name = os.fspath(data)
-    key = "train_dir" if is_image_folder(name) else "dataset_name"
-    given = {"output_dir": os.fspath(out), key: name, "model": model, "config": config and os.fspath(config)}
-    return run_pretraining(resolve(given | run_arguments))
+    given = {"output_dir": out and os.fspath(out), "data": os.fspath(data), "model": model}
+    given |= {"config": config and os.fspath(config)} | run_arguments
+    return run_settings(with_places(explicit_settings(given)))
+
+
+def run_settings(settings: dict[str, Any]) -> PretrainResult:
+    """Run one pretraining from explicit settings; raises what `run_pretraining` does."""
+    return run_pretraining(resolve(settings))
 
 
 def run_pretraining(config: RunConfig) -> PretrainResult:
@@ -98,6 +106,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         RunStopped: The run was asked to stop and has written a checkpoint.
     """
     run = config.run
+    check_device(run.device)
     folder = Path(run.output_dir)
     stop = StopRequest(folder, run.max_time)
     refuse_foreign_folder(folder, RECIPE, resuming=run.resume_from_checkpoint is not None)
@@ -109,6 +118,7 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     all_used = set(types) == {BigBirdViTModel.config_class.model_type}
     accelerator = build_accelerator(
         run.mixed_precision,
+        device=run.device,
         find_unused_parameters=not all_used,
         log_with=trackers,
         project_dir=folder / TRACKERS_FOLDER,
@@ -278,24 +288,5 @@ def _hardware(accelerator: Accelerator) -> str:
     return f"{cores} CPU cores ({platform.machine()})"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; return the exit code: 2 for bad input, 75 for a run that stopped when asked."""
-    main_process = os.environ.get("RANK", "0") == "0"
-    first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("hf_vicreg").setLevel(logging.INFO if main_process else logging.ERROR)
-    try:
-        run_pretraining(resolve(parse_flags(sys.argv[1:] if arguments is None else arguments)))
-    except InputError as error:
-        if first_of_machine and (main_process or not isinstance(error, RelayedError)):
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunStopped:
-        return stop_exit_code()
-    finally:
-        leave_processes()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:], run_settings))

@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from hf_vicreg.training.arguments import RESUMABLE_CHANGES, PretrainArguments, ViewsConfig
 from hf_vicreg.training.checkpoint import RunState, find_checkpoint, load_state, load_tensors
-from hf_vicreg.training.config import RESUMABLE_CHANGES, PretrainArguments
 from hf_vicreg.training.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {one.name: one.default for one in dataclasses.fields(PretrainArguments)}
+DEFAULTS: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(PretrainArguments)}
 
 
 def checkpoint_to_resume(run: Any, accelerator: Accelerator) -> Path | None:
@@ -90,7 +90,10 @@ def resume_from(
 def refuse_other_configuration(found: RunState, expected: RunState) -> None:
     """Raise InputError if a checkpoint's configuration or data differ from the run's, naming each difference."""
     # a checkpoint of before a flag was there was trained with what is its default
-    one, other = DEFAULTS | expected.recipe, DEFAULTS | found.recipe
+    one: dict[str, Any] = DEFAULTS | expected.recipe
+    other: dict[str, Any] = DEFAULTS | found.recipe
+    for recipe in (one, other):
+        recipe["views"] = dataclasses.asdict(ViewsConfig()) | (recipe.get("views") or {})
     differences = [
         f"`{key}` is {one.get(key)!r}, the checkpoint has {other.get(key)!r}"
         for key in sorted(one.keys() | other.keys())

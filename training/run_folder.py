@@ -2,11 +2,14 @@
 
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
-
-from hf_vicreg.training.distributed import run_on_main
 from hf_vicreg.training.errors import InputError, room_in
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RECIPE = "recipe.yaml"  # by which the folder of a pretraining run is known again
 
 
 def refuse_foreign_folder(folder: Path, own_file: str, *, resuming: bool) -> None:
@@ -21,7 +24,7 @@ def refuse_foreign_folder(folder: Path, own_file: str, *, resuming: bool) -> Non
         raise InputError(f"`output_dir`: expected the folder of a run to resume, {folder} holds something else.")
 
 
-def start_folder(folder: Path, own_file: str, text: str, accelerator: Accelerator) -> None:
+def start_folder(folder: Path, own_file: str, text: str, accelerator: "Accelerator") -> None:
     """Make a folder if need be, and write into it what the run is made of; every process must call.
 
     Args:
@@ -33,6 +36,8 @@ def start_folder(folder: Path, own_file: str, text: str, accelerator: Accelerato
     Raises:
         InputError: No room, or nothing can be written there.
     """
+
+    from hf_vicreg.training.distributed import run_on_main  # imports torch, and the check above is made without
 
     def start() -> None:
         temporary = folder / _unfinished(own_file)

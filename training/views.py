@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hf_vicreg.training.config import ViewsConfig
+from hf_vicreg.training.arguments import ViewsConfig
 
 
 class ViewSampler:

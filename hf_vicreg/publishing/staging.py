@@ -181,7 +181,7 @@ def _read_recipe(run: Path) -> dict[str, Any]:
         return {}
     from dataclasses import fields
 
-    from hf_vicreg.training.config import SECTIONS, PretrainArguments
+    from hf_vicreg.training.arguments import SECTIONS, PretrainArguments
 
     try:
         recipe = yaml.safe_load(_inside(run, "recipe.yaml").read_text())

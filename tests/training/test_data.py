@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_vicreg.training.config import ViewsConfig
+from hf_vicreg.training.arguments import ViewsConfig
 from hf_vicreg.training.data import StepSampler, ViewDataset, collate
 from hf_vicreg.training.sources import load_sources
 from hf_vicreg.training.views import ViewSampler

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hf_vicreg import pretrain
-from hf_vicreg.training.config import ViewsConfig
+from hf_vicreg.training.arguments import ViewsConfig
 from hf_vicreg.training.data import joint_reduction
 from hf_vicreg.training.decoding import MAX_PIXELS, decode
 from hf_vicreg.training.sources import load_sources

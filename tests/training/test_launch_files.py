@@ -11,7 +11,8 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from hf_vicreg.training.resolve import parse_flags, resolve
+from hf_vicreg.training.flags import parse_flags
+from hf_vicreg.training.resolve import resolve
 
 FOLDER = Path(__file__).resolve().parents[2] / "training" / "launch"
 EXPECTED = {  # distributed type, processes, machines

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hf_vicreg import pretrain
-from hf_vicreg.training.config import ViewsConfig
+from hf_vicreg.training.arguments import ViewsConfig
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.resolve import resolve
 from hf_vicreg.training.sources import load_sources

@@ -10,10 +10,11 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from hf_vicreg.training.arguments import ViewsConfig
 from hf_vicreg.training.colour import blur, finish_views, shift_hue
-from hf_vicreg.training.config import ViewsConfig
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.resolve import parse_flags, resolve
+from hf_vicreg.training.flags import parse_flags
+from hf_vicreg.training.resolve import resolve
 from hf_vicreg.training.views import ViewSampler, crop_box
 
 NEUTRAL = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 
-from hf_vicreg.training.config import ViewsConfig
+from hf_vicreg.training.arguments import ViewsConfig
 from hf_vicreg.training.data import MAX_SUBSTITUTES
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.classifier_data import image_size_of, pixel_values

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from hf_vicreg.training.arguments import ViewsConfig
 from hf_vicreg.training.colour import finish_views
-from hf_vicreg.training.config import ViewsConfig
 from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler
 from hf_vicreg.training.evaluation.arguments import TuningArguments
 from hf_vicreg.training.sources import ImageSource

@@ -1,0 +1,226 @@
+"""Flags of a run, with their defaults. Imports nothing heavy: the command line reads them before torch is there."""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from hf_vicreg.training.errors import InputError
+
+SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+BYTES = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def seconds_of(text: str, name: str = "time_budget") -> float:
+    """Return a time like `90s`, `15m`, `2h`, `1d` or `1h30m` in seconds.
+
+    Raises:
+        InputError: Anything else, or no time at all.
+    """
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    seconds = (
+        sum(int(one or 0) * SECONDS[unit] for one, unit in zip(found.groups(), SECONDS, strict=True)) if found else 0
+    )
+    if not seconds:
+        raise InputError(f"`{name}`: expected a time like 90s, 15m, 2h, 1d or 1h30m, got {text!r}.")
+    return float(seconds)
+
+
+def bytes_of(text: str, name: str = "max_memory") -> int:
+    """Return a size of memory like `512m`, `4g` or `1.5g` in bytes.
+
+    Raises:
+        InputError: Anything else, or no memory at all.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt])(?:i?b)?", text.strip().lower())
+    size = int(float(found[1]) * BYTES[found[2]]) if found else 0
+    if not size:
+        raise InputError(f"`{name}`: expected memory like 512m or 4g, got {text!r}.")
+    return size
+
+
+def _option(group: str, default: Any, text: str) -> Any:
+    shown = text if default is None or default is False or default == "" else f"{text} (default: {default})"
+    return field(default=default, metadata={"help": shown, "group": group})
+
+
+_data, _model, _loss, _views, _optimisation, _run, _evaluation, _hub = (
+    partial(_option, group) for group in ("data", "model", "loss", "views", "optimisation", "run", "evaluation", "Hub")
+)
+
+
+@dataclass
+class ViewsConfig:
+    """Augmentation of the views, all drawn alike by default. The defaults are the paper's (VICReg, appendix C.1).
+
+    Blur and solarisation may be pairs, one probability for each of two views; `preset` in a recipe stands for the two:
+    see `VIEW_PRESETS`. Local views are those of multi-crop (Caron et al. 2020, arXiv 2006.09882), their crops' areas
+    DINO's (arXiv 2104.14294).
+    """
+
+    image_size: int | tuple[int, int] | None = _views(
+        None, "Size of the views in pixels, or (height, width); default: the encoder's."
+    )
+    crop_min_ratio: float = _views(0.08, "Smallest crop, as a share of the image's area.")
+    flip_probability: float = _views(0.5, "Horizontal flip.")
+    rotation_degrees: float = _views(0.0, "Rotation by up to so many degrees either way, before the crop.")
+    translate_ratio: float = _views(0.0, "Shift by up to this share of the image each way, before the crop.")
+    zoom_ratio: float = _views(0.0, "Magnification drawn from 1 +- this, before the crop.")
+    jitter_probability: float = _views(0.8, "Colour jitter.")
+    brightness: float = _views(0.4, "Factor drawn from 1 +- this.")
+    contrast: float = _views(0.4, "Factor drawn from 1 +- this.")
+    saturation: float = _views(0.2, "Factor drawn from 1 +- this.")
+    hue: float = _views(0.1, "Shift drawn from +- this, in turns.")
+    grayscale_probability: float = _views(0.2, "Grayscale.")
+    blur_probability: float | tuple[float, float] = _views(0.5, "Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels.")
+    solarize_probability: float | tuple[float, float] = _views(0.1, "Solarisation above one half.")
+    num_local_views: int = _views(0, "Smaller crops beside the two global views (multi-crop).")
+    local_image_size: int = _views(96, "Side of local views in pixels.")
+    local_crop_min_ratio: float = _views(0.05, "Smallest crop of a local view, as a share of the image's area.")
+    local_crop_max_ratio: float = _views(0.4, "Largest crop of a local view.")
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "rotation_degrees": (0, 180),
+            "hue": (0, 0.5),
+            "zoom_ratio": (0, 0.9),
+            "num_local_views": (0, 64),
+            "local_image_size": (1, math.inf),
+        }
+        for name, value in dataclasses.asdict(self).items():
+            if name == "image_size":
+                if value is not None and not all(
+                    one >= 1 for one in (value if isinstance(value, tuple) else (value,))
+                ):
+                    raise InputError(f"`views.image_size`: expected at least 1 pixel, got {value}.")
+                continue
+            low, high = ranges.get(name, (0, 1))
+            for one in value if isinstance(value, tuple) else (value,):
+                if not low <= one <= high:
+                    raise InputError(f"`views.{name}`: expected a number from {low} to {high}, got {value}.")
+        if not 0 < self.local_crop_max_ratio >= self.local_crop_min_ratio:
+            raise InputError(
+                "`views.local_crop_max_ratio`: expected a number above 0 and at least `local_crop_min_ratio`, "
+                f"{self.local_crop_min_ratio}, got {self.local_crop_max_ratio}."
+            )
+
+
+# `views.preset`: what differs between the paper and its code (facebookresearch/vicreg, augmentations.py).
+VIEW_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"blur_probability": 0.5, "solarize_probability": 0.1},
+    "official": {"blur_probability": (1.0, 0.1), "solarize_probability": (0.0, 0.2)},
+}
+
+
+@dataclass
+class PretrainArguments:
+    """Flags of a run. Sections of the recipe have dotted flags: `--model.KEY`, `--second_model.KEY`,
+    `--vicreg.KEY`, `--views.KEY`. Each names its group, under which `--help` lists it.
+    """
+
+    output_dir: str = _run(
+        "",
+        "Folder of the run: encoder, processor and card at its root, checkpoints inside; default: runs/NAME-DATE, "
+        "named after the images.",
+    )
+    dataset_name: str | None = _data(None, "Hub id, local `datasets` folder, or `digits` (built in).")
+    dataset_config_name: str | None = _data(None, "Configuration of the Hub dataset.")
+    train_dir: str | None = _data(None, "Folder of image files, searched recursively; no labels are needed.")
+    streaming: bool = _data(False, "Read the dataset as it comes, without storing it; needs `max_steps`.")
+    train_split: str = _data("train", "Split to train on.")
+    test_split: str | None = _data(None, "Labelled split for k-NN; default: `test` or `validation` if there is one.")
+    image_column_name: str | None = _data(None, "Column of images; default: the only image column.")
+    label_column_name: str | None = _data(None, "Column of labels for k-NN; default: `label` if there is one.")
+    max_train_samples: int | None = _data(None, "Train on the first so many images.")
+    batch_size: int = _loss(256, "Images at once over all processes; a step and the loss's batch.")
+    statistics_batch_size: int | None = _loss(
+        None, "Images a step where that is more than go at once: a multiple of `batch_size`, in two passes."
+    )
+    per_device_train_batch_size: int | None = _loss(None, "Images a step and process; replaces `batch_size`.")
+    num_train_epochs: int = _optimisation(100, "Passes over the images; the last batch of a pass is dropped if short.")
+    max_steps: int | None = _optimisation(None, "Stop the schedule at this step instead of `num_train_epochs`.")
+    optim: str = _optimisation("adamw", "`adamw`, or `lars` as in the authors' code: for convolutional encoders.")
+    learning_rate: float = _optimisation(5e-4, "Peak learning rate, as it is: not scaled by the batch.")
+    min_learning_rate: float = _optimisation(0.0, "Learning rate at the end of the cosine.")
+    weight_decay: float = _optimisation(0.05, "Decay (AdamW's is decoupled); biases, norms and tokens are exempt.")
+    adam_beta1: float = _optimisation(0.9, "AdamW's first beta.")
+    adam_beta2: float = _optimisation(0.95, "AdamW's second beta.")
+    warmup_ratio: float = _optimisation(0.1, "Share of the steps with linear warm-up; then a cosine.")
+    max_grad_norm: float = _optimisation(3.0, "Clip the norm of the encoder's gradient; 0 turns it off.")
+    max_skipped_steps: int = _optimisation(
+        20, "Stop after so many steps in a row whose loss or gradient is not finite."
+    )
+    mixed_precision: str = _optimisation("auto", "`auto` (bf16 where the device has it), `bf16`, `fp16` or `no`.")
+    gradient_checkpointing: bool = _model(False, "Recompute the encoder's layers backward: less memory, more time.")
+    torch_compile: bool = _model(False, "Compile the encoder, and only it, with torch.compile.")
+    dataloader_num_workers: int | None = _run(None, "Loader processes; default: 0 on a CPU, else up to 8.")
+    logging_steps: int = _run(10, "Steps between lines of log.jsonl.")
+    checkpointing_steps: int = _run(500, "Steps between checkpoints; one more at the end.")
+    checkpoints_total_limit: int = _run(2, "Newest checkpoints to keep.")
+    checkpoints_keep_every_steps: int | None = _run(None, "Keep checkpoints of multiples of this for good, too.")
+    resume_from_checkpoint: str | None = _run(None, "`latest`, or a folder below `output_dir`/checkpoints.")
+    max_time: float | None = _run(None, "Minutes after which this launch checkpoints and stops, exit code 75.")
+    knn_every_epochs: int = _evaluation(
+        10, "Epochs between k-NN measurements, where labels exist; 0: at the ends only."
+    )
+    knn_neighbours: int = _evaluation(20, "k of the k-NN.")
+    knn_train_samples: int = _evaluation(10_000, "Bank: the first so many training images.")
+    knn_test_samples: int = _evaluation(2_000, "Queries: the first so many test images.")
+    linear_probe: bool = _evaluation(False, "Beside each k-NN, a logistic regression on the same features.")
+    with_tracking: bool = _run(False, "Send what log.jsonl holds to the trackers of `report_to` as well.")
+    report_to: str = _run("all", "`tensorboard`, `wandb`, or `all`: those that are installed.")
+    push_to_hub: bool = _hub(False, "Publish the encoder on the Hub, as `hf-vicreg publish` does.")
+    hub_model_id: str | None = _hub(None, "Repository to publish to, OWNER/NAME; made if there is none.")
+    hub_strategy: str = _hub("end", "`end`: the finished run; `checkpoint`: every checkpoint, too, in the background.")
+    hub_private_repo: bool = _hub(False, "Make a new repository a private one.")
+    device: str = _run("auto", "`auto` (a GPU if there is one), `cpu`, `cuda` or `mps`.")
+    time_budget: str | None = _run(None, "How long the run may take: 90s, 15m, 2h, 1d, 1h30m.")
+    max_memory: str | None = _run(None, "Memory the run may take on its device: 512m, 4g.")
+    plan_only: bool = _run(False, "Print the plan of the run and leave; nothing is written.")
+    seed: int = _run(0, "Seed of weights, order and augmentation.")
+
+
+# What may differ when a run is resumed: where and how it is watched, never what is computed.
+RESUMABLE_CHANGES = {
+    "output_dir",
+    "train_dir",  # the same images may lie elsewhere: their contents are compared
+    "dataset_name",
+    "dataloader_num_workers",
+    "logging_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "checkpoints_keep_every_steps",
+    "resume_from_checkpoint",
+    "max_time",
+    "max_skipped_steps",
+    "gradient_checkpointing",
+    "torch_compile",
+    "knn_every_epochs",
+    "linear_probe",
+    "with_tracking",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+    "device",
+    "time_budget",
+    "max_memory",
+    "plan_only",
+    "per_device_train_batch_size",  # resolved into batch_size
+}
+
+SECTIONS = ("model", "second_model", "vicreg", "views")
+# Not the run's to set: how a model is called, stored or used as a backbone. And encoders have sections of their own.
+RESERVED = {
+    "return_dict",
+    "output_hidden_states",
+    "dtype",
+    "encoder",
+    "second_encoder",
+    "stage_names",
+    "out_features",
+    "out_indices",
+}
