@@ -2,20 +2,82 @@
 
 What is dealt with: turned photographs (EXIF), grey, palette, CMYK and 16-bit pixels, animations (their first frame),
 doubtful metadata (ignored), images too large for memory (refused before they are decoded), and JPEGs far larger than
-what is wanted of them, which are decoded at a half, a quarter or an eighth of their size.
+what is wanted of them, which are decoded at a half, a quarter or an eighth of their size. What cannot be used is
+refused with a reason in words.
 """
 
+import errno
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from io import BytesIO
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 MAX_PIXELS = 2**27  # decoded, half a gigabyte; a JPEG may have 64 times as many
 JPEG_START = b"\xff\xd8\xff"
 ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange width and height
+EARLY_EXIF = {"JPEG", "MPO", "TIFF"}  # formats whose metadata lie before the pixels, or can be found without them
+
+# Why an image cannot be used, each kind in words. A stream stores a kind by its place: add new ones at the end.
+KINDS = {
+    "missing": "missing file",
+    "unreadable": "cannot be read",
+    "empty": "empty file",
+    "not an image": "not an image",
+    "truncated": "truncated",
+    "damaged": "damaged",
+    "too large": "too many pixels",
+    "too small": "smaller than a patch",
+    "float": "float image: what its values mean is not known",
+    "memory": "not enough memory to decode it",
+}
+# How files of known formats begin, and what people take for images by mistake.
+BEGINNINGS = {
+    JPEG_START: "JPEG",
+    b"\x89PNG": "PNG",
+    b"GIF8": "GIF",
+    b"RIFF": "WebP",
+    b"BM": "BMP",
+    b"II*\x00": "TIFF",
+    b"MM\x00*": "TIFF",
+}
+
+
+class UnusableImage(ValueError):  # noqa: N818 - not always an error: a small image is fine elsewhere
+    """An image that cannot be used; its text is the reason in plain words.
+
+    Attributes:
+        kind: A key of `KINDS`, for counting.
+    """
+
+    def __init__(self, kind: str, reason: str | None = None):
+        super().__init__(reason or KINDS[kind])
+        self.kind = kind
+
+    def __reduce__(self) -> tuple:
+        """Travel between processes with both parts."""
+        return type(self), (self.kind, str(self))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its image before it is decoded.
+
+    Attributes:
+        width: In pixels, as the image is shown.
+        height: In pixels, as the image is shown.
+        mode: Pillow's name for its channels and their depth.
+        format: Pillow's name for the kind of file.
+    """
+
+    width: int
+    height: int
+    mode: str
+    format: str
 
 
 def decode(
@@ -30,30 +92,136 @@ def decode(
             Followed by JPEGs alone, up to 8 and never beyond what it says.
 
     Raises:
-        Exception: Whatever Pillow raises on broken files, which is nearly anything; ValueError for an image that is
-            too small, too large, or of floats without a known range.
+        UnusableImage: A broken file, or an image that is too small, too large, or of floats without a known range.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # broken metadata, sizes that are checked below
-        if encoded.startswith(JPEG_START):
-            # `Image.open` would refuse by size what can be decoded at an eighth of it
-            image: Image.Image = JpegImageFile(BytesIO(encoded))
-        else:
-            image = Image.open(BytesIO(encoded))
-        original = image.size
-        if isinstance(image, JpegImageFile):
-            wanted = reduction(*_upright(original, image)) if reduction is not None else 1
-            needed = max(1.0, (image.width * image.height / MAX_PIXELS) ** 0.5)
-            factor = next((one for one in (8, 4, 2) if one <= wanted or one / 2 < needed <= one), 1)
-            if factor > 1:
-                image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"expected at most {MAX_PIXELS:,} pixels, got {original[0]} x {original[1]}")
-        image.load()  # before the metadata of other formats: these may lie behind the pixels, and reading them decodes
-        width, height = _upright(original, image)
-        if height < min_size[0] or width < min_size[1]:
-            raise ValueError(f"expected at least {min_size} pixels (height, width), got {(height, width)}")
-        return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) > 1 else image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken metadata, sizes that are checked below
+            return _decode(encoded, min_size, reduction)
+    except Exception as error:  # on broken files Pillow raises nearly anything
+        raise unusable(error, encoded) from error
+
+
+def _decode(encoded: bytes, min_size: tuple[int, int], reduction: Callable[[int, int], int] | None) -> Image.Image:
+    image = _open(BytesIO(encoded))
+    original = image.size
+    if isinstance(image, JpegImageFile):
+        wanted = reduction(*_upright(original, image)) if reduction is not None else 1
+        needed = max(1.0, (image.width * image.height / MAX_PIXELS) ** 0.5)
+        factor = next((one for one in (8, 4, 2) if one <= wanted or one / 2 < needed <= one), 1)
+        if factor > 1:
+            image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(*original)
+    image.load()  # before the metadata of other formats: these may lie behind the pixels, and reading them decodes
+    width, height = _upright(original, image)
+    if height < min_size[0] or width < min_size[1]:
+        raise _too_small(width, height, min_size)
+    return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) > 1 else image)
+
+
+def read_header(file: BinaryIO, min_size: tuple[int, int] = (1, 1)) -> Header:
+    """Return what an image file says of itself, without decoding it.
+
+    Args:
+        file: Open at its start; only its beginning is read where the format allows it.
+        min_size: Smallest image to accept, (height, width) in pixels.
+
+    Raises:
+        UnusableImage: No image, or one that is too small, too large, or of floats.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = _open(file)
+            width, height = _upright(image.size, image) if image.format in EARLY_EXIF else image.size
+    except Exception as error:  # on broken files Pillow raises nearly anything
+        file.seek(0)
+        raise unusable(error, file.read()) from error
+    if width * height > MAX_PIXELS * (64 if isinstance(image, JpegImageFile) else 1):
+        raise _too_large(width, height)
+    if height < min_size[0] or width < min_size[1]:
+        raise _too_small(width, height, min_size)
+    if image.mode == "F":
+        raise UnusableImage("float")
+    return Header(width, height, image.mode, image.format or "")
+
+
+def unusable(error: Exception, encoded: bytes | None = None) -> UnusableImage:
+    """Return in words why an image cannot be used.
+
+    Args:
+        error: What reading or decoding it raised.
+        encoded: The file's contents; None if they could not be read.
+    """
+    if isinstance(error, UnusableImage):
+        return error
+    if isinstance(error, MemoryError):
+        return UnusableImage("memory")
+    if encoded is None:
+        return _unread(error)
+    if not encoded:
+        return UnusableImage("empty")
+    if isinstance(error, Image.DecompressionBombError):
+        return _too_large(*_claimed_size(encoded))
+    form = next((form for start, form in BEGINNINGS.items() if encoded.startswith(start)), None)
+    if isinstance(error, UnidentifiedImageError) and form is None:
+        text = encoded[:64].lstrip().lower()
+        what = " (a web page)" if text.startswith((b"<!doctype", b"<html")) else ""
+        return UnusableImage("not an image", KINDS["not an image"] + what)
+    what = form or "image"
+    message = _words(error)
+    if "truncated" in message.lower() or (form is not None and len(encoded) < 64):
+        return UnusableImage("truncated", f"truncated {what}")
+    return UnusableImage("damaged", f"damaged {what}" + (f" ({message})" if message else ""))
+
+
+def _unread(error: Exception) -> UnusableImage:
+    """Return why a file's bytes could not be had."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        return UnusableImage("missing")
+    if number == errno.EACCES:
+        return UnusableImage("unreadable", "cannot be read: no permission")
+    # an errno's text is short; other errors say it themselves
+    message = error.strerror if isinstance(error, OSError) and error.strerror else _words(error)
+    return UnusableImage("unreadable", f"{KINDS['unreadable']}: {message}")
+
+
+def _words(error: Exception) -> str:
+    """Return an error's message as one short printable line, without the object that Pillow may name in it."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its beginning is"
+    text = "".join(one if one.isprintable() else " " for one in str(error))
+    return " ".join(text.split())[:100]
+
+
+def _too_large(width: int, height: int) -> UnusableImage:
+    size = f"{width}x{height} pixels" if width else KINDS["too large"]
+    return UnusableImage("too large", f"{size} refused, at most {MAX_PIXELS:,} are decoded")
+
+
+def _too_small(width: int, height: int, min_size: tuple[int, int]) -> UnusableImage:
+    wanted = f"{min_size[1]}x{min_size[0]}"
+    return UnusableImage("too small", f"{width}x{height} pixels, smaller than a patch of {wanted} (width x height)")
+
+
+def _claimed_size(encoded: bytes) -> tuple[int, int]:
+    """Return (width, height) of an image that `Image.open` refuses for its size; zeros if it cannot be told."""
+    for factory, accept in Image.OPEN.values():
+        try:
+            if accept is None or accept(encoded[:16]) is True:
+                return factory(BytesIO(encoded), "").size
+        except Exception:  # not of this format
+            continue
+    return 0, 0
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    start = file.read(len(JPEG_START))
+    file.seek(0)
+    # `Image.open` would refuse by size what can be decoded at an eighth of it
+    return JpegImageFile(file) if start == JPEG_START else Image.open(file)
 
 
 def _upright(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
@@ -69,7 +237,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("expected pixels of a known range, got floats")
+        raise UnusableImage("float")
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     # `load` is enough where the mode is right: converting to the same mode copies

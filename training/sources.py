@@ -1,86 +1,25 @@
 """Where images come from: a folder of files, a `datasets` folder, a Hub id, or the built-in digits.
 
-An `ImageSource` gives decoded images by index, one at a time, and survives what is wrong with some of them.
+An `ImageSource` (`image_source.py`) gives them decoded by index, and survives what is wrong with some of them.
 """
 
 import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from hf_vicreg.training.decoding import decode
 from hf_vicreg.training.digits import digit_images
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.image_source import ImageSource
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-NUM_SAMPLED = 64
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """Images by index, with labels where there are any. Can be pickled, for loader processes.
-
-    Attributes:
-        name: What the images are called in logs and cards.
-        length: Number of images, readable or not.
-        read_bytes: Returns the encoded image of an index.
-        fingerprint: Changes when the images or their order do; a resumed run checks it.
-        labels: One class index from 0 on per image, or None.
-        label_names: What the classes are called, where that is known.
-        file_names: One path per image, relative to the folder, or None where images are no files of their own.
-        min_size: Smallest usable image, (height, width) in pixels.
-    """
-
-    name: str
-    length: int
-    read_bytes: Callable[[int], bytes]
-    fingerprint: str
-    labels: list[int] | None = None
-    label_names: list[str] | None = None
-    file_names: list[str] | None = None
-    min_size: tuple[int, int] = (1, 1)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def read(self, index: int, reduction: Callable[[int, int], int] | None = None) -> Image.Image | None:
-        """Return the decoded RGB image, upright, or None if it is missing, corrupt or smaller than `min_size`.
-
-        Args:
-            index: Which image.
-            reduction: Of its (width, height), how many times smaller it may be decoded; see `decode`.
-        """
-        try:
-            return decode(self.read_bytes(index), self.min_size, reduction)
-        except Exception:  # on broken files Pillow raises nearly anything, and none of them may end a long run
-            return None
-
-    def first(self, count: int | None) -> "ImageSource":
-        """Return the first `count` images, all of them if `count` is None or larger."""
-        length = len(self) if count is None else min(count, len(self))
-        labels = None if self.labels is None else self.labels[:length]
-        return replace(self, length=length, labels=labels, fingerprint=f"{self.fingerprint}[:{length}]")
-
-    def at_least(self, height: int, width: int) -> "ImageSource":
-        """Return the same images, smaller ones being unusable from now on."""
-        return replace(self, min_size=(height, width))
-
-    def describe(self, index: int) -> str:
-        """Return what a user finds an image by."""
-        return f"row {index}" if self.file_names is None else self.file_names[index]
-
-    def sampled(self) -> range:
-        """Return the indices of up to 64 images spread evenly over all."""
-        return range(0, len(self), -(-len(self) // NUM_SAMPLED))
 
 
 def load_sources(
@@ -179,7 +118,7 @@ def _folder_source(folder: str) -> ImageSource:
     source = _source(root.resolve().name, len(paths), partial(_read_file, paths), None)
     names = [os.path.relpath(path, root) for path in paths]
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
-    return replace(source, fingerprint=f"{digest}/{source.fingerprint}", file_names=names)
+    return replace(source, fingerprint=f"{digest}/{source.fingerprint}", file_names=names, paths=paths)
 
 
 def _read_file(paths: list[str], index: int) -> bytes:

@@ -92,6 +92,35 @@ def test_small_and_broken_images_are_unusable(image_folder):
     assert source.describe(3) == "0003.png"
 
 
+def test_survey_tells_sizes_and_what_share_is_usable(tmp_path):
+    for index in range(8):
+        Image.new("RGB", (30 + index, 20)).save(tmp_path / f"{index}.png")
+    (tmp_path / "8.png").write_bytes(b"")  # its header shows it
+    content = (tmp_path / "7.png").read_bytes()
+    (tmp_path / "7.png").write_bytes(content[:60])  # only decoding shows it
+    Image.new("RGB", (9, 40)).save(tmp_path / "9.png")
+    source, _ = load_sources(train_dir=str(tmp_path))
+    found = source.survey()
+    assert (found.num_images, found.looked_at, found.labelled) == (10, 10, False)
+    assert found.usable_share == pytest.approx(8 / 10)
+    assert found.median_size == (20, 33)
+    assert found.smallest == (40, 9)
+    assert source.at_least(16, 16).survey().smallest == (20, 30)
+    assert source.count_usable(16) == 8
+    assert source.at_least(16, 16).count_usable(16) == 7
+    assert source.count_usable(3) == 3
+
+
+def test_survey_of_tables_and_of_nothing_usable(tmp_path):
+    labelled(tmp_path / "set", "train", [0, 1, 2] * 20)
+    source, _ = load_sources(dataset_name=str(tmp_path / "set"))
+    found = source.survey(sample=7)
+    assert (found.num_images, found.looked_at, found.labelled) == (60, 7, True)
+    assert (found.usable_share, found.median_size, found.smallest) == (1.0, (8, 8), (8, 8))
+    nothing = source.at_least(16, 16).survey()
+    assert (nothing.usable_share, nothing.median_size, nothing.smallest) == (0.0, (0, 0), (0, 0))
+
+
 def test_linked_folders_are_entered_once(tmp_path, image_folder):
     folder = image_folder(2)
     (tmp_path / "elsewhere").mkdir()
