@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from hf_vicreg.training.evaluation.knn import encode, knn_accuracy
+from hf_vicreg.training.evaluation.knn import encode, encoded_batches, knn_accuracy
 from hf_vicreg.training.sources import ImageSource
 
 
@@ -33,13 +33,15 @@ def test_small_bank_is_used_whole():
     assert knn_accuracy(bank, labels, bank, labels, neighbours=20) == 1.0
 
 
-def test_encoding_skips_unreadable_images_and_shares_the_work():
+def png(index):
+    buffer = BytesIO()
+    Image.new("RGB", (2, 2), (index, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_encoding_skips_unreadable_images():
     def read(index):
-        if index == 3:
-            return b"broken"
-        buffer = BytesIO()
-        Image.new("RGB", (2, 2), (index, 0, 0)).save(buffer, "PNG")
-        return buffer.getvalue()
+        return b"broken" if index == 3 else png(index)
 
     def processor(images, return_tensors):
         return {"pixel_values": torch.tensor([image.getpixel((0, 0))[0] for image in images])[:, None]}
@@ -48,5 +50,28 @@ def test_encoding_skips_unreadable_images_and_shares_the_work():
     features, labels = encode(source, processor, lambda pixels: pixels)
     assert features.flatten().tolist() == [0, 1, 2, 4, 5, 6]
     assert labels.tolist() == [10, 11, 12, 14, 15, 16]
-    shares = [encode(source, processor, lambda pixels: pixels, share=(rank, 2)) for rank in range(2)]
-    assert sorted(torch.cat([labels for _, labels in shares]).tolist()) == labels.tolist()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_every_batch_is_the_same_for_any_number_of_processes(processes):
+    def processor(images, return_tensors):
+        return {"pixel_values": torch.tensor([float(image.getpixel((0, 0))[0]) for image in images])[:, None]}
+
+    def encode_pixels(pixels):  # rounding depends on the shape of a batch and on where an image is in it
+        return pixels + torch.arange(len(pixels))[:, None] / len(pixels) / 100
+
+    def read(index):
+        return b"broken" if index in (1, 8, 9, 10, 11) else png(index)
+
+    source = ImageSource("some", 18, read, "some")
+    batches = [
+        (indices, features.flatten().tolist())
+        for rank in range(processes)
+        for _, indices, features in encoded_batches(
+            source, processor, encode_pixels, share=(rank, processes), batch_size=4
+        )
+    ]
+    batches.sort()
+    assert [indices for indices, _ in batches] == [[0, 2, 3], [4, 5, 6, 7], [12, 13, 14, 15], [16, 17]]
+    for indices, features in batches:
+        assert features == pytest.approx([index + place / 4 / 100 for place, index in enumerate(indices)])

@@ -255,7 +255,8 @@ def _neighbours(evaluation: Evaluation, train: Features, test: Features) -> None
     classes = [sorted(firsts)[place * len(firsts) // pictured] for place in range(pictured)]
     places = torch.tensor([firsts[one] for one in classes])
     count = min(PICTURED_NEIGHBOURS, len(train))
-    ((cosines, nearest),) = nearest_in_bank(train.values, test.values[places], count)
+    parts = nearest_in_bank(train.values, test.values[places], count)
+    cosines, nearest = (torch.cat(part) for part in zip(*parts, strict=True))
     names = evaluation.train.class_names
     rows = []
     for query, row_cosines, row in zip(places, cosines, nearest, strict=True):

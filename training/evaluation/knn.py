@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel
 
 from hf_vicreg.modeling.modeling_vicreg import pooled_features
+from hf_vicreg.training.evaluation.exact_cosine import exact_cosines
 from hf_vicreg.training.sources import ImageSource
 
 TEMPERATURE = 0.07
-BATCH_SIZE = 256
+BATCH_SIZE = 64
+VOTE = 2**40  # of the nearest neighbour
 
 
 def knn_accuracy(
@@ -26,7 +27,9 @@ def knn_accuracy(
 ) -> float:
     """Return the accuracy of weighted k-NN by cosine similarity.
 
-    Each of the k nearest votes for its class with weight `exp(similarity / temperature)`.
+    Each of the k nearest votes for its class with weight `exp(similarity / temperature)`. Of neighbours that are as
+    near as each other the earlier in the bank counts, of classes with as many votes the lower: nothing hangs on how a
+    processor rounds.
     Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4.
 
     Args:
@@ -40,7 +43,7 @@ def knn_accuracy(
     (found,) = knn_predictions(
         bank, bank_labels, queries, neighbours=[min(neighbours, len(bank))], temperature=temperature
     ).values()
-    return float((found == query_labels).float().mean())
+    return float((found == query_labels).double().mean())
 
 
 def knn_predictions(
@@ -58,9 +61,11 @@ def knn_predictions(
     classes = int(bank_labels.max()) + 1
     found: dict[int, list[torch.Tensor]] = {k: [] for k in neighbours}
     for similarity, nearest in nearest_in_bank(bank, queries, max(neighbours)):
-        weights, voted = (similarity / temperature).exp(), bank_labels[nearest]
+        # whole numbers: a sum of votes is the same in any order, and equal votes are equal
+        weights = (((similarity - similarity[:, :1]) / temperature).exp() * VOTE).round().long()
+        voted = bank_labels[nearest]
         for k, parts in found.items():
-            votes = torch.zeros(len(nearest), classes, device=bank.device)
+            votes = torch.zeros(len(nearest), classes, dtype=torch.int64, device=bank.device)
             parts.append(votes.scatter_add_(1, voted[:, :k], weights[:, :k]).argmax(1))
     return {k: torch.cat(parts) for k, parts in found.items()}
 
@@ -68,10 +73,16 @@ def knn_predictions(
 def nearest_in_bank(
     bank: torch.Tensor, queries: torch.Tensor, count: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield cosine similarities and places in the bank, both `(some queries, count)`, nearest first."""
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    for some in queries.split(1024):
-        yield (some @ bank.T).topk(count, dim=1)
+    """Yield exact cosines and places in the bank, both `(some queries, count)`, nearest first, equals by place."""
+    for _, cosines in exact_cosines(bank, queries):
+        found = cosines.topk(count, dim=1)
+        nearest = found.indices.sort(dim=1).values
+        # more images than there is room for are as near as the last one: which of them topk takes is left to chance
+        crowded = ((cosines >= found.values[:, -1:]).sum(1) > count).nonzero().flatten()
+        if len(crowded):
+            nearest[crowded] = cosines[crowded].argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
+        similarity, order = cosines.gather(1, nearest).sort(dim=1, descending=True, stable=True)
+        yield similarity, nearest.gather(1, order)
 
 
 @torch.no_grad()
@@ -88,7 +99,7 @@ def encode(
         source: Images with labels.
         processor: Turns a list of images into `pixel_values`.
         encode_pixels: `(batch, channels, height, width)` to `(batch, features)`.
-        share: (rank, processes): every how-manieth image, and from which on, this call encodes.
+        share: As for `encoded_batches`.
 
     Returns:
         `(images, features)` float32 and `(images,)` int64.
@@ -110,18 +121,31 @@ def encoded_batches(
     share: tuple[int, int] = (0, 1),
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[tuple[int, list[int], torch.Tensor]]:
-    """Yield batch after batch of a source: where it starts in the share, indices of its readable images, features.
+    """Yield batch after batch of a source: how many images came before, indices of its readable images, features.
 
-    Arguments are those of `encode`; features are `(readable images, features)` float32 on the CPU.
+    Which kernels a processor takes, and with them the last bits of the features, depends on the shape of a batch. So
+    batches are cut the same way for any number of processes, and one with too few images is filled up with copies:
+    the features are the same however many processes share the work.
+
+    Args:
+        source: Images.
+        processor: Turns a list of images into `pixel_values`.
+        encode_pixels: `(batch, channels, height, width)` to `(batch, features)`.
+        share: (rank, processes): every how-manieth batch, and from which on, this call encodes.
+        batch_size: Images of every batch.
+
+    Yields:
+        Images of the share before this batch, indices in the source, `(readable images, features)` float32 on the CPU.
     """
-    indices = range(share[0], len(source), share[1])
-    for start in range(0, len(indices), batch_size):
-        read = [(index, source.read(index)) for index in indices[start : start + batch_size]]
+    rank, processes = share
+    for turn, start in enumerate(range(rank * batch_size, len(source), processes * batch_size)):
+        read = [(index, source.read(index)) for index in range(start, min(start + batch_size, len(source)))]
         readable = [index for index, image in read if image is not None]
         if readable:
             images: list[Image.Image] = [image for _, image in read if image is not None]
             pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-            yield start, readable, encode_pixels(pixel_values).float().cpu()
+            filled = pixel_values[torch.arange(batch_size) % len(images)]
+            yield turn * batch_size, readable, encode_pixels(filled)[: len(images)].float().cpu()
 
 
 def model_encoder(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -8,7 +8,7 @@ from transformers import BaseImageProcessor
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.knn import encode, knn_accuracy, model_encoder
+from hf_vicreg.training.evaluation.knn import encoded_batches, knn_accuracy, model_encoder
 from hf_vicreg.training.evaluation.linear_probe import linear_accuracy
 from hf_vicreg.training.sources import ImageSource
 
@@ -68,21 +68,30 @@ class OnlineProbe:
         Raises:
             InputError: No usable image in the bank or among the queries.
         """
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         both: list[torch.Tensor] = []
         for field, source in (("train_split", self.bank), ("test_split", self.test)):
             assert source is not None
-            encoded = encode(source, self.processor, encode_pixels, share=(rank, processes))
-            shares = gather_object([encoded]) if processes > 1 else [encoded]
-            shares = [(features, labels) for features, labels in shares if len(labels)]
-            if not shares:
-                raise InputError(
-                    f"`{field}`: expected usable images for the k-NN accuracy, all {len(source)} of {source.name} "
-                    "looked at are corrupt or too small; name another split or mend them."
-                )
-            both += [torch.cat(parts) for parts in zip(*shares, strict=True)]
+            both += self._encoded(field, source, encode_pixels)
         found = {"knn": knn_accuracy(*both, neighbours=self.neighbours)}
         return found | ({"linear": linear_accuracy(*both)} if self.linear else {})
+
+    def _encoded(self, field: str, source: ImageSource, encode_pixels) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features and labels of a source, in its order, the same bits for any number of processes."""
+        assert source.labels is not None
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        parts = [
+            (indices, features)
+            for _, indices, features in encoded_batches(source, self.processor, encode_pixels, share=(rank, processes))
+        ]
+        if processes > 1:
+            parts = sorted(gather_object(parts), key=lambda part: part[0])
+        if not parts:
+            raise InputError(
+                f"`{field}`: expected usable images for the k-NN accuracy, all {len(source)} of {source.name} "
+                "looked at are corrupt or too small; name another split or mend them."
+            )
+        labels = [source.labels[index] for indices, _ in parts for index in indices]
+        return torch.cat([features for _, features in parts]), torch.tensor(labels, dtype=torch.int64)
 
 
 def small_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
