@@ -18,7 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = parsed.run(parsed)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        from hf_vicreg.model_cards.escaping import one_line  # what others wrote may be in it
+
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return code or 0
 

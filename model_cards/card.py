@@ -1,10 +1,12 @@
 """The model card of a run or a fine-tuned folder: what was measured, and nothing that was not.
 
 Every figure comes from `results.json` or `log.jsonl`; one that is not there reads "not measured". What is generated
-lies between two comment lines a section, which is what `merging.py` goes by.
+lies between two comment lines a section, which is what `merging.py` goes by. The files may be somebody else's: their
+values are checked by `schema.py` before they become facts, and escaped where they are written.
 """
 
 import re
+import shlex
 import statistics
 import string
 from collections.abc import Iterator
@@ -16,8 +18,18 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from hf_vicreg.model_cards.escaping import code, code_block, one_line, prose, python_string
 from hf_vicreg.model_cards.merging import BEGIN, END, SECTIONS
 from hf_vicreg.model_cards.results import MISSING, count, evaluation_results, evaluations_table, figure, knn_table
+from hf_vicreg.model_cards.schema import (
+    HUB_ID,
+    LICENSE,
+    FileError,
+    check_config,
+    check_log_record,
+    check_recipe,
+    check_results,
+)
 
 # where a run lay and went to: its owner's business; the card names the data itself
 OF_THE_OWNER = {
@@ -29,22 +41,19 @@ OF_THE_OWNER = {
     "hub_strategy",
     "hub_private_repo",
 }
-LICENSE = "apache-2.0"
+# code of the card, with nothing in it that is not ours: `name` and `images` are given to it
 LOCAL_SNIPPET = """\
 import hf_vicreg; from transformers import AutoImageProcessor, AutoModel
-processor, model = AutoImageProcessor.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")
+processor, model = AutoImageProcessor.from_pretrained({name}), AutoModel.from_pretrained({name})
 features = model(**processor(images, return_tensors="pt")).pooler_output  # (images, {features})"""
-HUB_SNIPPET = """\
-from transformers import AutoImageProcessor, AutoModel
-
-name = "{name}"
+HUB_IMPORTS = "from transformers import AutoImageProcessor, AutoModel"
+HUB_CODE = """\
 processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
 model = AutoModel.from_pretrained(name, trust_remote_code=True)
-features = model(**processor(images, return_tensors="pt")).pooler_output  # (images, {features})"""
-CLASSIFIER_SNIPPET = """\
-from transformers import pipeline
-
-classify = pipeline("image-classification", model="{name}", trust_remote_code=True)
+features = model(**processor(images, return_tensors="pt")).pooler_output"""
+CLASSIFIER_IMPORTS = "from transformers import pipeline"
+CLASSIFIER_CODE = """\
+classify = pipeline("image-classification", model=name, trust_remote_code=True)
 labels = classify(images)  # for each image its likeliest labels and their scores"""
 
 
@@ -63,6 +72,10 @@ class CardFacts:
             beside the card.
         has_second_encoder: Whether the folder `second_encoder` comes along.
         has_pretraining: Whether the folder `pretraining` comes along.
+        license: Of the weights, by the Hub's short name for it; None: the card names none.
+
+    Raises:
+        FileError: A value that is not what it has to be, with the name of the file that it is from.
     """
 
     name: str
@@ -74,22 +87,48 @@ class CardFacts:
     pictures: tuple[str, ...] = ()
     has_second_encoder: bool = False
     has_pretraining: bool = False
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        for file, attribute, check in (
+            ("config.json", "config", check_config),
+            ("results.json", "results", check_results),
+            ("recipe.yaml", "recipe", check_recipe),
+        ):
+            try:
+                object.__setattr__(self, attribute, check(getattr(self, attribute)))
+            except FileError as error:
+                raise FileError(f"`{file}`: {error}") from None
+        records = [check_log_record(one) for one in self.log]
+        object.__setattr__(self, "log", [one for one in records if one is not None])
+        if self.repo_id is not None and not HUB_ID.fullmatch(self.repo_id):
+            raise FileError("`repo`: expected OWNER/NAME, got another.")
+        if self.license is not None and not LICENSE.fullmatch(self.license):
+            raise FileError(
+                "`license`: expected the Hub's short name of one in small letters, as `apache-2.0` or `other`, got "
+                "another."
+            )
 
     @property
     def dataset(self) -> str:
         """What the images are called: of a folder on the machine it ran on, the last part of its path alone."""
-        name = str(self.results.get("dataset", MISSING))
+        name = str(self.results.get("dataset") or MISSING)
         return PurePath(name).name if name.startswith((".", "~")) or PurePath(name).is_absolute() else name
 
     @property
     def is_classifier(self) -> bool:
         """Whether the model has a head that names classes."""
-        return any(one.endswith("ForImageClassification") for one in self.config.get("architectures") or ())
+        return any(str(one).endswith("ForImageClassification") for one in self.config.get("architectures") or ())
 
     @property
     def model_type(self) -> str:
         """The architecture, in transformers' word for it."""
-        return self.config.get("model_type", MISSING)
+        return self.config.get("model_type") or MISSING
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the encoder's attention leaves pairs of tokens out."""
+        return self.model_type == "bigbird_vit" and self.config.get("attention_type") != "original_full"
 
 
 def model_card(facts: CardFacts) -> str:
@@ -99,9 +138,9 @@ def model_card(facts: CardFacts) -> str:
     marks |= {f"END_{one}": END.format(one) for one in SECTIONS}
     body = string.Template(template).substitute(
         marks,
-        name=facts.name,
+        name=prose(facts.name),
         about=_about(facts),
-        snippet=loading_snippet(facts),
+        snippet=code_block(loading_snippet(facts), "python"),
         loading_note=_loading_note(facts),
         results="\n".join(_results(facts)),
         training="\n".join(_fine_tuning(facts) if facts.is_classifier else _training(facts)),
@@ -115,25 +154,32 @@ def metadata(facts: CardFacts) -> ModelCardData:
     dataset = facts.results.get("hub_dataset")
     measured = evaluation_results(facts.results, facts.dataset)
     return ModelCardData(
-        license=LICENSE,
+        license=facts.license,
         library_name="transformers",
         pipeline_tag="image-classification" if facts.is_classifier else "image-feature-extraction",
-        tags=["vicreg", facts.model_type, "self-supervised-learning", "sparse-attention"],
+        tags=["vicreg", facts.model_type, "self-supervised-learning", *["sparse-attention"] * facts.is_sparse],
         datasets=[dataset] if dataset else None,
         metrics=["accuracy"] if measured else None,
-        model_name=facts.name if measured else None,
+        model_name=one_line(facts.name) if measured else None,
         eval_results=measured or None,
     )
 
 
 def loading_snippet(facts: CardFacts) -> str:
     """Return the code that loads the model and uses it on a list of PIL images called `images`."""
+    name = python_string(facts.repo_id or facts.name)
     if facts.is_classifier:
-        return CLASSIFIER_SNIPPET.format(name=facts.repo_id or facts.name)
+        return f"{CLASSIFIER_IMPORTS}\n\nname = {name}\n{CLASSIFIER_CODE}"
     features = facts.results.get("features") or facts.config.get("hidden_size") or "features"
     if facts.repo_id is None:
-        return LOCAL_SNIPPET.format(name=facts.name, features=features)
-    return HUB_SNIPPET.format(name=facts.repo_id, features=features)
+        return LOCAL_SNIPPET.format(name=name, features=features)
+    return f"{HUB_IMPORTS}\n\nname = {name}\n{HUB_CODE}  # (images, {features})"
+
+
+def executable_snippet(*, is_classifier: bool) -> str:
+    """Return the code of a card on the Hub to be run with `name` and `images` given: constants of ours alone."""
+    parts = (CLASSIFIER_IMPORTS, CLASSIFIER_CODE) if is_classifier else (HUB_IMPORTS, HUB_CODE)
+    return "\n".join(parts)
 
 
 def _about(facts: CardFacts) -> str:
@@ -142,13 +188,13 @@ def _about(facts: CardFacts) -> str:
     size = f"{parameters:,}" if parameters is not None else MISSING
     if facts.is_classifier:
         labels = facts.config.get("id2label") or {}
-        return f"A `{facts.model_type}` classifier of {len(labels)} classes. Parameters: {size}."
+        return f"A {code(facts.model_type)} classifier of {len(labels)} classes. Parameters: {size}."
     pretrained = f"pretrained without labels by VICReg on {count(results, 'num_images')} images of"
-    text = f"A `{facts.model_type}` encoder, {pretrained} `{facts.dataset}`. Parameters: {size}."
+    text = f"A {code(facts.model_type)} encoder, {pretrained} {code(facts.dataset)}. Parameters: {size}."
     if facts.has_second_encoder:
-        kind = facts.recipe.get("second_model", {}).get("model_type", "bigbird_vit")
+        kind = (facts.recipe.get("second_model") or {}).get("model_type") or "bigbird_vit"
         text += (
-            f"\n\nThe folder `second_encoder` holds the encoder of the other branch, a `{kind}`: the two share "
+            f"\n\nThe folder `second_encoder` holds the encoder of the other branch, a {code(kind)}: the two share "
             "nothing and saw one view of every image each."
         )
     return text
@@ -182,16 +228,16 @@ def _results(facts: CardFacts) -> Iterator[str]:
 
 
 def _fine_tuning(facts: CardFacts) -> Iterator[str]:
-    found = [one for one in facts.results.get("evaluations", []) if one.get("task") == "finetune_classification"]
+    found = [one for one in facts.results.get("evaluations") or [] if one.get("task") == "finetune_classification"]
     last = found[-1] if found else {}
-    details, hardware = last.get("details", {}), last.get("environment", {}).get("hardware", MISSING)
+    details, data, machine = (last.get(key) or {} for key in ("details", "data", "environment"))
     yield "| | |\n| --- | --- |"
-    yield f"| pretrained encoder | {details.get('pretrained_model') or MISSING} |"
-    yield f"| data | {last.get('data', {}).get('dataset') or MISSING} |"
+    yield f"| pretrained encoder | {prose(details.get('pretrained_model') or MISSING)} |"
+    yield f"| data | {prose(data.get('dataset') or MISSING)} |"
     yield f"| labelled images | {count(details, 'num_labelled')} |"
     yield f"| unlabelled images | {count(details, 'num_unlabelled')} |"
     yield f"| steps | {count(details, 'steps')} |"
-    yield f"| hardware | {hardware} |"
+    yield f"| hardware | {prose(machine.get('hardware') or MISSING)} |"
     yield f"| time | {figure(details, 'training_seconds', '.1f', ' s')} |"
     if "training_curves.png" in facts.pictures:
         yield "\n![The loss by step](training_curves.png)"
@@ -203,11 +249,12 @@ def _training(facts: CardFacts) -> Iterator[str]:
     speeds = [one["images_per_second"] for one in steps if "images_per_second" in one]
     speed = f"{statistics.median_low(speeds):.0f} images/s (median of the log)" if speeds else MISSING
     yield "| | |\n| --- | --- |"
-    yield f"| data | {count(results, 'num_images')} images of `{facts.dataset}` |"
+    yield f"| data | {count(results, 'num_images')} images of {code(facts.dataset)} |"
     yield f"| steps | {count(results, 'steps')}{_unfinished(results)} |"
     yield f"| steps skipped as not finite | {count(results, 'skipped_steps')} |"
-    yield f"| batch | {facts.recipe.get('statistics_batch_size') or facts.recipe.get('batch_size', MISSING)} images |"
-    yield f"| hardware | {results.get('hardware', MISSING)} |"
+    batch = facts.recipe.get("statistics_batch_size") or facts.recipe.get("batch_size") or MISSING
+    yield f"| batch | {batch} images |"
+    yield f"| hardware | {prose(results.get('hardware') or MISSING)} |"
     yield f"| time | {figure(results, 'training_seconds', '.1f', ' s')} |"
     yield f"| throughput | {speed} |"
     yield f"| loss at the end | {figure(last, 'loss', '.3f')} |"
@@ -217,9 +264,9 @@ def _training(facts: CardFacts) -> Iterator[str]:
         yield "\n![The loss, its parts and k-NN accuracy by step](training_curves.png)"
     if facts.recipe:
         yield "\nThe command, with the recipe below as `recipe.yaml`:\n"
-        yield f"```bash\n{training_command(facts)}\n```\n"
+        yield f"{code_block(training_command(facts), 'bash')}\n"
         recipe = {key: value for key, value in facts.recipe.items() if key not in OF_THE_OWNER}
-        yield f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).strip()}\n```"
+        yield code_block(yaml.safe_dump(recipe, sort_keys=False).strip(), "yaml")
 
 
 def _unfinished(results: dict[str, Any]) -> str:
@@ -232,15 +279,15 @@ def training_command(facts: CardFacts) -> str:
     if facts.recipe.get("train_dir"):
         data = "--train_dir FOLDER_OF_IMAGES"
     else:
-        data = f"--dataset_name {facts.results.get('hub_dataset') or facts.dataset}"
-    name = re.sub(r"[^\w.-]+", "-", facts.name.rpartition("/")[2]) or "again"
+        data = f"--dataset_name {shlex.quote(facts.results.get('hub_dataset') or facts.dataset)}"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", facts.name.rpartition("/")[2]) or "again"
     return f"accelerate launch -m hf_vicreg.training.pretrain --config recipe.yaml {data} --output_dir runs/{name}"
 
 
 def _attention(facts: CardFacts) -> str:
     if facts.model_type != "bigbird_vit":
-        return f"That of `{facts.model_type}`, dense or none."
-    if facts.config.get("attention_type", "block_sparse") == "original_full":
+        return f"That of {code(facts.model_type)}, dense or none."
+    if not facts.is_sparse:
         return "Dense: every patch sees every other."
     density = figure(facts.results, "attention_density", ".3f")
     text = (

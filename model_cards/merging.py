@@ -11,6 +11,7 @@ BEGIN = "<!-- hf_vicreg:{} generated: text up to the next such line is replaced 
 END = "<!-- /hf_vicreg:{} -->"
 # of the metadata, what publishing again brings up to date; the rest is whoever edited it last
 GENERATED_KEYS = ("library_name", "pipeline_tag", "datasets", "metrics", "model-index")
+GENERATED_TAGS = ("sparse-attention",)  # of the tags; one that is generated no more is taken away
 
 
 def merged_card(existing: str, generated: str) -> str:
@@ -18,7 +19,7 @@ def merged_card(existing: str, generated: str) -> str:
 
     A section that lies between its two comment lines is replaced; one whose lines were taken out stays out. A card
     without a single such line is kept whole, and all sections follow it. In the metadata, what is generated is
-    replaced, tags are added to, and anything else stays.
+    replaced, a license that is given too, tags are added to, and anything else stays.
     """
     old, new = ModelCard(existing, ignore_metadata_errors=True), ModelCard(generated)
     sections = dict(_sections(new.text))
@@ -30,8 +31,10 @@ def merged_card(existing: str, generated: str) -> str:
     if not marked:
         body = "\n\n".join([body, *new.text.strip("\n").split("\n\n", 1)[1:]])
     before, after = old.data.to_dict(), new.data.to_dict()
-    merged = after | {key: value for key, value in before.items() if key not in GENERATED_KEYS}
-    merged["tags"] = list(dict.fromkeys([*before.get("tags", []), *after.get("tags", [])]))
+    replaced = {*GENERATED_KEYS, *({"license"} & after.keys())}
+    merged = after | {key: value for key, value in before.items() if key not in replaced}
+    tags = [tag for tag in before.get("tags", []) if tag not in GENERATED_TAGS]
+    merged["tags"] = list(dict.fromkeys([*tags, *after.get("tags", [])]))
     front = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True).strip()
     return f"---\n{front}\n---\n\n{body}\n"
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from hf_vicreg.model_cards.escaping import code, prose
+
 MISSING = "not measured"
 COMMANDS = {
     "knn": "evaluate knn",
@@ -32,48 +34,48 @@ def count(measured: dict[str, Any], key: str) -> str:
 
 def knn_table(results: dict[str, Any], dataset: str, *, second_encoder: bool) -> Iterator[str]:
     """Yield lines of the table of the run's own k-NN accuracies."""
-    knn = results.get("knn_accuracy", {})
+    knn = results.get("knn_accuracy") or {}
     rows = [("raw pixels", "raw_pixels"), ("untrained encoder", "untrained"), ("**this encoder**", "trained")]
     if second_encoder:
         rows += [("second encoder, untrained", "second_untrained"), ("**second encoder**", "second_trained")]
-    yield f"| features | {results.get('knn_neighbours', 'k')}-NN accuracy on held-out images |"
+    yield f"| features | {results.get('knn_neighbours') or 'k'}-NN accuracy on held-out images |"
     yield "| --- | --- |"
     for words, key in rows:
         yield f"| {words} | {figure(knn, key, '.3f')} |"
     yield ""
     if knn:
         yield (
-            f"k-NN by cosine similarity: {count(results, 'knn_test_samples')} held-out images of `{dataset}` against "
-            f"{count(results, 'knn_train_samples')} labelled ones, measured by the training command below."
+            f"k-NN by cosine similarity: {count(results, 'knn_test_samples')} held-out images of {code(dataset)} "
+            f"against {count(results, 'knn_train_samples')} labelled ones, measured by the training command below."
         )
 
 
 def evaluations_table(results: dict[str, Any]) -> Iterator[str]:
     """Yield lines of the table of evaluations that were made afterwards; none if there were none."""
-    evaluations = results.get("evaluations", [])
+    evaluations = results.get("evaluations") or []
     if evaluations:
         yield "\n| evaluation | data | figures | command |"
         yield "| --- | --- | --- | --- |"
     for one in evaluations:
-        data = one.get("data", {})
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in one.get("metrics", {}).items())
-        images = f"{count(data, 'num_test')} images of `{data.get('dataset', MISSING)}`"
-        yield f"| {one.get('task', MISSING)} | {images} | {figures or MISSING} | `{_command(one)}` |"
+        data, metrics = one.get("data") or {}, one.get("metrics") or {}
+        figures = ", ".join(f"{prose(name)} {value:.3f}" for name, value in metrics.items() if value is not None)
+        images = f"{count(data, 'num_test')} images of {code(data.get('dataset') or MISSING)}"
+        yield f"| {one.get('task') or MISSING} | {images} | {figures or MISSING} | {code(_command(one))} |"
 
 
 def evaluation_results(results: dict[str, Any], dataset: str) -> list[EvalResult]:
     """Return what goes into the card's metadata: accuracies of the run's own k-NN and of later evaluations."""
     found = []
-    accuracy = results.get("knn_accuracy", {}).get("trained")
+    accuracy = (results.get("knn_accuracy") or {}).get("trained")
     if accuracy is not None:
-        name = f"{results['knn_neighbours']}-NN accuracy"
+        name = f"{results.get('knn_neighbours') or 'k'}-NN accuracy"
         found.append(
             _entry("k-NN classification of frozen features", results.get("hub_dataset"), dataset, name, accuracy)
         )
-    for one in results.get("evaluations", []):
-        for name, value in one.get("metrics", {}).items():
-            if one.get("task") in METADATA_TASKS and name.startswith("accuracy"):
-                where = one.get("data", {}).get("dataset", MISSING)
+    for one in results.get("evaluations") or []:
+        for name, value in (one.get("metrics") or {}).items():
+            if one.get("task") in METADATA_TASKS and name.startswith("accuracy") and value is not None:
+                where = (one.get("data") or {}).get("dataset") or MISSING
                 found.append(_entry(COMMANDS[one["task"]], None, where, name, value))
     return found
 
@@ -92,11 +94,11 @@ def _entry(task: str, dataset_id: str | None, dataset: str, name: str, value: fl
 
 def _command(evaluation: dict[str, Any]) -> str:
     """Return the command of an evaluation, with the flags that change a figure."""
-    task, data = str(evaluation.get("task")), evaluation.get("data", {})
+    task, data = str(evaluation.get("task")), evaluation.get("data") or {}
     flags = {"dataset_name": data.get("dataset"), "dataset_config_name": data.get("config")}
-    flags |= {key: data.get(key) for key in ("train_split", "test_split")} | evaluation.get("settings", {})
+    flags |= {key: data.get(key) for key in ("train_split", "test_split")} | (evaluation.get("settings") or {})
     words = ["hf-vicreg", *COMMANDS.get(task, task).split(), "MODEL"]
     for key, value in flags.items():
         if isinstance(value, str | int | float | list) and value != []:
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words).replace("|", "\\|")
+    return shlex.join(words)

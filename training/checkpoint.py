@@ -210,6 +210,8 @@ def find_damage(path: Path) -> str | None:
     if not isinstance(manifest, dict) or not manifest.keys() >= set(FILES):
         return f"{MANIFEST} does not name all files"
     for name, expected in manifest.items():
+        if Path(name).name != name or (path / name).is_symlink():
+            return f"{MANIFEST} names a file that lies elsewhere"
         if not (path / name).is_file():
             return f"{name} is missing"
         if _describe(path / name) != expected:
@@ -224,12 +226,22 @@ def load_state(path: Path) -> RunState:
         InputError: A version of the package with other fields wrote it.
     """
     try:
-        return RunState(**json.loads((path / "state.json").read_text()))
-    except TypeError as error:
+        state = RunState(**json.loads((path / "state.json").read_text()))
+        expected = {key: type(one) for key, one in asdict(RunState()).items()}
+        wrong = [key for key, kind in expected.items() if not _is(getattr(state, key), kind)]
+        if wrong or state.step < 0 or not all(_is(one, int) for one in state.unusable):
+            raise TypeError(f"`{(wrong or ['step or unusable'])[0]}` holds something else")
+        return state
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"`resume_from_checkpoint`: {path} was written by another version of this package ({error}); "
             "resume with that version or start in a new folder."
         ) from error
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Return whether a value is of a kind; whole numbers are numbers, and true is none."""
+    return isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
 
 
 def load_tensors(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:

@@ -4,8 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hf_vicreg.model_cards.schema import FileError, check_recipe, read_checked
 from hf_vicreg.training.diagnosis import MIN_LINES, Record, Watch
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.run_log import LOG_FILE, read_log
@@ -38,10 +37,11 @@ def read_run(folder: Path) -> tuple[list[Record], float]:
         if not path.is_file():
             raise InputError(f"`RUN`: expected the folder of a run, {folder} has no {path.name}; name its output_dir.")
     try:
-        settings = yaml.safe_load(recipe.read_text())
-        gamma = float((settings.get("vicreg") or {}).get("gamma", 1.0))
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"`RUN`: expected the recipe of a run in {recipe}, it cannot be read as one.") from error
+        gamma = (read_checked(recipe, check_recipe).get("vicreg") or {}).get("gamma") or 1.0
+    except FileError as error:
+        raise InputError(
+            f"`RUN`: expected the recipe of a run in {recipe}, it cannot be read as one: {error}"
+        ) from None
     try:
         records = read_log(log)
     except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from hf_vicreg.model_cards.schema import check_log_record
 from hf_vicreg.training.diagnosis import Verdict, Watch
 from hf_vicreg.training.distributed import run_on_main
 from hf_vicreg.training.errors import room_in
@@ -111,16 +112,16 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log, none if there is no log yet, without one that a kill cut short."""
+    """Return the figures of a log's lines, none if there is no log yet, without a line that a kill cut short."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text().splitlines():
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = check_log_record(json.loads(line))
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if record is not None:
             records.append(record)
     return records
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_vicreg.model_cards.card import LOCAL_SNIPPET
+from hf_vicreg.model_cards.escaping import python_string
 from hf_vicreg.training.doctor import health_table
 
 
@@ -42,5 +43,5 @@ def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]
                 f"{verdict['name']} ({when} step {verdict['step']}): {verdict['finding']}; {verdict['remedy']}"
             )
     lines.append(f"\nThe encoder is in {folder}. To load it:\n")
-    lines.append(LOCAL_SNIPPET.format(name=folder, features=results["features"]))
+    lines.append(LOCAL_SNIPPET.format(name=python_string(folder), features=results["features"]))
     return "\n" + "\n".join(lines)

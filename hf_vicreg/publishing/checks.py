@@ -1,4 +1,8 @@
-"""Does a folder give others what the run gives here? Asked in processes that have nothing of this one."""
+"""Does a folder give others what the run gives here? Asked in processes that have nothing of this one.
+
+The folder may be somebody else's. Code that runs is ours: this package's, and the copies of it in the staged folder.
+What a file says is handed over as data.
+"""
 
 import json
 import os
@@ -12,9 +16,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from hf_vicreg.model_cards.card import loading_snippet
+from hf_vicreg.model_cards.card import executable_snippet
+from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.publishing.secret_scan import SECRET_NAMES
 from hf_vicreg.publishing.staging import PRETRAINING, SECOND, Staged
+from hf_vicreg.training.errors import InputError
 
 TIMEOUT_S = 900
 
@@ -30,7 +36,7 @@ def check_loads(staged: Staged, run: Path) -> dict[str, torch.Tensor]:
         The run's features of two fixed images, by name.
 
     Raises:
-        ValueError: The folder does not load, or its features are others.
+        InputError: The folder does not load, or its features are others.
     """
     reference, here = _features([run, staged.folder], staged, package=True)
     _refuse_difference(reference, here, "loaded with the package")
@@ -42,7 +48,7 @@ def check_loads_without_package(staged: Staged, folder: Path, reference: dict[st
     """Load a folder where `hf_vicreg` cannot be imported, run the card's code, and compare with `reference`.
 
     Raises:
-        ValueError: It does not load, or its features are others.
+        InputError: It does not load, or its features are others.
     """
     (found,) = _features([folder], staged, package=False)
     _refuse_difference(reference, found, "loaded without the package")
@@ -53,12 +59,12 @@ def _features(folders: list[Path], staged: Staged, *, package: bool) -> list[dic
     with tempfile.TemporaryDirectory() as scratch:
         outs = [Path(scratch) / f"{index}.safetensors" for index in range(len(folders))]
         request = {
-            "package": str(Path(str(resources.files("hf_vicreg"))).parent) if package else None,
+            "package": str(_package_root()) if package else None,
+            "path": import_path(staged.folder, *folders),
             "folders": {str(folder.resolve()): str(out) for folder, out in zip(folders, outs, strict=True)},
             "subfolders": [SECOND] * facts.has_second_encoder + [PRETRAINING] * facts.has_pretraining,
             # the run itself is loaded as its own card says; what is published, as the one on the Hub will
-            "snippet": "" if package else loading_snippet(facts),
-            "repo": facts.repo_id,
+            "snippet": "" if package else executable_snippet(is_classifier=facts.is_classifier),
         }
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request))
@@ -67,18 +73,40 @@ def _features(folders: list[Path], staged: Staged, *, package: bool) -> list[dic
             finished = subprocess.run(
                 [sys.executable, "-I", str(program), str(path)],
                 env=_clean_environment(scratch),
+                stdin=subprocess.DEVNULL,  # nobody is there to trust code when asked
                 capture_output=True,
                 text=True,
                 timeout=TIMEOUT_S,
                 cwd=scratch,
             )
         except subprocess.TimeoutExpired:
-            raise ValueError(f"`RUN`: expected the model to load within {TIMEOUT_S} s, it did not.") from None
+            raise InputError(f"`RUN`: expected the model to load within {TIMEOUT_S} s, it did not.") from None
         if finished.returncode:
             how = "with" if package else "without"
             reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise ValueError(f"`RUN`: expected a model that loads {how} the package, got: {reason}")
+            raise InputError(f"`RUN`: expected a model that loads {how} the package, got: {one_line(reason)[:500]}")
         return [load_file(out) for out in outs]
+
+
+def import_path(*foreign: Path) -> list[str]:
+    """Return where this process finds its modules, for a process that `-I` hides the user's own places from.
+
+    torch may be installed for the user alone, or lie on `PYTHONPATH`, as on clusters. The present folder, the checkout
+    of this package and whatever lies in the folders of others are left out.
+    """
+    here, root = Path.cwd().resolve(), _package_root()
+    found = []
+    for entry in sys.path:
+        path = Path(entry).resolve()
+        is_checkout = path == root and (root / "pyproject.toml").exists()
+        inside = any(path.is_relative_to(folder.resolve()) for folder in foreign)
+        if entry and Path(entry).is_absolute() and path != here and not is_checkout and not inside:
+            found.append(entry)
+    return found
+
+
+def _package_root() -> Path:
+    return Path(str(resources.files("hf_vicreg"))).parent.resolve()
 
 
 def _clean_environment(scratch: str) -> dict[str, str]:
@@ -101,4 +129,4 @@ def _refuse_difference(expected: dict[str, torch.Tensor], found: dict[str, torch
     for name, tensor in expected.items():
         if name not in found or not torch.equal(found[name], tensor):
             difference = "none" if name not in found else f"{(found[name] - tensor).abs().max():.1e} off"
-            raise ValueError(f"`RUN`: expected {name} equal to the run's when {how}, got {difference}.")
+            raise InputError(f"`RUN`: expected {name} equal to the run's when {how}, got {difference}.")

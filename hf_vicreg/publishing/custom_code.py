@@ -51,8 +51,8 @@ def write_custom_code(folder: Path, configs: list[Path]) -> list[str]:
 
     Args:
         folder: The staged folder; code goes to its root.
-        configs: The `config.json` files in it and below. Only those of our model types need code; the image processor
-            at the root does if it is ours.
+        configs: The `config.json` files in it and below, which name no code yet. Only those of our model types need
+            code; the image processor at the root does if it is ours.
 
     Returns:
         Names of the files written.

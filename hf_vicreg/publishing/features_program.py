@@ -2,7 +2,8 @@
 
 `python -I features_program.py REQUEST.json`: loads each folder of the request and writes tensors of two fixed images
 into a safetensors file. Without the package, which then cannot be imported at all, models load with
-`trust_remote_code=True`.
+`trust_remote_code=True`: such a folder holds the package's own copies of its code. With the package no code of a
+folder is ever run.
 """
 
 import json
@@ -40,7 +41,7 @@ def features_of(folder, subfolders, snippet, remote):
     from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
     from transformers.utils import is_torchvision_available
 
-    trust = {"trust_remote_code": True} if remote else {}
+    trust = {"trust_remote_code": remote}
     found = {}
     backends = ["pil", "torchvision"] if is_torchvision_available() else ["pil"]
     for backend in backends:
@@ -61,13 +62,14 @@ def features_of(folder, subfolders, snippet, remote):
             wrapper = AutoModelForPreTraining.from_pretrained(folder, subfolder="pretraining", **trust).eval()
             found["embeddings"] = wrapper(pixel_values=torch.stack([pixels, pixels.flip(-1)], dim=1)).embeddings
         if snippet:
-            exec(compile(snippet, "the card's snippet", "exec"), {"images": images()})
+            exec(compile(snippet, "the card's snippet", "exec"), {"images": images(), "name": folder})
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
 def main():
     """Answer the request named on the command line."""
     request = json.loads(Path(sys.argv[1]).read_text())
+    sys.path[:] = request["path"]
     if request["package"]:
         sys.path.insert(0, request["package"])
         import hf_vicreg  # noqa: F401
@@ -76,8 +78,7 @@ def main():
     from safetensors.torch import save_file
 
     for folder, out in request["folders"].items():
-        snippet = request["snippet"].replace(request["repo"], folder)
-        tensors = features_of(folder, request["subfolders"], snippet, remote=not request["package"])
+        tensors = features_of(folder, request["subfolders"], request["snippet"], remote=not request["package"])
         save_file(tensors, out)
 
 

@@ -11,6 +11,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
+from hf_vicreg.training.errors import InputError
+
 # errors of connections are httpx's, and which of its releases huggingface_hub is built on differs between versions
 TRANSPORT_ERROR = HfHubHTTPError.__bases__[0]
 REMEDIES = {
@@ -25,7 +27,7 @@ REMEDIES = {
 
 @contextmanager
 def as_one_line(doing: str, endpoint: str) -> Iterator[None]:
-    """Turn what may go wrong in an exchange with the Hub into a `ValueError` of one line.
+    """Turn what may go wrong in an exchange with the Hub into an `InputError` of one line.
 
     Args:
         doing: What was being done, as the line's middle: "upload the files".
@@ -34,21 +36,21 @@ def as_one_line(doing: str, endpoint: str) -> Iterator[None]:
     try:
         yield
     except LocalTokenNotFoundError:
-        raise ValueError(
+        raise InputError(
             "`HF_TOKEN`: expected a token with write access, got none; run `hf auth login` or set HF_TOKEN."
         ) from None
     except OfflineModeIsEnabled:
-        raise ValueError(f"`HF_HUB_OFFLINE`: expected to reach {endpoint}, it says not to; unset it.") from None
+        raise InputError(f"`HF_HUB_OFFLINE`: expected to reach {endpoint}, it says not to; unset it.") from None
     except HfHubHTTPError as error:
-        raise ValueError(_answer(doing, error)) from None
+        raise InputError(_answer(doing, error)) from None
     except (TRANSPORT_ERROR, LocalEntryNotFoundError) as error:  # the latter: no answer, and no copy kept from before
-        raise ValueError(_silence(doing, endpoint, error)) from None
+        raise InputError(_silence(doing, endpoint, error)) from None
     except RuntimeError as error:  # an upload in a thread; what happened there is its cause
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
-            raise ValueError(_answer(doing, cause)) from None
+            raise InputError(_answer(doing, cause)) from None
         if isinstance(cause, TRANSPORT_ERROR):
-            raise ValueError(_silence(doing, endpoint, cause)) from None
+            raise InputError(_silence(doing, endpoint, cause)) from None
         raise
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 
+from hf_vicreg.model_cards.escaping import printable
+from hf_vicreg.model_cards.schema import HUB_ID, FileError
 from hf_vicreg.publishing.checks import check_loads, check_loads_without_package
 from hf_vicreg.publishing.hub_errors import patience
 from hf_vicreg.publishing.push import bring_up_to_date, check_account, download, push, read_remote
 from hf_vicreg.publishing.secret_scan import refuse_secrets
 from hf_vicreg.publishing.staging import Staged, stage
-from hf_vicreg.training.checks import REPO
+from hf_vicreg.training.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def publish(
     create_pr: bool = False,
     dry_run: bool = False,
     include_pretraining: bool = False,
+    license: str | None = None,
 ) -> Publication:
     """Publish a run's folder, or a fine-tuned one, on the Hub. The token is the stored login's, or `HF_TOKEN`'s.
 
@@ -65,23 +68,27 @@ def publish(
         create_pr: Open a pull request instead.
         dry_run: Stage and check, and send nothing; no network is needed.
         include_pretraining: Publish `pretraining/` as well, the encoder with its expander.
+        license: Of the weights, by the Hub's short name for it, as `apache-2.0`; default: the card names none, and
+            one that the repository's card has already stays.
 
     Raises:
-        ValueError: A folder that cannot be published, something secret in it, or anything that went wrong on the way
+        InputError: A folder that cannot be published, something secret in it, or anything that went wrong on the way
             to the Hub; the branch is then as it was, unless the line says that a download differs.
     """
-    if not REPO.fullmatch(repo):
-        raise ValueError(f"`repo`: expected OWNER/NAME, got {repo!r}.")
+    if not HUB_ID.fullmatch(repo):
+        raise InputError(f"`repo`: expected OWNER/NAME, got {repo!r}.")
     if create_pr and revision is not None:
-        raise ValueError("`create_pr`, `revision`: expected one of the two, got both; pull requests are for `main`.")
+        raise InputError("`create_pr`, `revision`: expected one of the two, got both; pull requests are for `main`.")
     run, api = Path(run), HfApi()
     with tempfile.TemporaryDirectory(prefix="hf_vicreg_") as scratch, patience(TIMEOUT_S):
         into = Path(scratch) / "staged"
         into.mkdir()
         try:
-            staged = stage(run, into, repo=repo, include_pretraining=include_pretraining)
+            staged = stage(run, into, repo=repo, include_pretraining=include_pretraining, license=license)
+        except FileError as error:
+            raise InputError(str(error)) from None
         except StrictDataclassError as error:
-            raise ValueError(f"`config.json`: {str(error).strip().splitlines()[-1].strip()}") from None
+            raise InputError(f"`config.json`: {str(error).strip().splitlines()[-1].strip()}") from None
         if dry_run:
             check_loads(staged, run)
             return _publication(staged, None, None, [])
@@ -102,6 +109,10 @@ def publish(
 
 def report(publication: Publication) -> str:
     """Return what `hf-vicreg publish` prints at its end."""
+    return printable(_report(publication))
+
+
+def _report(publication: Publication) -> str:
     lines = [f"{size:>12,}  {name}" for name, size in publication.files.items()]
     lines.append(f"{sum(publication.files.values()):>12,}  bytes in {len(lines)} files")
     if publication.left_out:

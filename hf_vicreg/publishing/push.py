@@ -13,6 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 from hf_vicreg.model_cards.merging import merged_card
 from hf_vicreg.publishing.hub_errors import as_one_line
 from hf_vicreg.publishing.staging import GENERATED, Staged
+from hf_vicreg.training.errors import InputError
 
 MESSAGE = "Publish with hf-vicreg"
 
@@ -56,13 +57,13 @@ class Pushed:
 
 
 def check_account(api: HfApi, repo: str, *, create_pr: bool) -> None:
-    """Raise ValueError without a token that is accepted, or if its account may not own the repository."""
+    """Raise InputError without a token that is accepted, or if its account may not own the repository."""
     with as_one_line("know the token's account", api.endpoint):
         account = api.whoami()
     owners = [account["name"], *(one["name"] for one in account.get("orgs", []))]
     owner = repo.partition("/")[0]
     if owner not in owners and not create_pr:
-        raise ValueError(
+        raise InputError(
             f"`repo`: expected one of the token's owners {owners}, got {owner!r}; change OWNER in OWNER/NAME, or open "
             "a pull request with --create_pr."
         )
@@ -72,7 +73,7 @@ def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool) -
     """Return a repository's state.
 
     Raises:
-        ValueError: The Hub does not answer, or the repository is public and was to be private.
+        InputError: The Hub does not answer, or the repository is public and was to be private.
     """
     branch = revision or "main"
     with as_one_line("read the repository", api.endpoint):
@@ -81,7 +82,7 @@ def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool) -
         except RepositoryNotFoundError:
             return Remote(repo, branch)
         if private and not info.private:
-            raise ValueError(
+            raise InputError(
                 f"`private`: expected a private repository, {repo} is public; change its visibility first or choose "
                 "another."
             )
@@ -104,7 +105,7 @@ def bring_up_to_date(staged: Staged, remote: Remote) -> None:
     """Put what people wrote into the card on the Hub into the staged one.
 
     Raises:
-        ValueError: That card's metadata cannot be read.
+        InputError: That card's metadata cannot be read.
     """
     if remote.card is None:
         return
@@ -112,7 +113,7 @@ def bring_up_to_date(staged: Staged, remote: Remote) -> None:
         merged = merged_card(remote.card, staged.card)
     except Exception as error:  # whatever YAML people write
         reason = " ".join(str(error).split())
-        raise ValueError(f"`README.md`: expected a card with YAML metadata in {remote.repo}: {reason}") from None
+        raise InputError(f"`README.md`: expected a card with YAML metadata in {remote.repo}: {reason}") from None
     (staged.folder / "README.md").write_text(merged, encoding="utf-8")
 
 
@@ -129,12 +130,12 @@ def push(api: HfApi, staged: Staged, remote: Remote, *, private: bool, create_pr
         create_pr: Open a pull request instead of a commit to the branch.
 
     Raises:
-        ValueError: Anything that went wrong, in one line; the branch is then as it was.
+        InputError: Anything that went wrong, in one line; the branch is then as it was.
     """
     repo, head, files, has_branch = remote.repo, remote.head, remote.files, remote.has_branch
     if head is None:
         if create_pr:
-            raise ValueError(f"`create_pr`: expected a repository to open a pull request for, {repo} is none.")
+            raise InputError(f"`create_pr`: expected a repository to open a pull request for, {repo} is none.")
         with as_one_line("create the repository", api.endpoint):
             api.create_repo(repo, private=private, exist_ok=True)
             head = api.model_info(repo).sha
@@ -171,18 +172,18 @@ def download(api: HfApi, repo: str, commit: str, staged: Staged, into: Path) -> 
     """Download a commit's files and compare them with the staged ones.
 
     Raises:
-        ValueError: A file is missing or another.
+        InputError: A file is missing or another.
     """
     with as_one_line("download the files again", api.endpoint):
         for name in staged.names:
             try:
                 api.hf_hub_download(repo, name, revision=commit, local_dir=into)
             except RemoteEntryNotFoundError:
-                raise ValueError(f"`{name}`: expected it in {repo} at {commit[:8]}, the Hub has none.") from None
+                raise InputError(f"`{name}`: expected it in {repo} at {commit[:8]}, the Hub has none.") from None
     for name in staged.names:
         expected, found = _sha256(staged.folder / name), _sha256(into / name)
         if expected != found:
-            raise ValueError(
+            raise InputError(
                 f"`{name}`: expected sha256 {expected[:12]} in {repo} at {commit[:8]}, downloaded {found[:12]}; do "
                 "not use this commit, and run the command again."
             )

@@ -1,7 +1,8 @@
 """What leaves the machine: a copy of a run's folder, by an allow-list, in a folder of its own.
 
 Weights, configurations and results are read from the run; code, card and pictures are made anew. Nothing else is
-copied, so checkpoints, optimiser state, logs, pickles and whatever else lies there stay where they are.
+copied, so checkpoints, optimiser state, logs, pickles and whatever else lies there stay where they are. The run's
+folder may be somebody else's: its files are checked when they are read, and none of its code comes along.
 """
 
 import json
@@ -16,12 +17,15 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from hf_vicreg.model_cards.card import OF_THE_OWNER, CardFacts, model_card
+from hf_vicreg.model_cards.schema import check_config, check_plain, check_recipe, check_results, read_checked
 from hf_vicreg.publishing.custom_code import AUTO_MAPS, write_custom_code
 from hf_vicreg.publishing.pictures import draw_pictures
 from hf_vicreg.publishing.secret_scan import refuse_secrets
+from hf_vicreg.training.errors import InputError
 
 WEIGHTS, INDEX, PROCESSOR = "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+MAX_PIXELS = 50_000_000  # of a picture that comes along
 SECOND, PRETRAINING, NEIGHBOURS = "second_encoder", "pretraining", "neighbours.png"
 # names of a repository that publishing writes and takes away again when a run has them no more
 GENERATED = re.compile(
@@ -58,7 +62,9 @@ class Staged:
         return (self.folder / "README.md").read_text(encoding="utf-8")
 
 
-def stage(run: Path, into: Path, *, repo: str, include_pretraining: bool = False) -> Staged:
+def stage(
+    run: Path, into: Path, *, repo: str, include_pretraining: bool = False, license: str | None = None
+) -> Staged:
     """Copy what may be published of a run, or of a fine-tuned folder, into an empty folder.
 
     Args:
@@ -66,33 +72,38 @@ def stage(run: Path, into: Path, *, repo: str, include_pretraining: bool = False
         into: An empty folder.
         repo: The repository's id, for the card.
         include_pretraining: Take `pretraining/` along, the encoder with its expander.
+        license: Of the weights, for the card.
 
     Raises:
-        ValueError: Not such a folder, an unfinished run, weights that are not safetensors, or something secret in it.
+        InputError: Not such a folder, an unfinished run, weights that are not safetensors, or something secret in it.
+        FileError: A value in one of its files that is not what it has to be.
     """
     config = _read_config(run)
-    results = _read_json(run / "results.json") if (run / "results.json").exists() else {}
+    results = {}
+    if (run / "results.json").exists():
+        results = _without_paths(read_checked(_inside(run, "results.json"), check_results))
     recipe = _without_paths(_read_recipe(run))
     parts = [""]
     if (run / SECOND / "config.json").exists():
         parts.append(SECOND)
     if include_pretraining:
         if not (run / PRETRAINING / "config.json").exists():
-            raise ValueError(f"`include_pretraining`: expected {PRETRAINING}/config.json in {run}, found none.")
+            raise InputError(f"`include_pretraining`: expected {PRETRAINING}/config.json in {run}, found none.")
         parts.append(PRETRAINING)
     for part in parts:
         (into / part).mkdir(exist_ok=True)
         _copy_model(run, part, into)
     write_custom_code(into, [into / part / "config.json" for part in parts])
     if results:
-        (into / "results.json").write_text(json.dumps(_without_paths(results), indent=1) + "\n")
+        (into / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     if recipe:
         public = {key: value for key, value in recipe.items() if key not in OF_THE_OWNER}
         (into / "recipe.yaml").write_text(yaml.safe_dump(public, sort_keys=False))
+    refuse_secrets(into, _names(into))  # before a message of theirs could show one
     log = _read_log(run)
     pictures = draw_pictures(into, _encoder_config(into), log, results)
     if (run / NEIGHBOURS).exists():
-        Image.open(_inside(run, NEIGHBOURS)).convert("RGB").save(into / NEIGHBOURS)  # the pixels, without comments
+        _copy_picture(_inside(run, NEIGHBOURS), into / NEIGHBOURS)
         pictures.append(NEIGHBOURS)
     facts = CardFacts(
         name=repo.partition("/")[2],
@@ -104,9 +115,10 @@ def stage(run: Path, into: Path, *, repo: str, include_pretraining: bool = False
         pictures=tuple(pictures),
         has_second_encoder=SECOND in parts,
         has_pretraining=PRETRAINING in parts,
+        license=license,
     )
     (into / "README.md").write_text(model_card(facts), encoding="utf-8")
-    names = sorted(path.relative_to(into).as_posix() for path in into.rglob("*") if path.is_file())
+    names = _names(into)
     refuse_secrets(into, names)
     left_out = sorted(
         path.name + "/" * path.is_dir()
@@ -116,61 +128,81 @@ def stage(run: Path, into: Path, *, repo: str, include_pretraining: bool = False
     return Staged(into, names, facts, left_out)
 
 
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _copy_picture(source: Path, target: Path) -> None:
+    """Write the pixels of a PNG file into another, without comments, profiles or whatever else it holds."""
+    try:
+        # of its format alone: others have readers that start programs
+        with Image.open(source, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError("too large")
+            pixels = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise InputError(
+            f"`{source.name}`: expected a PNG file of at most {MAX_PIXELS:,} pixels in {source.parent}, got another."
+        ) from None
+    Image.frombytes("RGB", pixels.size, pixels.tobytes()).save(target)
+
+
 def _read_config(run: Path) -> dict[str, Any]:
     """Return the model's configuration, or say why this is no folder to publish."""
     if not run.is_dir():
-        raise ValueError(f"`RUN`: expected the folder of a run, got {str(run)!r}, which is none.")
+        raise InputError(f"`RUN`: expected the folder of a run, got {str(run)!r}, which is none.")
     is_run = (run / "recipe.yaml").exists()
     missing = [name for name in ("config.json", PROCESSOR) if not (run / name).exists()]
     if is_run and (missing or not (run / "results.json").exists()):
-        raise ValueError(
+        raise InputError(
             f"`RUN`: expected a finished run, {run} has no {(missing or ['results.json'])[0]} yet; finish it with "
             "--resume_from_checkpoint latest."
         )
     if missing:
-        raise ValueError(f"`RUN`: expected the folder of a run or a fine-tuned model, {run} has no {missing[0]}.")
-    config = _read_json(_inside(run, "config.json"))
+        raise InputError(f"`RUN`: expected the folder of a run or a fine-tuned model, {run} has no {missing[0]}.")
+    config = read_checked(_inside(run, "config.json"), check_config)
     model_type = config.get("model_type")
     if model_type == "vicreg":
-        raise ValueError(f"`RUN`: expected the run's folder, {run} is its wrapper; give the folder above it.")
+        raise InputError(f"`RUN`: expected the run's folder, {run} is its wrapper; give the folder above it.")
     if not is_run and model_type not in AUTO_MAPS:
-        raise ValueError(f"`RUN`: expected a run or a model of type 'bigbird_vit', {run} holds a {model_type!r}.")
+        raise InputError(f"`RUN`: expected a run or a model of type 'bigbird_vit', {run} holds a {model_type!r}.")
     return config
 
 
 def _copy_model(run: Path, part: str, into: Path) -> None:
     """Copy configuration, processor and weights of the folder `part` of a run, checked."""
-    config = _read_json(_inside(run, part, "config.json"))
-    config.pop("_name_or_path", None)
-    _write_json(into / part / "config.json", config)
-    if (run / part / PROCESSOR).exists():
-        _write_json(into / part / PROCESSOR, _read_json(_inside(run, part, PROCESSOR)))
+    for name in ("config.json", PROCESSOR):
+        if name == "config.json" or (run / part / name).exists():
+            _write_json(into / part / name, read_checked(_inside(run, part, name), check_config))
     names = [WEIGHTS]
     if (run / part / INDEX).exists():
-        index = _read_json(_inside(run, part, INDEX))
-        names = sorted(set(index.get("weight_map", {}).values()))
-        foreign = [name for name in names if not SHARD.fullmatch(str(name))]
+        index = read_checked(_inside(run, part, INDEX), check_plain)
+        shards = index.get("weight_map")
+        names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
+        foreign = [name for name in names if not SHARD.fullmatch(name)]
         if foreign or not names:
-            raise ValueError(f"`{INDEX}`: expected names of shards in {run / part}, got {foreign[:1] or 'none'}.")
+            raise InputError(
+                f"`{INDEX}`: expected names of shards in {run / part}, got {'others' if foreign else 'none'}."
+            )
         _write_json(into / part / INDEX, index)
     for name in names:
         source = run / part / name
         if not source.exists():
-            raise ValueError(f"`RUN`: expected {part}{'/' * bool(part)}{name} in {run}, found none; safetensors only.")
+            raise InputError(f"`RUN`: expected {part}{'/' * bool(part)}{name} in {run}, found none; safetensors only.")
         source = _inside(run, part, name)
         try:
             with safe_open(source, framework="pt") as weights:  # its header is checked against its length
                 weights.keys()
         except SafetensorError as error:
-            raise ValueError(f"`{name}`: expected safetensors in {run / part}, cannot be read: {error}.") from None
+            raise InputError(f"`{name}`: expected safetensors in {run / part}, cannot be read: {error}.") from None
         shutil.copyfile(source, into / part / name)
 
 
 def _inside(run: Path, *parts: str) -> Path:
-    """Return a file of the run, or raise ValueError if it is a link that leads out of its folder."""
+    """Return a file of the run, or raise InputError if it is a link that leads out of its folder."""
     path = run.joinpath(*parts)
     if not path.resolve().is_relative_to(run.resolve()):
-        raise ValueError(f"`{path.relative_to(run)}`: expected a file of {run}, got a link out of it; copy it there.")
+        raise InputError(f"`{path.relative_to(run)}`: expected a file of {run}, got a link out of it; copy it there.")
     return path
 
 
@@ -183,12 +215,7 @@ def _read_recipe(run: Path) -> dict[str, Any]:
 
     from hf_vicreg.training.arguments import SECTIONS, PretrainArguments
 
-    try:
-        recipe = yaml.safe_load(_inside(run, "recipe.yaml").read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        recipe = None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"`recipe.yaml`: expected a mapping of settings in {run}, cannot be read.")
+    recipe = read_checked(_inside(run, "recipe.yaml"), check_recipe)
     known = {one.name for one in fields(PretrainArguments)} | set(SECTIONS)
     return {key: value for key, value in recipe.items() if key in known and value is not None}
 
@@ -196,13 +223,13 @@ def _read_recipe(run: Path) -> dict[str, Any]:
 def _read_log(run: Path) -> list[dict[str, Any]]:
     from hf_vicreg.training.run_log import read_log
 
-    return [record for record in read_log(run / "log.jsonl") if isinstance(record, dict) and "step" in record]
+    return read_log(_inside(run, "log.jsonl"))
 
 
 def _encoder_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _without_paths(value: Any) -> Any:
@@ -214,16 +241,6 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith(("./", "../", "~"))):
         return PurePath(value).name
     return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path.name}`: expected a JSON object in {path.parent}, cannot be read.")
-    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

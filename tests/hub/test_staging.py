@@ -113,7 +113,8 @@ def test_a_secret_in_what_would_leave_is_refused_and_never_shown(name, plant, wh
     elif name == "recipe.yaml":
         path.write_text(path.read_text().replace("mixed_precision: auto", f"mixed_precision: '{plant}'"))
     else:
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"note": plant}))
+        field = "hardware" if name == "results.json" else "note"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {field: plant}))
     with pytest.raises(ValueError, match="expected nothing secret") as caught:
         staged(run)
     message = str(caught.value)
@@ -125,10 +126,11 @@ def test_a_secret_in_what_would_leave_is_refused_and_never_shown(name, plant, wh
 
 def test_paths_in_results_become_names(run, staged):
     results = json.loads((run / "results.json").read_text())
-    (run / "results.json").write_text(json.dumps(results | {"dataset": "/srv/data/photos", "more": ["~/x/y", 3]}))
+    linear = {"task": "linear", "details": {"more": ["~/x/y", 3]}}
+    (run / "results.json").write_text(json.dumps(results | {"dataset": "/srv/data/photos", "evaluations": [linear]}))
     found = staged(run)
     public = json.loads((found.folder / "results.json").read_text())
-    assert (public["dataset"], public["more"]) == ("photos", ["y", 3])
+    assert (public["dataset"], public["evaluations"][0]["details"]["more"]) == ("photos", ["y", 3])
     assert "images of `photos`" in found.card
 
 

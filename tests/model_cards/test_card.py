@@ -42,7 +42,15 @@ LOG = [
     for index in range(1, 8)
 ]
 RECIPE = {"batch_size": 128, "dataset_name": "digits", "output_dir": "/home/me/runs/x", "train_dir": None}
-FACTS = {"name": "demo", "config": CONFIG, "results": RESULTS, "recipe": RECIPE, "log": LOG, "repo_id": "lab/demo"}
+FACTS = {
+    "name": "demo",
+    "config": CONFIG,
+    "results": RESULTS,
+    "recipe": RECIPE,
+    "log": LOG,
+    "repo_id": "lab/demo",
+    "license": "apache-2.0",
+}
 
 
 EVALUATION = {
@@ -178,7 +186,7 @@ def test_a_classifier_has_a_card_of_its_own():
     assert result["metrics"] == [{"type": "accuracy", "value": 0.9111, "name": "accuracy"}]
     assert ModelCard(card).data.pipeline_tag == "image-classification"
     assert "A `bigbird_vit` classifier of 2 classes" in card
-    assert 'pipeline("image-classification", model="lab/demo", trust_remote_code=True)' in card
+    assert 'pipeline("image-classification", model=name, trust_remote_code=True)' in card
 
 
 def test_the_snippet_of_a_folder_needs_the_package_and_no_trust():
@@ -194,7 +202,8 @@ def test_what_people_wrote_around_the_sections_stays():
     edited = old.replace("# demo\n", "# Our model\n\nWhy we made it.\n").replace("license: apache-2.0", "license: mit")
     edited = edited.replace("tags:\n", "base_model: lab/older\ntags:\n- medical\n")
     edited = edited.replace(section(edited, "limits"), "- none at all\n")  # inside of a section it is overwritten
-    merged = merged_card(edited, card_of())
+    assert ModelCard(merged_card(edited, card_of())).data.license == "apache-2.0"  # one that is given counts
+    merged = merged_card(edited, card_of(license=None))
     assert "Why we made it." in merged
     assert "# demo" not in merged
     assert "| time | 158.3 s |" in merged
@@ -203,7 +212,23 @@ def test_what_people_wrote_around_the_sections_stays():
     data = ModelCard(merged).data.to_dict()
     assert (data["license"], data["base_model"], data["tags"][0]) == ("mit", "lab/older", "medical")
     assert "vicreg" in data["tags"]
-    assert merged_card(merged, card_of()) == merged
+    assert merged_card(merged, card_of(license=None)) == merged
+
+
+def test_tags_and_license_say_what_is_so():
+    def read(**changes):
+        return ModelCard(card_of(**changes)).data
+
+    assert "sparse-attention" in read().tags
+    resnet, dense = CONFIG | {"model_type": "resnet"}, CONFIG | {"attention_type": "original_full"}
+    for config in (resnet, dense):
+        assert "sparse-attention" not in read(config=config).tags
+        merged = merged_card(card_of(), card_of(config=config))
+        assert "sparse-attention" not in ModelCard(merged).data.tags
+    assert read(license="other").license == "other"
+    assert "license:" not in card_of(license=None).partition("\n---\n")[0]
+    with pytest.raises(ValueError, match="`license`: expected the Hub's short name"):
+        read(license="Apache 2.0\nmodel-index: []")
 
 
 def test_a_section_taken_out_stays_out_and_a_card_without_any_gets_all():
@@ -228,6 +253,7 @@ def test_a_committed_card_is_what_its_evidence_gives(folder):
         recipe=yaml.safe_load((folder / "recipe.yaml").read_text()),
         log=[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()],
         repo_id=re.search(r'name = "(.*)"', card)[1],
+        license=ModelCard(card).data.license,
         pictures=tuple(name for name in PICTURES if (folder / name).exists()),
         has_second_encoder="second_trained" in results.get("knn_accuracy", {}),
     )

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from hf_vicreg.model_cards.escaping import one_line
+
 # light and saturated, so that black letters can be read on each
 COLOURS = (
     "#4fc3f7",
@@ -26,7 +28,8 @@ def draw_found(
     """Return a copy of an image with the boxes that `find_boxes` found on it, each with its class and score."""
     labels = found["labels"].tolist()
     texts = [
-        f"{class_names[label]} {score:.2f}" for label, score in zip(labels, found["scores"].tolist(), strict=True)
+        f"{one_line(class_names[label])} {score:.2f}"
+        for label, score in zip(labels, found["scores"].tolist(), strict=True)
     ]
     return draw_boxes(image, found["boxes"].tolist(), labels, texts)
 

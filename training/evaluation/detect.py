@@ -7,6 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForObjectDetection
 
+from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.box_drawing import draw_found
 from hf_vicreg.training.evaluation.detector import find_boxes
@@ -64,11 +65,11 @@ def detect(model_name: str, images: Sequence[str], output: str | None, threshold
     for path, image in read:
         assert image is not None
         (found,) = find_boxes(detector, processor, [image], threshold=threshold)
-        print(f"{path}: {len(found['boxes'])} objects")
+        print(f"{one_line(path)}: {len(found['boxes'])} objects")
         for score, label, box in zip(*(found[key].tolist() for key in ("scores", "labels", "boxes")), strict=True):
             left, top, right, bottom = box
             print(
-                f"  {detector.config.id2label[label]} {score:.2f} at {left:.0f}, {top:.0f}, size "
+                f"  {one_line(detector.config.id2label[label])} {score:.2f} at {left:.0f}, {top:.0f}, size "
                 f"{right - left:.0f}x{bottom - top:.0f}"
             )
         if folder is not None:

@@ -128,7 +128,12 @@ def load_weights(model_class: Any, name: str, **config_fields: Any) -> tuple[Pre
     """
     with quiet_transformers():
         return model_class.from_pretrained(
-            name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **config_fields
+            name,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **config_fields,
         )
 
 
@@ -147,15 +152,21 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """Return a model's configuration.
+    """Return a model's configuration. Code that lies beside it, or that it names, is not run.
 
     Raises:
-        InputError: None there.
+        InputError: None there, or one that names code of others.
     """
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise _no_model(name, error) from error
+    for one in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
+        if "/" in str(getattr(one, "_attn_implementation", None)):  # fetched from the Hub and run
+            raise InputError(
+                f"`MODEL`: expected no code of others, the `attn_implementation` of {name} names some; take it out."
+            )
+    return config
 
 
 def load_processor(name: str, config: PreTrainedConfig) -> BaseImageProcessor:
@@ -165,7 +176,7 @@ def load_processor(name: str, config: PreTrainedConfig) -> BaseImageProcessor:
         InputError: One that cannot be read.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name)
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if (Path(name) / "preprocessor_config.json").exists():
             reason = " ".join(str(error).split())[:200]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import (
     EvaluationArguments,
@@ -213,7 +214,7 @@ def print_table(head: list[str], rows: list[list[str]], evaluation: Evaluation) 
     """Print what was measured and where the rest is."""
     train, test = evaluation.train, evaluation.test
     data = f"{test.source.name}: {len(test.source)} test, {len(train.source)} training images"
-    print(f"\n{evaluation.encoder.name} on {data}, {len(set(train.labels))} classes\n")
+    print(f"\n{one_line(evaluation.encoder.name)} on {one_line(data)}, {len(set(train.labels))} classes\n")
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, ["-" * width for width in widths], *rows]:
         cells = [

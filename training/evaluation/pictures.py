@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from hf_vicreg.model_cards.escaping import one_line
+
 logger = logging.getLogger(__name__)
 
 MAX_NAMED_CLASSES = 30
@@ -45,11 +47,13 @@ def draw_confusion(path: Path, counts: torch.Tensor, class_names: Sequence[str],
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), vmin=0, vmax=100, cmap="Blues")
     figure.colorbar(image, ax=axes, label="% of the true class", fraction=0.046, pad=0.04)
-    axes.set(title=title, xlabel="predicted", ylabel="true")
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(one_line(title), parse_math=False)
     if named:
-        short = [name if len(name) <= 18 else name[:17] + "…" for name in class_names]
-        axes.set_xticks(range(num_classes), short, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(num_classes), short)
+        short = [name if len(name) <= 18 else name[:17] + "…" for name in map(one_line, class_names)]
+        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(num_classes), short, parse_math=False, **slanted)
+        axes.set_yticks(range(num_classes), short, parse_math=False)
         for row in range(num_classes):
             for column in range(num_classes):
                 share = float(shares[row, column])
@@ -74,7 +78,7 @@ def draw_neighbours(
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (query, name, neighbours) in zip(grid, rows, strict=True):
         _show(axes[0], query, name, "black", 3.0)
-        axes[0].set_title(name[:16], fontsize=8, fontweight="bold")
+        axes[0].set_title(one_line(name)[:16], fontsize=8, fontweight="bold", parse_math=False)
         for place in range(1, columns):
             if place > len(neighbours):
                 axes[place].axis("off")
@@ -82,8 +86,10 @@ def draw_neighbours(
             image, neighbour, cosine, right = neighbours[place - 1]
             colour = RIGHT if right else WRONG
             _show(axes[place], image, neighbour, colour, 2.5)
-            axes[place].set_title(f"{neighbour[:12]} {cosine:.3f}", fontsize=7, color=colour)
-    figure.suptitle(title, fontsize=10)
+            axes[place].set_title(
+                f"{one_line(neighbour)[:12]} {cosine:.3f}", fontsize=7, color=colour, parse_math=False
+            )
+    figure.suptitle(one_line(title), fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 

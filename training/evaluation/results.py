@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from hf_vicreg.model_cards.schema import FileError, check_results
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import LabelledDataArguments
 from hf_vicreg.training.evaluation.encoder import public_name
@@ -125,13 +126,16 @@ def read_results(folder: Path) -> dict[str, Any]:
         return {}
     try:
         results = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"`output_dir`: expected JSON in {path}, got something else ({error}); move it away."
         ) from error
     if not isinstance(results, dict) or not isinstance(results.get(EVALUATIONS, []), list):
         raise InputError(f"`output_dir`: expected the results of a run in {path}, found something else; move it away.")
-    return results
+    try:
+        return results | check_results(results)  # fields of a later version stay in the file
+    except FileError as error:
+        raise InputError(f"`output_dir`: {path}: {error}") from None
 
 
 def _environment() -> dict[str, str]:
