@@ -77,6 +77,14 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: torch.stack([sample[name] for sample in samples]) for name in names} | {"unusable": unusable}
 
 
+def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """Return a batch of `collate` in so many parts of nearly equal size, fewer if it has fewer images."""
+    if parts == 1:
+        return [batch]
+    tensors = {name: one.chunk(parts) for name, one in batch.items() if isinstance(one, torch.Tensor)}
+    return [dict(zip(tensors, part, strict=True)) for part in zip(*tensors.values(), strict=True)]
+
+
 class StepSampler(Sampler):
     """Yields this process's (epoch, index) keys, step after step, from any step on.
 

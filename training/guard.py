@@ -48,6 +48,12 @@ class StepGuard:
         """Remember the running statistics; called before the forward pass."""
         self.before = [one.clone() for norm in self.norms for one in norm.buffers()]
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the running statistics back to what they were at the step's beginning."""
+        for own, before in zip((one for norm in self.norms for one in norm.buffers()), self.before, strict=True):
+            own.copy_(before)
+
     def judge(self, loss: float, grad_norm: float) -> Verdict:
         """Return this process's verdict; `grad_norm` is that of all gradients, unscaled."""
         if not math.isfinite(loss):
@@ -70,9 +76,7 @@ class StepGuard:
         if verdict == Verdict.TAKE:
             self.skipped_in_a_row = 0
             return True
-        with torch.no_grad():
-            for own, before in zip((one for norm in self.norms for one in norm.buffers()), self.before, strict=True):
-                own.copy_(before)
+        self.restore()
         if self.scaler is not None:
             self.scaler.update()
         if verdict == Verdict.OVERFLOW:

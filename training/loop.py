@@ -17,8 +17,8 @@ from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutpu
 from hf_vicreg.training.checkpoint import RunState, remove_leftovers
 from hf_vicreg.training.colour import finish_batch
 from hf_vicreg.training.config import RunConfig
-from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate
-from hf_vicreg.training.distributed import checkpoint_together, gather_sets, largest
+from hf_vicreg.training.data import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate, split_batch
+from hf_vicreg.training.distributed import checkpoint_together, gather_sets, largest, restore_rng, rng_states
 from hf_vicreg.training.encoders import set_up_encoders
 from hf_vicreg.training.errors import InputError, RunStopped
 from hf_vicreg.training.guard import StepGuard, Verdict
@@ -30,7 +30,13 @@ from hf_vicreg.training.run_log import RunLog, Stopwatch
 from hf_vicreg.training.signals import StopReason, StopRequest, outlive_signals
 from hf_vicreg.training.sources import ImageSource
 from hf_vicreg.training.streaming import ImageStream, stream_batches
-from hf_vicreg.training.two_pass import average_gradients, refuse_batch_norm, two_pass_backward
+from hf_vicreg.training.two_pass import (
+    DeviceFull,
+    average_gradients,
+    refuse_batch_norm,
+    share_buffers,
+    two_pass_backward,
+)
 from hf_vicreg.training.views import ViewSampler
 
 logger = logging.getLogger(__name__)
@@ -92,10 +98,13 @@ class Trainer:
         set_up_encoders(model, gradient_checkpointing=run.gradient_checkpointing, torch_compile=run.torch_compile)
         betas = (run.adam_beta1, run.adam_beta2)
         optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # in evaluation mode, accelerate's word for no DistributedDataParallel: gradients are averaged in `_backward`
+        self.model = accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.unwrapped: VicRegForPreTraining = accelerator.unwrap_model(self.model)
         self.state = RunState(recipe=config.to_recipe(), data_fingerprint=source.fingerprint)
         self.unusable: set[int] = set()
+        self.splits = 1  # of what goes through the encoder at once, after a device has run out of memory
         self.guard = StepGuard(self.unwrapped, run.max_skipped_steps, accelerator.scaler)
         self.stopping = StopReason.NONE
         self.process_group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
@@ -235,16 +244,82 @@ class Trainer:
         )
 
     def _backward(self, batches: Sequence[dict[str, Any]]) -> VicRegOutput:
-        """The gradient of the loss over all batches of a step."""
-        pieces = [partial(finish_batch, batch, self.accelerator.device) for batch in batches]
-        if self.pieces == 1:
-            outputs = self.model(**pieces[0]())
-            self.accelerator.backward(outputs.loss)
-            return outputs
-        outputs = two_pass_backward(self.unwrapped, pieces, self.accelerator.backward)
+        """The gradient of the loss over all batches of a step; in smaller pieces where a device is full."""
+        device = self.accelerator.device
+        states = rng_states(device)
+        while True:
+            parts = [part for batch in batches for part in split_batch(batch, self.splits)]
+            pieces = [partial(finish_batch, part, device) for part in parts]
+            try:
+                outputs = two_pass_backward(self.unwrapped, pieces, self.accelerator.backward)
+                break
+            except DeviceFull as error:
+                reason = str(error)
+            self._halve(reason)
+            self.optimizer.optimizer.zero_grad()
+            self.guard.restore()
+            restore_rng(states, device)
         if self.accelerator.num_processes > 1:
             average_gradients(self.unwrapped.parameters())
+            share_buffers(self.unwrapped)
         return outputs
+
+    def _halve(self, reason: str) -> None:
+        """Let half as many images at once through the encoder from now on, on every process.
+
+        Raises:
+            InputError: A single image is too much, or the encoder has to see its batch at once.
+        """
+        share = self.run.batch_size // self.accelerator.num_processes
+        at_once = -(-share // self.splits)
+        if at_once == 1 or self.unwrapped.encoder_has_batch_norm:
+            raise InputError(
+                f"`batch_size`: expected {at_once} image(s) of one device to fit into its memory, they do not: "
+                f"{' '.join(reason.split())[:200]}; choose a smaller encoder, image or batch."
+            )
+        self.splits *= 2
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "step %d: the device ran out of memory with %d images at once; it is taken again with %d. The batch "
+                "of the loss stays %d.",
+                self.state.step,
+                at_once,
+                -(-share // self.splits),
+                self.config.step_size,
+            )
+
+    def rehearse(self, seconds: float) -> tuple[list[float], list[float]]:
+        """Take a few steps from the first one on to learn how fast they are; nothing else is done with this trainer.
+
+        Args:
+            seconds: About how long; at least three steps and at most twenty are taken, after one to warm up.
+
+        Returns:
+            Seconds of each step, and how many of them were spent waiting for images.
+        """
+        self.model.train()
+        stopwatch, taken, waits = Stopwatch(), [], []
+        enough = 3
+        with closing(stopwatch.waits(self._loader(0))) as waited:
+            started = time.perf_counter()
+            for batches in zip(*[waited] * self.pieces, strict=True):
+                self._refuse_unusable(batches)
+                self._step(batches)
+                if self.accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()
+                self.state.step += 1
+                now = time.perf_counter()
+                taken.append(now - started)
+                waits.append(stopwatch.waited)
+                started, stopwatch.waited = now, 0.0
+                if len(taken) == 2:  # all processes take as many steps
+                    enough = min(20, max(3, round(seconds / taken[1])))
+                    (enough,) = largest([enough], self.accelerator)
+                if len(taken) > enough:
+                    break
+        return taken[1:], waits[1:]
 
     def _step(self, batches: Sequence[dict[str, Any]]) -> tuple[VicRegOutput, float, float]:
         """One optimiser step; returns the outputs, the norm of the encoders' gradient and the learning rate."""

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
-from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
 from hf_vicreg.training.checkpoint import RunState
-from hf_vicreg.training.checks import check_statistics_batch
 from hf_vicreg.training.command import main
 from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.curves import CURVES_FILE, draw_curves, with_ends
@@ -34,10 +33,13 @@ from hf_vicreg.training.export import export_run, export_snapshot
 from hf_vicreg.training.hub_push import HubPush, check_account
 from hf_vicreg.training.loop import Trainer
 from hf_vicreg.training.places import with_places
+from hf_vicreg.training.planner.plan import configure, with_stored_plan
+from hf_vicreg.training.planner.schedule import seconds_since_start
+from hf_vicreg.training.processors import build_processor
 from hf_vicreg.training.resolve import resolve
 from hf_vicreg.training.resume import checkpoint_to_resume
 from hf_vicreg.training.run_folder import RECIPE, refuse_foreign_folder, start_folder
-from hf_vicreg.training.run_images import load_images
+from hf_vicreg.training.run_images import load_images, usable_images
 from hf_vicreg.training.run_log import LOG_FILE, read_log
 from hf_vicreg.training.settings import explicit_settings
 from hf_vicreg.training.signals import StopRequest
@@ -50,7 +52,7 @@ logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched w
 
 @dataclass
 class PretrainResult:
-    """What a finished run leaves in memory.
+    """What a finished run leaves in memory; of a mere plan, the folder alone.
 
     Attributes:
         output_dir: The run's folder, loadable by `AutoModel.from_pretrained`.
@@ -60,8 +62,8 @@ class PretrainResult:
     """
 
     output_dir: Path
-    encoder: PreTrainedModel
-    processor: BaseImageProcessor
+    encoder: PreTrainedModel | None
+    processor: BaseImageProcessor | None
     results: dict[str, Any]
 
 
@@ -90,21 +92,23 @@ def pretrain(
     """
     given = {"output_dir": out and os.fspath(out), "data": os.fspath(data), "model": model}
     given |= {"config": config and os.fspath(config)} | run_arguments
-    return run_settings(with_places(explicit_settings(given)))
+    return run_settings(with_places(explicit_settings(given)), time.monotonic())
 
 
-def run_settings(settings: dict[str, Any]) -> PretrainResult:
-    """Run one pretraining from explicit settings; raises what `run_pretraining` does."""
-    return run_pretraining(resolve(settings))
+def run_settings(settings: dict[str, Any], began: float | None = None) -> PretrainResult:
+    """Run one pretraining from explicit settings; what they leave open is planned.
 
-
-def run_pretraining(config: RunConfig) -> PretrainResult:
-    """Run one pretraining from a resolved configuration.
+    Args:
+        settings: Of `explicit_settings`, with an `output_dir`.
+        began: When that was asked for, by `time.monotonic`; default: when this process began.
 
     Raises:
         InputError: Bad input; nothing has been overwritten.
         RunStopped: The run was asked to stop and has written a checkpoint.
     """
+    began = time.monotonic() - seconds_since_start() if began is None else began
+    settings = with_stored_plan(settings)
+    config = resolve(settings)
     run = config.run
     check_device(run.device)
     folder = Path(run.output_dir)
@@ -112,14 +116,9 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
     refuse_foreign_folder(folder, RECIPE, resuming=run.resume_from_checkpoint is not None)
     trackers = tracker_names(run.report_to) if run.with_tracking else []
     source, bank, test = load_images(config)
-
-    types = [one.model_type for one in (config.vicreg.encoder, config.vicreg.second_encoder) if one is not None]
-    # encoders of others may have parameters that no forward pass reaches (DINOv2's mask token)
-    all_used = set(types) == {BigBirdViTModel.config_class.model_type}
     accelerator = build_accelerator(
         run.mixed_precision,
         device=run.device,
-        find_unused_parameters=not all_used,
         log_with=trackers,
         project_dir=folder / TRACKERS_FOLDER,
     )
@@ -128,14 +127,16 @@ def run_pretraining(config: RunConfig) -> PretrainResult:
         repo = run.hub_model_id or ""
         run_on_main(lambda: check_account(repo), accelerator)
         push = HubPush(folder, repo, private=run.hub_private_repo) if accelerator.is_main_process else None
-    if run.per_device_train_batch_size is not None:
-        run.batch_size = run.per_device_train_batch_size * accelerator.num_processes
-        if run.batch_size < 2:
-            raise InputError(
-                "`per_device_train_batch_size`: expected at least 2 images in all for a covariance, got 1."
-            )
-        run.per_device_train_batch_size = None  # the stored recipe says it once
-        check_statistics_batch(run)
+    with as_input_error("model"):
+        planned = configure(settings, config, source, test, accelerator, began=began)
+    if run.plan_only:
+        if accelerator.is_main_process:
+            print(planned.table)
+        return PretrainResult(folder, None, None, {})
+    config, run = planned.config, planned.config.run
+    if planned.table and accelerator.is_main_process:
+        logger.info("%s\n", planned.table)
+    source = usable_images(source, config) if isinstance(source, ImageSource) else source
     set_seed(run.seed)
     with as_input_error("model"):
         density = attention_density(config)
@@ -261,12 +262,6 @@ def attention_density(config: RunConfig) -> float:
     with torch.device("meta"):
         patterns = BigBirdViTModel(encoder).attention_patterns(*encoder.image_size_hw)
     return sum(pattern.density for pattern in patterns) / len(patterns)
-
-
-def build_processor(config: RunConfig) -> BaseImageProcessor:
-    """Return the image processor saved with the encoder, at its image size."""
-    height, width = config.image_size
-    return BigBirdViTImageProcessor(size={"height": height, "width": width})
 
 
 def _refuse_size(model: VicRegForPreTraining, side: int) -> None:

@@ -1,7 +1,5 @@
 """The images of a run: those to train on, and those of its probes."""
 
-from transformers import PreTrainedConfig
-
 from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.sources import ImageSource, load_sources
@@ -12,14 +10,13 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
     """Return the images to train on and, where they are no stream, those of the k-NN: its bank and its queries.
 
     Raises:
-        InputError: Nothing to train on, or not one usable image among those looked at.
+        InputError: Nothing to train on.
     """
     run = config.run
-    smallest = _patch_size(config.vicreg.encoder)
     if run.streaming:
         assert run.dataset_name is not None
         stream = load_stream(run.dataset_name, run.dataset_config_name, run.train_split, run.image_column_name)
-        return stream.at_least(*smallest), None, None
+        return stream.at_least(*smallest_side(config)), None, None
     source, test = load_sources(
         dataset_name=run.dataset_name,
         dataset_config_name=run.dataset_config_name,
@@ -30,16 +27,19 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
         label_column_name=run.label_column_name,
     )
     bank = source.first(run.knn_train_samples)
-    source = source.first(run.max_train_samples).at_least(*smallest)
-    _refuse_unusable(source, "train_dir" if run.train_dir else "dataset_name")
-    return source, bank, test
+    return source.first(run.max_train_samples), bank, test
 
 
-def _refuse_unusable(source: ImageSource, field: str) -> None:
-    """Fail before anything is written when not one of the images looked at can be used."""
+def usable_images(source: ImageSource, config: RunConfig) -> ImageSource:
+    """Return the same images, those smaller than a patch being unusable from now on.
+
+    Raises:
+        InputError: Not one of those looked at can be used.
+    """
+    source, field = source.at_least(*smallest_side(config)), "train_dir" if config.run.train_dir else "dataset_name"
     tried = source.sampled()
     if any(source.read(index) is not None for index in tried):
-        return
+        return source
     readable = source.at_least(1, 1)
     small = next((index for index in tried if readable.read(index) is not None), None)
     if small is None:
@@ -56,7 +56,7 @@ def _refuse_unusable(source: ImageSource, field: str) -> None:
     )
 
 
-def _patch_size(encoder: PreTrainedConfig) -> tuple[int, int]:
-    """Return (height, width) in pixels; 1 for encoders without patches."""
-    size = getattr(encoder, "patch_size", None) or 1
+def smallest_side(config: RunConfig) -> tuple[int, int]:
+    """Return the smallest usable image: one patch, (height, width) in pixels; 1 for encoders without patches."""
+    size = getattr(config.vicreg.encoder, "patch_size", None) or 1
     return (size, size) if isinstance(size, int) else tuple(size)

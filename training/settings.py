@@ -75,8 +75,8 @@ def explicit_settings(given: dict[str, Any]) -> dict[str, Any]:
         recipe = {key: value for key, value in recipe.items() if key not in ("dataset_name", "train_dir")}
     below = _checked_keys(recipe, f"recipe {name}")
     above = _checked_keys(given, "arguments")
-    merged = below | above
     _give_way(below, above)
+    merged = below | above
     for section in SECTIONS:
         if section in merged:
             merged[section] = below.get(section, {}) | above.get(section, {})

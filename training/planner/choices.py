@@ -1,7 +1,7 @@
 """What to train: encoder, grid, batch and expander, chosen from the images, the machine and the time alone.
 
-Pure functions: nothing is measured here and nothing is read. A value that was given is kept, and the rest adapts to it.
-The rates below are rough, and serve to choose between encoders; how long the run may be is measured afterwards.
+Pure functions: nothing is measured here and nothing is read. A value that was given is kept, and the rest adapts to
+it. The rates below are rough, and serve to choose between encoders; how long the run may be is measured afterwards.
 """
 
 import copy
@@ -232,7 +232,7 @@ def _choose_batch(made: Choices, wanted: int, images: Images, machine: Machine) 
     processes = machine.num_processes
     batch = settings.get("batch_size")
     if settings.get("per_device_train_batch_size") is not None:
-        batch = settings["per_device_train_batch_size"] * processes
+        batch = settings["batch_size"] = settings["per_device_train_batch_size"] * processes
     if batch is None:
         # two steps an epoch at least, where that leaves a batch worth the name
         most = images.count if images.count < 2 * MIN_IMAGES else max(MIN_IMAGES, images.count // 2)
@@ -247,7 +247,9 @@ def _choose_batch(made: Choices, wanted: int, images: Images, machine: Machine) 
     made.fill("learning_rate", rate, "grows with the root of the batch")
 
 
-def choose_schedule(made: Choices, num_steps: int, steps_per_epoch: int, step_seconds: float, knn_seconds: float) -> None:
+def choose_schedule(
+    made: Choices, num_steps: int, steps_per_epoch: int, step_seconds: float, knn_seconds: float
+) -> None:
     """Fill what depends on the length of the run: its steps, checkpoints, measurements and the loss's weights.
 
     Args:

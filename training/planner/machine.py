@@ -103,7 +103,7 @@ def _machine_available() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import psutil  # macOS and Windows; a requirement of accelerate
+    import psutil  # type: ignore[import-untyped]  # macOS and Windows; a requirement of accelerate
 
     return psutil.virtual_memory().available
 

@@ -136,9 +136,9 @@ def fit_memory(config: RunConfig, machine: Machine) -> tuple[RunConfig, int]:
     """
     run = config.run
     share = run.batch_size // machine.num_processes
-    precision = torch.bfloat16 if machine.device == "cuda" and run.mixed_precision in ("auto", "bf16", "fp16") else None
+    halved = machine.device == "cuda" and run.mixed_precision != "no"
     whole = config.step_size // machine.num_processes
-    memory = step_memory(config, share, autocast=precision)
+    memory = step_memory(config, share, autocast=torch.bfloat16 if halved else None)
     if whole > share:  # the expander sees the batch of the loss
         memory = replace(memory, expander=memory.expander * whole // share)
     for pieces in (one for one in range(1, share + 1) if share % one == 0):

@@ -31,9 +31,7 @@ class Rate:
         return self.images / self.step_seconds
 
 
-def steps_within(
-    seconds: float, step_seconds: float, steps_per_epoch: int, *, most_epochs: int, images: int
-) -> int:
+def steps_within(seconds: float, step_seconds: float, steps_per_epoch: int, *, most_epochs: int, images: int) -> int:
     """Return how many steps fit into the seconds that are left for them.
 
     Args:

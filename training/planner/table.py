@@ -50,7 +50,11 @@ def plan_table(
         grid = "x".join(map(str, encoder.grid_size(height, width)))
         (patch, _), (stride, _) = encoder.patch_size_hw, encoder.patch_stride_hw
         rows.append(
-            ("patches", f"{grid}, {patch} pixels, every {stride}", why.get("model.patch_stride", why.get("model.patch_size", "given")))
+            (
+                "patches",
+                f"{grid}, {patch} pixels, every {stride}",
+                why.get("model.patch_stride", why.get("model.patch_size", "given")),
+            )
         )
         rows.append(
             (
@@ -73,9 +77,7 @@ def plan_table(
     workers = why.get("dataloader_num_workers", "given")
     rows.append(("loader processes", str(run.dataloader_num_workers), workers))
     steps = run.max_steps or 0
-    rows.append(
-        ("length", f"{steps:,} steps, {run.num_train_epochs:,} epochs", why.get("max_steps", "given"))
-    )
+    rows.append(("length", f"{steps:,} steps, {run.num_train_epochs:,} epochs", why.get("max_steps", "given")))
     rows.append(("checkpoint", f"every {run.checkpointing_steps} steps", why.get("checkpointing_steps", "given")))
     if images.labelled:
         rows.append(("k-NN", f"every {run.knn_every_epochs} epochs", why.get("knn_every_epochs", "given")))

@@ -1,0 +1,297 @@
+"""From what was given, the images, the machine and the time to a run's configuration, measured before step 1."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from hf_vicreg.training.arguments import bytes_of, seconds_of
+from hf_vicreg.training.checks import check_statistics_batch
+from hf_vicreg.training.config import RunConfig
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.image_source import ImageSource
+from hf_vicreg.training.planner.choices import (
+    EVENING_SECONDS,
+    LADDER,
+    MAX_EPOCHS,
+    MIN_IMAGES,
+    Choices,
+    Images,
+    choose,
+    choose_schedule,
+    is_open,
+)
+from hf_vicreg.training.planner.machine import Machine, this_machine
+from hf_vicreg.training.planner.memory import fit_memory
+from hf_vicreg.training.planner.schedule import CLOSING_SECONDS, steps_within, words
+from hf_vicreg.training.planner.table import plan_table
+from hf_vicreg.training.planner.trial import Trial, try_steps
+from hf_vicreg.training.processors import build_processor
+from hf_vicreg.training.resolve import resolve
+from hf_vicreg.training.run_folder import RECIPE
+from hf_vicreg.training.run_images import usable_images
+from hf_vicreg.training.settings import explicit_settings
+from hf_vicreg.training.streaming import ImageStream
+
+logger = logging.getLogger(__name__)
+
+TRIAL_RATIO = 0.03  # of the time that is left, for each trial
+TRIAL_SECONDS = (2.0, 20.0)
+SLOW_DATA_RATIO = 0.25  # waiting for images longer than that is worth a loader process
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's configuration and, where it was planned, how it came about, for people."""
+
+    config: RunConfig
+    table: str = ""
+
+
+def configure(
+    settings: dict[str, Any],
+    config: RunConfig,
+    source: ImageSource | ImageStream,
+    held_out: ImageSource | None,
+    accelerator: Accelerator,
+    *,
+    began: float,
+) -> Plan:
+    """Return what a run is to be made of; every process must call.
+
+    A run that leaves its length, batch or encoder open is planned. Any other stays as it is, but for a batch that
+    does not fit into the memory at once. A resumed run is what it was; a stream, whose length nobody knows, is not
+    planned.
+
+    Args:
+        settings: Explicit ones.
+        config: What they are with every default.
+        source: Images to train on.
+        held_out: Labelled images to measure k-NN on, if there are any.
+        accelerator: The run's processes.
+        began: When the command began, by `time.monotonic`.
+
+    Raises:
+        InputError: As `plan_run`; or a batch of fewer than two images.
+    """
+    run, processes = config.run, accelerator.num_processes
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    machine = this_machine(
+        accelerator.device,
+        max_memory=bytes_of(run.max_memory) if run.max_memory else None,
+        num_processes=processes,
+        local_processes=local,
+    )
+    resuming = run.resume_from_checkpoint is not None
+    if isinstance(source, ImageSource) and is_open(settings) and not resuming:
+        return plan_run(settings, source, held_out, accelerator, machine, began=began)
+    if run.per_device_train_batch_size is not None:
+        batch = run.per_device_train_batch_size * processes
+        if batch < 2:
+            raise InputError(
+                "`per_device_train_batch_size`: expected at least 2 images in all for a covariance, got 1."
+            )
+        # the stored recipe says it once
+        config = replace(config, run=replace(run, batch_size=batch, per_device_train_batch_size=None))
+        check_statistics_batch(config.run)
+    if not resuming and run.batch_size % processes == 0:
+        wanted = config.run.batch_size
+        config, _ = _agreed(lambda: fit_memory(config, machine), accelerator)
+        if config.run.batch_size != wanted:
+            logger.warning(
+                "batch_size: %d instead of %d images go through the encoder at once, for want of memory (%.1f GB); "
+                "the batch of the loss stays %d",
+                config.run.batch_size,
+                wanted,
+                machine.memory / 2**30,
+                config.step_size,
+            )
+    return Plan(config)
+
+
+def with_stored_plan(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run to resume above those it was planned with, so that it keeps its plan."""
+    recipe = Path(settings["output_dir"]) / RECIPE
+    if settings.get("resume_from_checkpoint") is None or not recipe.is_file() or not is_open(settings):
+        return settings
+    return explicit_settings({"config": str(recipe)} | settings)
+
+
+def plan_run(
+    settings: dict[str, Any],
+    source: ImageSource,
+    held_out: ImageSource | None,
+    accelerator: Accelerator,
+    machine: Machine,
+    *,
+    began: float,
+) -> Plan:
+    """Return the plan of a run; every process must call, and gets the same one.
+
+    Args:
+        settings: Explicit ones.
+        source: Images to train on.
+        held_out: Labelled images to measure k-NN on, if there are any.
+        accelerator: The run's processes.
+        machine: What each of them may use.
+        began: When the command began, by `time.monotonic`: the time that is given counts from there.
+
+    Raises:
+        InputError: Too few images, too little time for one pass over them, or too little memory.
+    """
+    budget = seconds_of(settings["time_budget"]) if settings.get("time_budget") else EVENING_SECONDS
+    images = survey(source, held_out)
+    left = budget - (time.monotonic() - began)
+    found = _agreed(partial(_choose_fitting, settings, images, machine, left, None), accelerator)
+    trial = _try(*found[:2], source, accelerator, machine, left)
+    while _too_slow(found[0], found[1], trial, images, left):
+        # slower than was thought: a smaller encoder sees images enough
+        smaller = found[0].rung - 1
+        found = _agreed(partial(_choose_fitting, settings, images, machine, left, smaller), accelerator)
+        trial = _try(*found[:2], source, accelerator, machine, left)
+    made, config, peak = found
+    left = budget - (time.monotonic() - began)
+
+    def fit() -> Plan:
+        return _fit_schedule(made, config, images, machine, trial, held_out, peak=peak, left=left, budget=budget)
+
+    return _agreed(fit, accelerator)
+
+
+def survey(source: ImageSource, held_out: ImageSource | None) -> Images:
+    """Return what is to be known of the images.
+
+    Raises:
+        InputError: Too few that can be used.
+    """
+    usable = source.count_usable(MIN_IMAGES)
+    if usable < MIN_IMAGES:
+        raise InputError(
+            f"`data`: expected at least {MIN_IMAGES} usable images, found {usable} in {source.name}; "
+            "give more (`hf-vicreg inspect images` says what is wrong with the others)."
+        )
+    found = source.survey()
+    labelled = source.labels is not None and held_out is not None and held_out.labels is not None
+    return Images(len(source), *found.median_size, labelled)
+
+
+def _choose_fitting(
+    settings: dict[str, Any], images: Images, machine: Machine, seconds: float, at_most: int | None
+) -> tuple[Choices, RunConfig, int]:
+    """Choose, and step down the ladder while the memory does not suffice."""
+    while True:
+        made = choose(settings, images, machine, seconds, at_most=at_most)
+        config = resolve(made.settings | {"per_device_train_batch_size": None})
+        try:
+            config, peak = fit_memory(config, machine)
+        except InputError:
+            if not made.rung:
+                raise
+            at_most = made.rung - 1
+            continue
+        return made, config, peak
+
+
+def _try(
+    made: Choices, config: RunConfig, source: ImageSource, accelerator: Accelerator, machine: Machine, left: float
+) -> Trial:
+    """Try the steps, with and without loader processes where images are slow to come."""
+    logger.info("trying a few steps of the plan, to see how fast they are")
+    seconds = min(max(left * TRIAL_RATIO, TRIAL_SECONDS[0]), TRIAL_SECONDS[1])
+    arguments = (config, usable_images(source, config), build_processor(config), accelerator, machine)
+    given = config.run.dataloader_num_workers
+    first = 0 if machine.device == "cpu" else min(8, machine.cores)
+    trial = try_steps(*arguments, seconds=seconds, num_workers=first if given is None else given)
+    if given is not None:
+        return trial
+    workers, why = first, f"images take {trial.wait_ratio:.0%} of a step"
+    if machine.device == "cpu" and trial.wait_ratio > SLOW_DATA_RATIO and machine.cores > 1:
+        other = try_steps(*arguments, seconds=seconds, num_workers=machine.cores)
+        if other.rate.step_seconds < 0.95 * trial.rate.step_seconds:
+            why = f"{trial.rate.step_seconds / other.rate.step_seconds:.1f} times as fast as none"
+            workers, trial = machine.cores, other
+    workers, why = _agreed(lambda: (workers, why), accelerator)
+    made.fill("dataloader_num_workers", workers, why)
+    return trial
+
+
+def _fit_schedule(
+    made: Choices,
+    config: RunConfig,
+    images: Images,
+    machine: Machine,
+    trial: Trial,
+    held_out: ImageSource | None,
+    *,
+    peak: int,
+    left: float,
+    budget: float,
+) -> Plan:
+    """Fill in the length of the run and return the plan."""
+    run = config.run
+    measured = pixels = 0.0
+    if images.labelled and held_out is not None:
+        looked_at = min(run.knn_train_samples, images.count) + min(run.knn_test_samples, len(held_out))
+        looked_at = -(-looked_at // machine.num_processes)
+        pixels = looked_at * trial.read_seconds
+        measured = looked_at * (trial.read_seconds + trial.encode_seconds)
+    step = trial.rate.step_seconds
+    per_epoch = max(1, images.count // config.step_size)
+    ends = pixels + 2 * measured + CLOSING_SECONDS
+    between = 0.08 * left if measured else 0.0
+    steps = steps_within(left - ends - between, step, per_epoch, most_epochs=MAX_EPOCHS, images=images.count)
+    given_length = made.settings.keys() & {"num_train_epochs", "max_steps"}
+    if given_length:
+        steps = run.max_steps or run.num_train_epochs * per_epoch
+    choose_schedule(made, steps, per_epoch, step, measured)
+    planned = resolve(made.settings | {"per_device_train_batch_size": None})
+    fitting = replace(planned.run, batch_size=run.batch_size, statistics_batch_size=run.statistics_batch_size)
+    planned = replace(planned, run=fitting)
+    epochs = steps / per_epoch
+    every = planned.run.knn_every_epochs
+    meanwhile = int(epochs / every) * measured if every else 0.0
+    seconds = budget - left + ends + steps * step + meanwhile
+    if given_length and seconds > budget and made.settings.get("time_budget"):
+        logger.warning("the length that was given takes %s, longer than the %s given", words(seconds), words(budget))
+    table = plan_table(
+        planned,
+        made,
+        images,
+        machine,
+        trial.rate,
+        predicted_memory=peak,
+        parameters=trial.parameters,
+        seconds=seconds,
+        budget=budget,
+    )
+    return Plan(planned, table)
+
+
+def _too_slow(made: Choices, config: RunConfig, trial: Trial, images: Images, left: float) -> bool:
+    """Whether a smaller encoder would be the better choice at the speed that was measured."""
+    if not made.rung:
+        return False
+    wanted = min(LADDER[made.rung].images_seen, MAX_EPOCHS * images.count)
+    return left / trial.rate.step_seconds * config.step_size < wanted / 2
+
+
+def _agreed(decide: Any, accelerator: Accelerator) -> Any:
+    """Return what the main process decides, on every process; an InputError of it is raised on all."""
+    if accelerator.num_processes == 1:
+        return decide()
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = decide()
+        except InputError as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
