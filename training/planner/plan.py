@@ -148,14 +148,13 @@ def plan_run(
     budget = seconds_of(settings["time_budget"]) if settings.get("time_budget") else EVENING_SECONDS
     images = survey(source, held_out)
     left = budget - (time.monotonic() - began)
-    found = _agreed(partial(_choose_fitting, settings, images, machine, left, None), accelerator)
-    trial = _try(*found[:2], source, accelerator, machine, left)
-    while _too_slow(found[0], found[1], trial, images, left):
+    made, config, peak = _agreed(partial(_choose_fitting, settings, images, machine, left, None), accelerator)
+    trial = _try(made, config, source, accelerator, machine, left)
+    while _too_slow(made, config, trial, images, left):
         # slower than was thought: a smaller encoder sees images enough
-        smaller = found[0].rung - 1
-        found = _agreed(partial(_choose_fitting, settings, images, machine, left, smaller), accelerator)
-        trial = _try(*found[:2], source, accelerator, machine, left)
-    made, config, peak = found
+        smaller = partial(_choose_fitting, settings, images, machine, left, made.rung - 1)
+        made, config, peak = _agreed(smaller, accelerator)
+        trial = _try(made, config, source, accelerator, machine, left)
     left = budget - (time.monotonic() - began)
 
     def fit() -> Plan:
