@@ -46,7 +46,8 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
         attention_type: `"block_sparse"`, or `"original_full"` for dense attention (BigBird's own words).
         attention_layout: `"tiles"`, blocks that are rectangles of patches, or `"raster"`, BigBird's own blocks of
             consecutive patches, the first and the last of them global.
-        tile_size: Tile of the `tiles` layout in patches, `int` or `(height, width)`. One tile is BigBird's block.
+        tile_size: Tile of the `tiles` layout in patches, `int` or `(height, width)`. One tile is BigBird's block. The
+            default and that of `num_random_blocks` leave 0.57 of the pairs of the default grid of 14x14 patches.
         block_size: Patches in a block of the `raster` layout.
         window_size: Side of the local window in tiles, odd: 3 means the tile itself and its neighbours.
         num_random_blocks: Random tiles that each tile sees besides its window, drawn per layer.
@@ -86,10 +87,10 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
     interpolate_antialias: bool = False
     attention_type: Literal["block_sparse", "original_full"] = "block_sparse"
     attention_layout: Literal["tiles", "raster"] = "tiles"
-    tile_size: int | list[int] | tuple[int, int] = 8
+    tile_size: int | list[int] | tuple[int, int] = 4
     block_size: int = 64
     window_size: int = 3
-    num_random_blocks: int = 3
+    num_random_blocks: int = 2
     num_global_tiles: int = 0
     attention_seed: int = 0
     _out_features: list[str] | None = None
@@ -164,6 +165,18 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if any(side < patch for side, patch in zip(self.image_size_hw, self.patch_size_hw, strict=True)):
             raise ValueError(f"`image_size`: expected at least one patch {self.patch_size}, got {self.image_size}.")
+
+    def validate_output_attentions(self):
+        """Accept `output_attentions` with any implementation: such a call is computed by `eager`."""
+
+    @property
+    def output_attentions(self) -> bool:
+        """Whether calls return probabilities of attention unless they say otherwise."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool):
+        self._output_attentions = value
 
     @property
     def head_dim(self) -> int:

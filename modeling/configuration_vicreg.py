@@ -56,6 +56,9 @@ class VicRegConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}`: expected a configuration or its fields, got {type(value).__name__}.")
         super().__post_init__(**kwargs)
 
+    output_attentions = BigBirdViTConfig.output_attentions
+    validate_output_attentions = BigBirdViTConfig.validate_output_attentions
+
     def validate_vicreg(self):
         """Check what the field types cannot say; run at creation and before saving.
 

@@ -91,7 +91,7 @@ def load_dense(
         head = getattr(model, "classifier", torch.nn.Identity())
         weights |= {f"classifier.{name}": tensor for name, tensor in head.state_dict().items()}
     expected = made.state_dict()
-    weights |= {name: tensor for name, tensor in expected.items() if not tensor.numel()}  # no registers
+    weights = {name: tensor for name, tensor in weights.items() if tensor.numel()}  # a source's empty registers
     for name in sorted(expected.keys() | weights.keys()):
         found, wanted = (tuple(of[name].shape) if name in of else "none" for of in (weights, expected))
         if found != wanted:

@@ -29,6 +29,7 @@ from .bigbird_attention import eager_attention, flex_attention, sdpa_attention
 from .bigbird_blocks import BigBirdViTDropPath, BigBirdViTLayerScale, BigBirdViTMLP, BigBirdViTSwiGLU
 from .bigbird_pattern import BlockPattern, block_pattern
 from .bigbird_positions import resampled_positions, rotary_tables, rotate, with_global_tokens
+from .call_checks import asks_for, check_inputs, check_keywords, warn_of_eager
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .dense_weights import load_dense
 from .token_order import is_raster, misfit, patch_order, reorder
@@ -47,7 +48,11 @@ class BigBirdViTEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
+        # no parameter without registers: a sharded optimiser takes no empty ones
+        self.register_tokens = None
+        if config.num_register_tokens > 0:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
+        self.register_load_state_dict_pre_hook(_without_empty_registers)
         self.projection = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size_hw, stride=config.patch_stride_hw
         )
@@ -72,7 +77,7 @@ class BigBirdViTEmbeddings(nn.Module):
             cls = cls + self.position_embeddings[:, :1]
         if order is not None:
             patches = patches.index_select(1, order)
-        prefix = [token.expand(len(patches), -1, -1) for token in (cls, self.register_tokens)]
+        prefix = [token.expand(len(patches), -1, -1) for token in (cls, self.register_tokens) if token is not None]
         return self.dropout(torch.cat([*prefix, patches], dim=1))
 
     def valid_patches(self, pixel_mask: torch.Tensor) -> torch.Tensor:
@@ -81,6 +86,13 @@ class BigBirdViTEmbeddings(nn.Module):
             pixel_mask[:, None].to(torch.float32), self.config.patch_size_hw, stride=self.config.patch_stride_hw
         )
         return pooled[:, 0] > 0
+
+
+def _without_empty_registers(module, state_dict, prefix, *_) -> None:
+    """Drop the empty tensor that weights of models without registers used to hold."""
+    name = f"{prefix}register_tokens"
+    if name in state_dict and state_dict[name].numel() == 0:
+        del state_dict[name]
 
 
 def layer_pattern(config: BigBirdViTConfig, rows: int, columns: int, layer: int = 0) -> BlockPattern:
@@ -123,9 +135,10 @@ class BigBirdViTAttention(nn.Module):
         orders: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return `(batch, tokens, hidden_size)` and, from `eager`, probabilities `(batch, heads, tokens, tokens)`.
+        """Return `(batch, tokens, hidden_size)` and probabilities `(batch, heads, tokens, tokens)`, or None.
 
-        With `orders`, to tiles and back, the probabilities are in raster order; the rest is in tile-major order.
+        Probabilities come from `eager`, which `output_attentions` asks for; with `orders`, to tiles and back, they are
+        in raster order. The rest is in tile-major order.
         """
         batch, tokens, _ = hidden_states.shape
 
@@ -140,7 +153,9 @@ class BigBirdViTAttention(nn.Module):
                 f"`attn_implementation`: expected one of {IMPLEMENTATIONS}, got {self.config._attn_implementation!r}; "
                 "other implementations would ignore the block pattern."
             )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        # only `eager` has probabilities
+        name = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
         output, probabilities = attend(
             self,
             query,
@@ -204,6 +219,14 @@ class BigBirdViTPreTrainedModel(PreTrainedModel):
         "attentions": BigBirdViTAttention,
     }
 
+    def __init__(self, config: BigBirdViTConfig, *arguments, **keywords):
+        super().__init__(config, *arguments, **keywords)
+        if self.loss_type is None:
+            self._loss_function = None  # of a model without one, where transformers would warn of a language model's
+        if config.num_register_tokens == 0:
+            # earlier weights of such models hold an empty tensor
+            self._keys_to_ignore_on_load_unexpected = [r"embeddings\.register_tokens$"]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -212,7 +235,8 @@ class BigBirdViTPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, BigBirdViTEmbeddings):
             init.trunc_normal_(module.cls_token, mean=0.0, std=std)
-            init.trunc_normal_(module.register_tokens, mean=0.0, std=std)
+            if module.register_tokens is not None:
+                init.trunc_normal_(module.register_tokens, mean=0.0, std=std)
             if module.position_embeddings is not None:
                 init.trunc_normal_(module.position_embeddings, mean=0.0, std=std)
         elif isinstance(module, BigBirdViTLayerScale):
@@ -325,18 +349,23 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             pixel_mask: `(batch, height, width)`, 1 for pixels of the image, 0 for padding. A patch is valid if any of
                 its pixels is; other patches are seen by no token, and what is returned for them means nothing.
             attention_patterns: A pattern for each layer in place of the model's own, all in the same order of patches.
-            kwargs: `output_hidden_states`, `output_attentions` (with `attn_implementation="eager"`), `return_dict`.
+            kwargs: `output_hidden_states`, `return_dict`, and `output_attentions`, for which a call is computed by
+                `eager` whatever the implementation.
 
         Returns:
             `last_hidden_state` `(batch, 1 + registers + patches, hidden_size)`, CLS and registers first and patches in
             raster order, and `pooler_output` `(batch, hidden_size)`.
 
         Raises:
-            ValueError: No or wrongly shaped `pixel_values` or `pixel_mask`, an image smaller than a patch, or
-                `output_attentions` with an implementation that has no probabilities.
+            ValueError: No or wrongly shaped `pixel_values` or `pixel_mask`, or an image smaller than a patch.
+            TypeError: A keyword that is none of these.
         """
-        self._check_inputs(pixel_values, pixel_mask, kwargs)
+        check_keywords(kwargs, ("pixel_values", "pixel_mask", "attention_patterns", "labels"))
+        check_inputs(self.config, pixel_values, pixel_mask)
         assert pixel_values is not None  # for the type checker; checked above
+        asked = {name: asks_for(name, self.config, kwargs) for name in ("hidden_states", "attentions")}
+        if asked["attentions"]:
+            warn_of_eager(self.config._attn_implementation)
         height, width = pixel_values.shape[-2:]
         rows, columns = self.config.grid_size(height, width)
         if attention_patterns is None:
@@ -357,7 +386,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         if order is not None:
             first = torch.arange(num_global, device=order.device)
             to_raster = torch.cat([first, order.argsort() + num_global])
-            if self._asks("hidden_states", kwargs) or self._asks("attentions", kwargs):
+            if any(asked.values()):
                 orders = torch.cat([first, order + num_global]), to_raster
         tokens = self.embeddings(pixel_values, order if orders is None else None, valid)
         rotary = None
@@ -367,7 +396,8 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             )
             cos, sin = (reorder(table, order, 2).to(tokens.dtype) for table in tables)
             rotary = with_global_tokens((cos, sin), num_global)
-        encoded = self.encoder(tokens, key_valid, patterns, rotary, orders, **kwargs | {"return_dict": True})
+        flags = kwargs | {"return_dict": True, "output_attentions": asked["attentions"]}
+        encoded = self.encoder(tokens, key_valid, patterns, rotary, orders, **flags)
 
         last_hidden_state = self.layernorm(reorder(encoded.last_hidden_state, None if orders else to_raster, 1))
         return BaseModelOutputWithPooling(
@@ -376,10 +406,6 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
-
-    def _asks(self, name: str, kwargs: dict) -> bool:
-        asked = kwargs.get(f"output_{name}")
-        return bool(getattr(self.config, f"output_{name}") if asked is None else asked)
 
     def _pool(self, cls: torch.Tensor, patches: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         pooled = self._pooled_token(cls, patches, valid)
@@ -401,33 +427,6 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         found = misfit(names, self.config.num_hidden_layers, rows, columns, 1 + self.config.num_register_tokens)
         if found:
             raise ValueError(f"`attention_patterns`: expected {found}.")
-
-    def _check_inputs(self, pixel_values, pixel_mask, kwargs) -> None:
-        if not isinstance(pixel_values, torch.Tensor):
-            raise ValueError(
-                "`pixel_values`: expected a tensor (batch, channels, height, width), "
-                f"got {'None' if pixel_values is None else type(pixel_values).__name__}."
-            )
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"`pixel_values`: expected (batch, {self.config.num_channels} channels, height, width), "
-                f"got {tuple(pixel_values.shape)}."
-            )
-        if pixel_mask is None:
-            pass
-        elif not isinstance(pixel_mask, torch.Tensor) or pixel_mask.dtype.is_complex:
-            found = getattr(pixel_mask, "dtype", type(pixel_mask).__name__)
-            raise ValueError(f"`pixel_mask`: expected a tensor of bool, integers or floats, got {found}.")
-        elif pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[2:]):
-            raise ValueError(
-                "`pixel_mask`: expected (batch, height, width) "
-                f"{(pixel_values.shape[0], *pixel_values.shape[2:])}, got {tuple(pixel_mask.shape)}."
-            )
-        if self._asks("attentions", kwargs) and self.config._attn_implementation != "eager":
-            raise ValueError(
-                "`output_attentions`: expected `attn_implementation='eager'`, the only one with probabilities, got "
-                f"{self.config._attn_implementation!r}; call `model.set_attn_implementation('eager')`."
-            )
 
 
 CLASSES = "single_label_classification"

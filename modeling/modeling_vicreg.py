@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
+from .call_checks import asks_for, check_keywords
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .configuration_vicreg import VicRegConfig
 from .global_batch_norm import GlobalBatchNorm1d
@@ -23,6 +25,8 @@ from .vicreg_loss import vicreg_loss
 from .vicreg_statistics import share_sizes
 
 logger = logging.get_logger(__name__)
+
+PARAMETERS = ("pixel_values", "local_pixel_values", "second_inputs", "representations", "return_loss")
 
 
 @dataclass
@@ -37,6 +41,8 @@ class VicRegOutput(ModelOutput):
         embeddings: `(batch, views, dimensions)`, the expander's output for each view, local ones last.
         representations: `(batch, views, features)`, the encoder's pooled output for each view; from two encoders, a
             tuple of two `(batch, features)`.
+        hidden_states: With `output_hidden_states`, for each view what the encoder returns as such, a tuple of layers.
+        attentions: With `output_attentions`, likewise.
     """
 
     loss: torch.Tensor | None = None
@@ -45,6 +51,8 @@ class VicRegOutput(ModelOutput):
     covariance: torch.Tensor | None = None
     embeddings: torch.Tensor | None = None
     representations: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    attentions: tuple[tuple[torch.Tensor, ...], ...] | None = None
 
 
 class VicRegExpander(nn.Module):
@@ -98,6 +106,7 @@ class VicRegForPreTraining(PreTrainedModel):
             self.second_expander = VicRegExpander(
                 representation_size(config.second_encoder), sizes, config.expander_norm
             )
+        self.loss_function = vicreg_loss  # transformers would take the class for a language model
         self.encoder_has_batch_norm = any(has_batch_norm(encoder) for encoder in self.encoders)
         self.post_init()
 
@@ -166,21 +175,27 @@ class VicRegForPreTraining(PreTrainedModel):
             representations: In place of images, what an earlier call returned as such; the encoder is left out.
             return_loss: False leaves the expander out and returns representations alone. The two together take a batch
                 through the encoder in pieces and through the loss as a whole.
-            kwargs: `return_dict`; the rest is ignored.
+            kwargs: `return_dict`, `output_hidden_states`, `output_attentions`.
 
         Raises:
             ValueError: Inputs of another shape, `second_inputs` without a second encoder, `local_pixel_values` with
                 one, or fewer than two samples in the global batch.
+            TypeError: A keyword that is none of these.
         """
+        check_keywords(kwargs, PARAMETERS)
+        recorded: dict[str, list] = {
+            name: [] for name in ("hidden_states", "attentions") if asks_for(name, self.config, kwargs)
+        }
         if representations is None:
-            encoded = self._encode(self._inputs(pixel_values, local_pixel_values, second_inputs))
+            encoded = self._encode(self._inputs(pixel_values, local_pixel_values, second_inputs), recorded)
         elif pixel_values is None and local_pixel_values is None and second_inputs is None:
             encoded = self._given(representations)
         else:
             raise ValueError("`representations`: expected no images beside them, got some.")
         joined = torch.stack(encoded, dim=1) if self.second_encoder is None else tuple(encoded)
+        states: dict[str, Any] = {name: tuple(of_views) or None for name, of_views in recorded.items()}
         if not return_loss:
-            return VicRegOutput(representations=joined)
+            return VicRegOutput(representations=joined, **states)
         group = self._process_group()
         num_samples = len(encoded[0])
         if group is not None and self.config.expander_norm == "batch":
@@ -208,7 +223,8 @@ class VicRegForPreTraining(PreTrainedModel):
             convention=self.config.convention,
             process_group=group,
         )
-        return VicRegOutput(**parts._asdict(), embeddings=torch.stack(embeddings, dim=1), representations=joined)
+        embedded = torch.stack(embeddings, dim=1)
+        return VicRegOutput(**parts._asdict(), embeddings=embedded, representations=joined, **states)
 
     def _process_group(self) -> dist.ProcessGroup | None:
         if not (self.training and dist.is_available() and dist.is_initialized()):
@@ -220,17 +236,26 @@ class VicRegForPreTraining(PreTrainedModel):
             )
         return dist.group.WORLD
 
-    def _encode(self, inputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """Pooled features `(batch, features)` of each view."""
+    def _encode(self, inputs: list[dict[str, torch.Tensor]], recorded: dict[str, list]) -> list[torch.Tensor]:
+        """Pooled features `(batch, features)` of each view; fills the lists of what is to be `recorded`."""
+        flags = {f"output_{name}": True for name in recorded}
         if self.second_encoder is not None:
-            return [_pooled(encoder, one) for encoder, one in zip(self.encoders, inputs, strict=True)]
-        views = [one["pixel_values"] for one in inputs]
-        if self.encoder_has_batch_norm:
-            return [_pooled(self.encoder, {"pixel_values": view}) for view in views]
+            batches = [(encoder, one, 1) for encoder, one in zip(self.encoders, inputs, strict=True)]
+        elif self.encoder_has_batch_norm:
+            batches = [(self.encoder, one, 1) for one in inputs]
+        else:
+            views = [one["pixel_values"] for one in inputs]
+            batches = []
+            for size in dict.fromkeys(view.shape for view in views):
+                alike = [view for view in views if view.shape == size]
+                batches.append((self.encoder, {"pixel_values": torch.cat(alike)}, len(alike)))
         encoded: list[torch.Tensor] = []
-        for size in dict.fromkeys(view.shape for view in views):
-            alike = [view for view in views if view.shape == size]
-            encoded += _pooled(self.encoder, {"pixel_values": torch.cat(alike)}).chunk(len(alike))
+        for encoder, batch, num_views in batches:
+            outputs = _encoder_outputs(encoder, batch | flags)
+            encoded += pooled_features(outputs).chunk(num_views)
+            for name, of_views in recorded.items():
+                layers = [one.chunk(num_views) for one in getattr(outputs, name, None) or ()]
+                of_views += [tuple(layer[view] for layer in layers) for view in range(num_views)]
         return encoded
 
     def _given(self, representations: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -280,15 +305,15 @@ class VicRegForPreTraining(PreTrainedModel):
         return [{"pixel_values": pixel_values}, second_inputs]
 
 
-def _pooled(encoder: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Pooled features; learned positions of a ViT are interpolated where the images are not of its own size."""
+def _encoder_outputs(encoder: PreTrainedModel, inputs: dict[str, Any]) -> ModelOutput:
+    """What an encoder returns; a ViT's learned positions are interpolated where images are not of its own size."""
     pixel_values = inputs.get("pixel_values")
     size = getattr(encoder.config, "image_size", None)
     own = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
     interpolates = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
     if pixel_values is not None and interpolates and own not in (None, tuple(pixel_values.shape[-2:])):
-        return pooled_features(encoder(**{"interpolate_pos_encoding": True, **inputs}))
-    return pooled_features(encoder(**inputs))
+        return encoder(**{"interpolate_pos_encoding": True, **inputs})
+    return encoder(**inputs)
 
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:

@@ -8,12 +8,6 @@ NO_STATES = "VICReg returns a loss of two views and no hidden states or attentio
 
 # Names of tests, or their beginnings where upstream runs one test with several parameters, and the reason given.
 ENCODER = {"test_resize_tokens_embeddings": NO_VOCABULARY}
-NO_REGISTERS = {
-    "test_torch_save_load": (
-        "upstream takes the maximum of each tensor's difference, and without register tokens theirs is empty; "
-        "the cases with registers run this test"
-    ),
-}
 VICREG = {
     "test_resize_tokens_embeddings": NO_VOCABULARY,
     "test_attention_outputs": NO_STATES,
@@ -21,7 +15,7 @@ VICREG = {
     "test_hidden_states_output": NO_STATES,
     "test_retain_grad_hidden_states_attentions": NO_STATES,
 }
-ALL = {"encoder": ENCODER, "encoder, no registers": NO_REGISTERS, "VICReg": VICREG}
+ALL = {"encoder": ENCODER, "VICReg": VICREG}
 
 # What upstream says when it skips a test by itself, and why that is right for these models.
 UPSTREAM = {

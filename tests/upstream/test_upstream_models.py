@@ -5,7 +5,7 @@ import unittest
 
 import pytest
 import torch
-from own_skips import ENCODER, NO_REGISTERS, VICREG, OwnSkips
+from own_skips import ENCODER, VICREG, OwnSkips
 from testers import BigBirdViTTester, VicRegTester
 from torch import nn
 from transformers.models.auto import modeling_auto
@@ -29,14 +29,6 @@ modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES["bigbird_vit"] = "BigBirdViTBackb
 modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["bigbird_vit"] = "BigBirdViTForImageClassification"
 modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES["vicreg"] = "VicRegForPreTraining"
 
-# These ask for probabilities of attention without choosing the one implementation that has them.
-NEED_EAGER = (
-    "test_model_outputs_equivalence",
-    "test_backbone_outputs",
-    "test_capture_outputs_decorator",
-    "test_retain_grad_hidden_states_attentions",
-)
-
 
 class ModelCase(OwnSkips, ModelTesterMixin):
     """What all test cases here share."""
@@ -47,8 +39,6 @@ class ModelCase(OwnSkips, ModelTesterMixin):
 
     def setUp(self):
         self.model_tester = self.make_tester(self, **self.arguments)
-        if self._testMethodName in NEED_EAGER:
-            self.model_tester.attn_implementation = "eager"
         super().setUp()
 
     def test_model_get_set_embeddings(self):
@@ -69,8 +59,6 @@ class EncoderCase(ModelCase):
 
 class TestTilesRotary(EncoderCase, unittest.TestCase):
     """Tiles that do not fit the grid, rotary positions, no registers: close to the defaults."""
-
-    own_skips = ENCODER | NO_REGISTERS
 
 
 class TestRasterAbsolute(EncoderCase, unittest.TestCase):
@@ -155,8 +143,6 @@ class TestBackbone(BackboneTesterMixin, unittest.TestCase):
 
     def setUp(self):
         self.model_tester = BigBirdViTTester(self, num_register_tokens=1)
-        if self._testMethodName in NEED_EAGER:
-            self.model_tester.attn_implementation = "eager"
 
 
 @pytest.mark.parametrize("case", [TestTilesRotary, TestRasterAbsolute, TestTilesAbsoluteByBlocks, TestVicReg])
