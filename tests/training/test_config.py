@@ -6,11 +6,12 @@ import pytest
 import yaml
 
 from hf_vicreg import BigBirdViTConfig
+from hf_vicreg.training.arguments import bytes_of, seconds_of
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.flags import parse_flags
 from hf_vicreg.training.pretrain import attention_density
 from hf_vicreg.training.resolve import resolve
-from hf_vicreg.training.settings import read_recipe, recipe_names
+from hf_vicreg.training.settings import explicit_settings, read_recipe, recipe_names
 
 NEEDED = {"output_dir": "somewhere", "dataset_name": "digits"}
 
@@ -177,3 +178,106 @@ def test_bad_flags_are_named(flags):
 def test_missing_output_dir_is_named():
     with pytest.raises(InputError, match="`output_dir`: expected a folder"):
         resolve({"config": "digits"})
+
+
+def test_switching_encoders_leaves_out_the_recipes_fields_of_the_other(caplog):
+    caplog.set_level("INFO", logger="hf_vicreg")
+    config = resolve(
+        NEEDED
+        | {"config": "cifar10_cpu"}
+        | parse_flags(
+            ["--model.model_type", "resnet", "--model.hidden_sizes", "[64, 128]", "--model.depths", "[1, 1]"]
+        )
+    )
+    assert config.vicreg.encoder.model_type == "resnet"
+    assert config.vicreg.encoder.hidden_sizes == [64, 128]
+    assert config.image_size == (32, 32)  # what the recipe's encoder had is the views' size
+    assert config.views.crop_min_ratio == 0.2  # the rest of the recipe stays
+    (line,) = [one for one in caplog.messages if "left out" in one]
+    assert "`model.hidden_size`" in line
+    assert line.endswith("are a bigbird_vit's, and left out for a resnet")
+
+
+def test_switching_to_an_encoder_with_the_same_fields_keeps_those_given_alone():
+    vit = {"model_type": "vit", "hidden_size": 96, "num_attention_heads": 4}
+    config = resolve(NEEDED | {"config": "cifar10_cpu", "model": vit})
+    assert config.vicreg.encoder.hidden_size == 96
+    assert config.vicreg.encoder.num_hidden_layers == 12  # a ViT's own, not the recipe's 3
+    assert config.vicreg.encoder.image_size == 32
+    given = resolve(NEEDED | {"config": "cifar10_cpu", "model": vit | {"image_size": 48}})
+    assert given.image_size == (48, 48)
+
+
+def test_switching_the_second_encoder(tmp_path):
+    second = {"model_type": "resnet", "hidden_sizes": [8], "depths": [1]}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"second_model": {"hidden_size": 64, "num_attention_heads": 4}}))
+    config = resolve(NEEDED | {"config": str(path), "second_model": second})
+    assert config.vicreg.second_encoder.model_type == "resnet"
+
+
+@pytest.mark.parametrize(
+    ("given", "views", "encoder"),
+    [
+        ({"views": {"image_size": 64}}, (64, 64), 64),
+        ({"views": {"image_size": [48, 64]}}, (48, 64), (48, 64)),
+        ({"config": "cifar10_cpu", "views": {"image_size": 64}}, (64, 64), 64),
+        ({"model": {"image_size": 64}}, (64, 64), 64),
+        ({"views": {"image_size": 64}, "model": {"image_size": 64}}, (64, 64), 64),
+        ({"views": {"image_size": 64}, "model": {"model_type": "resnet"}}, (64, 64), None),
+    ],
+    ids=["views", "pair", "recipe", "model", "both", "resnet"],
+)
+def test_size_of_the_views_is_the_encoders(given, views, encoder):
+    config = resolve(NEEDED | given)
+    assert config.image_size == views
+    found = getattr(config.vicreg.encoder, "image_size", None)
+    assert (tuple(found) if isinstance(found, list) else found) == encoder
+
+
+def test_two_sizes_that_differ_are_refused():
+    with pytest.raises(InputError, match=r"`views.image_size`: expected `model.image_size`, 32"):
+        resolve(NEEDED | {"views": {"image_size": 64}, "model": {"image_size": 32}})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("15m", 900), ("2h", 7200), ("1d", 86400), ("1h30m", 5400), ("2H", 7200)]
+)
+def test_times_in_words(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512m", 512 * 2**20), ("4g", 4 * 2**30), ("1.5g", 3 * 2**29), ("4GB", 4 * 2**30)]
+)
+def test_sizes_in_words(text, size):
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0m", "15", "-2h", "1h2d", "soon", "1.5h"])
+def test_times_that_are_none_are_named(text):
+    with pytest.raises(InputError, match="`time_budget`: expected a time like 90s"):
+        seconds_of(text)
+
+
+@pytest.mark.parametrize("text", ["", "0g", "4", "-4g", "4x", "much"])
+def test_sizes_that_are_none_are_named(text):
+    with pytest.raises(InputError, match="`max_memory`: expected memory like"):
+        bytes_of(text)
+
+
+def test_explicit_settings_are_what_was_chosen():
+    settings = explicit_settings({"config": "cifar10_cpu", "dataset_name": "digits", "model": {"tile_size": 4}})
+    assert settings["learning_rate"] == 1e-3  # the recipe's
+    assert settings["model"]["tile_size"] == 4
+    assert settings["model"]["hidden_size"] == 128
+    assert "weight_decay" not in settings
+    assert "output_dir" not in settings
+    assert explicit_settings(settings) == settings
+
+
+def test_a_flag_alone_is_not_held_against_a_default_that_may_yet_be_fitted():
+    chosen = {"dataset_name": "digits", "statistics_batch_size": 100}
+    assert explicit_settings(chosen)["statistics_batch_size"] == 100
+    with pytest.raises(InputError, match="`statistics_batch_size`: expected a multiple"):
+        explicit_settings(chosen | {"batch_size": 64})
