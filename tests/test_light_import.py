@@ -134,3 +134,11 @@ def test_what_needs_no_model_loads_no_library(case, tmp_path):
     assert words in told
     assert code == 0 or case == "verb" or len(told.splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "runs"}  # nothing is written
+
+
+def test_help_groups_the_flags_and_lists_those_of_the_views():
+    text = run("import sys\nfrom hf_vicreg.cli import main\nmain(sys.argv[1:])", "pretrain", "--help").stdout
+    groups = ("data", "model", "loss", "optimisation", "run", "evaluation", "Hub", "views")
+    assert all(f"\n{group}:\n" in text for group in groups)
+    assert "--views.hue" in text
+    assert "in turns. (default: 0.1)" in " ".join(text.split())

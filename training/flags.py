@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from hf_vicreg.training.arguments import SECTIONS, PretrainArguments
+from hf_vicreg.training.arguments import SECTIONS, PretrainArguments, ViewsConfig
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.settings import hint, recipe_names
 
@@ -20,13 +20,14 @@ class FlagParser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help.")
 
 
-def add_fields(parser: argparse.ArgumentParser, kind: type, *, defaults: bool = True) -> None:
+def add_fields(parser: argparse.ArgumentParser, kind: type, *, defaults: bool = True, prefix: str = "") -> None:
     """Add a flag for each field of a dataclass; its `group`, if it names one, is a heading of the help.
 
     Args:
         parser: In place.
         kind: The dataclass; fields are str, int, float, bool, a Literal, lists of them, or None.
         defaults: Whether flags that are not given have the field's default; else they are absent.
+        prefix: What stands before a field's name, such as `views.`.
     """
     hints = typing.get_type_hints(kind)
     groups: dict[str, Any] = {}
@@ -51,7 +52,7 @@ def add_fields(parser: argparse.ArgumentParser, kind: type, *, defaults: bool = 
             options |= {"type": accepted}
         if "choices" not in options:
             options.setdefault("metavar", getattr(options["type"], "__name__", "value").upper())
-        where.add_argument(f"--{field.name}", **options)
+        where.add_argument(f"--{prefix}{field.name}", **options)
 
 
 def _truth(text: str) -> bool:
@@ -68,6 +69,8 @@ def pretrain_parser() -> argparse.ArgumentParser:
         prog="hf-vicreg pretrain",
         usage="%(prog)s [DATA] [--config RECIPE] [--FLAG VALUE ...] [--SECTION.KEY VALUE ...]",
         description="Pretrain an encoder by VICReg on your own images; no labels are needed.",
+        epilog="Encoders are set by --model.KEY and --second_model.KEY (fields of BigBirdViTConfig, or of the "
+        "configuration of --model.model_type), expander and loss by --vicreg.KEY (fields of VicRegConfig).",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -84,6 +87,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
         help=f"Recipe below the flags: a YAML file or one of {', '.join(recipe_names())}.",
     )
     add_fields(parser, PretrainArguments, defaults=False)  # only what was typed counts: defaults come after the recipe
+    add_fields(parser, ViewsConfig, defaults=False, prefix="views.")  # for the help: `parse_flags` reads them itself
     return parser
 
 
