@@ -13,6 +13,7 @@ from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.planner.machine import Machine
+from hf_vicreg.training.planner.schedule import words
 
 MAX_DENSITY = 0.6
 MIN_IMAGES = 16
@@ -231,6 +232,7 @@ def _choose_batch(made: Choices, wanted: int, images: Images, machine: Machine) 
     settings = made.settings
     processes = machine.num_processes
     batch = settings.get("batch_size")
+    made.reasons["batch_size"] = "given"
     if settings.get("per_device_train_batch_size") is not None:
         batch = settings["batch_size"] = settings["per_device_train_batch_size"] * processes
     if batch is None:
@@ -270,7 +272,7 @@ def choose_schedule(
     made.fill("warmup_ratio", 0.1, "a tenth of the steps")
     total = num_steps * step_seconds
     every = min(max(60.0, total / 20), 600.0)
-    made.fill("checkpointing_steps", max(1, round(every / step_seconds)), f"every {every / 60:.0f} minutes or so")
+    made.fill("checkpointing_steps", max(1, round(every / step_seconds)), f"about every {words(every)}")
     if knn_seconds:
         measurements = max(1, min(5, int(0.08 * total / knn_seconds)))
         made.fill("knn_every_epochs", max(1, math.ceil(epochs / measurements)), "at most a twelfth of the time")

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-from hf_vicreg.training.errors import InputError
-
 USABLE_RATIO = 0.9  # of the memory: the rest is for the file cache and for what a prediction misses
 
 
@@ -57,21 +55,6 @@ def this_machine(
     return Machine(device.type, name, cores, min(memory, max_memory or memory), num_processes)
 
 
-def torch_device(name: str) -> torch.device:
-    """Return the device of a flag `auto`, `cpu`, `cuda` or `mps`.
-
-    Raises:
-        InputError: There is no such device.
-    """
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next(one for one in ("cuda", "mps", "cpu") if found[one]))
-    if not found.get(name, False):
-        there = ", ".join(one for one, is_there in found.items() if is_there)
-        raise InputError(f"`device`: expected one of this machine's devices ({there}), got {name!r}.")
-    return torch.device(name)
-
-
 def resident_memory() -> int:
     """Return the bytes of memory that this process holds."""
     return _status_bytes("VmRSS")
@@ -93,7 +76,7 @@ def reset_peak() -> bool:
 
 def available_memory() -> int:
     """Return the bytes that this process may still take: of the machine's memory, and of each cgroup it is in."""
-    return min([_machine_available(), *(max(0, limit - used) for limit, used in _cgroup_limits())])
+    return min([_machine_available(), *(max(0, limit - used) for limit, used in cgroup_limits())])
 
 
 def _machine_available() -> int:
@@ -121,7 +104,7 @@ def _status_bytes(field: str) -> int:
     return getattr(info, "peak_wset", info.rss) if field == "VmHWM" else info.rss
 
 
-def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list:
+def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list:
     """Return (limit, used) in bytes of every cgroup above this process that has a limit, version 1 and 2.
 
     Inactive file pages count as used in a cgroup, but are given back when memory is asked for.

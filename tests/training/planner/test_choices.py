@@ -1,0 +1,144 @@
+"""What is chosen from images, machine and time: sparse, within the images, and around what was given."""
+
+import pytest
+
+from hf_vicreg import BigBirdViTConfig, BigBirdViTModel
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.planner.choices import (
+    LADDER,
+    MAX_DENSITY,
+    MAX_EPOCHS,
+    Images,
+    choose,
+    choose_schedule,
+    density,
+    is_open,
+    training_flops,
+)
+from hf_vicreg.training.planner.machine import Machine
+
+CPU = Machine("cpu", "2 CPU cores", 2, 24 * 2**30)
+GPU = Machine("cuda", "a GPU", 8, 80 * 2**30)
+FOLDERS = {
+    "crops": Images(360, 250, 260, False),
+    "cifar": Images(20_000, 32, 32, True),
+    "photographs": Images(205, 480, 640, False),
+    "few": Images(30, 300, 200, False),
+    "tiny": Images(5_000, 12, 12, False),
+    "many": Images(1_300_000, 375, 500, True),
+}
+
+
+@pytest.mark.parametrize("seconds", [60, 900, 10_800, 10**6], ids=["1m", "15m", "3h", "11d"])
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_plan_is_sparse_and_builds(name, machine, seconds):
+    images = FOLDERS[name]
+    made = choose({}, images, machine, seconds)
+    config = BigBirdViTConfig(**made.settings["model"])
+    grid = config.grid_size(*config.image_size_hw)
+    assert density(made.settings["model"]) <= MAX_DENSITY
+    assert min(grid) >= 7  # fewer patches could not be sparse
+    assert 2 <= made.settings["batch_size"] <= images.count
+    assert min(config.patch_size_hw) <= max(8, min(images.height, images.width))
+    assert made.settings["vicreg"]["expander_sizes"][-1] <= 8192
+
+
+def test_density_is_that_of_the_encoder():
+    model = choose({}, FOLDERS["cifar"], CPU, 900).settings["model"]
+    encoder = BigBirdViTModel(BigBirdViTConfig(**model))
+    assert density(model) == encoder.attention_patterns(32, 32)[0].density
+
+
+def test_more_time_a_larger_encoder_and_never_a_smaller_one():
+    rungs = [choose({}, FOLDERS["many"], GPU, seconds).rung for seconds in (60, 3600, 10**5, 10**7)]
+    assert rungs == sorted(rungs)
+    assert rungs[0] == 0
+    assert rungs[-1] == len(LADDER) - 1
+    assert choose({}, FOLDERS["few"], GPU, 10**7).rung == 0, "a thousand passes over 30 images are no food for a ViT"
+
+
+def test_flops_of_the_ladder_by_hand():
+    # 49 patches and CLS, 3 layers of 4 x 128^2 + 2 x 128 x 384 products, expander 128-2048-2048-2048; 2 views, and
+    # 2 operations a product, forward once and backward twice
+    by_hand = 50 * 3 * (4 * 128**2 + 2 * 128 * 384) + 128 * 2048 + 2 * 2048**2
+    assert training_flops(LADDER[0]) == 12 * by_hand
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"model": {"hidden_size": 96, "num_attention_heads": 2}}, {"hidden_size": 96, "num_attention_heads": 2}),
+        ({"model": {"image_size": 64}}, {"image_size": 64, "patch_size": 16, "patch_stride": 8}),
+        ({"model": {"patch_size": 4}}, {"image_size": 32, "patch_size": 4}),
+        ({"model": {"tile_size": 1}}, {"tile_size": 1}),
+        ({"views": {"image_size": 48}}, {"image_size": 48, "patch_size": 12, "patch_stride": 6}),
+    ],
+    ids=["width", "image", "patch", "tile", "views"],
+)
+def test_the_rest_adapts_to_what_is_given(given, found):
+    made = choose(given, FOLDERS["cifar"], CPU, 900)
+    model = made.settings["model"]
+    assert {key: model.get(key) for key in found} == found
+    assert density(model) <= MAX_DENSITY
+    BigBirdViTConfig(**model)
+
+
+def test_batch_and_expander_follow_each_other():
+    assert choose({}, FOLDERS["cifar"], CPU, 900).settings["batch_size"] == 256
+    made = choose({"batch_size": 64}, FOLDERS["cifar"], CPU, 900)
+    assert made.settings["vicreg"]["expander_sizes"] == [512] * 3
+    assert made.settings["learning_rate"] == pytest.approx(5e-4)
+    assert made.reasons["batch_size"] == "given"
+    two = Machine("cpu", "", 1, 24 * 2**30, num_processes=3)
+    assert choose({}, FOLDERS["photographs"], two, 900).settings["batch_size"] % 3 == 0
+    by_device = choose({"per_device_train_batch_size": 10}, FOLDERS["cifar"], two, 900)
+    assert by_device.settings["batch_size"] == 30
+
+
+def test_other_encoders_get_views_and_batch_alone():
+    made = choose({"model": {"model_type": "resnet"}}, FOLDERS["cifar"], CPU, 900)
+    assert made.settings["model"] == {"model_type": "resnet"}
+    assert made.settings["views"]["image_size"] == 32
+    assert made.settings["batch_size"] == 256
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(InputError, match=r"at least 16 usable images.*found 15"):
+        choose({}, Images(15, 300, 300, False), CPU, 900)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"num_train_epochs": 3}, True),
+        ({"num_train_epochs": 3, "batch_size": 8, "model": {"hidden_size": 8}}, False),
+        ({"max_steps": 3, "statistics_batch_size": 8, "model": {"model_type": "resnet"}}, False),
+        ({"max_steps": 3, "batch_size": 8, "model": {"hidden_size": 8}, "time_budget": "2m"}, True),
+    ],
+)
+def test_what_is_open_is_planned(settings, expected):
+    assert is_open(settings) is expected
+
+
+def test_schedule_of_a_short_and_of_a_long_run():
+    short = choose({}, FOLDERS["cifar"], CPU, 900)
+    choose_schedule(short, 800, 78, 1.0, 10.0)
+    settings = short.settings
+    assert (settings["max_steps"], settings["num_train_epochs"]) == (800, 11)
+    assert settings["vicreg"]["variance_weight"] == 10.0
+    assert settings["checkpointing_steps"] == 60
+    assert settings["knn_every_epochs"] * (78 * 1.0) * 0.08 * 5 >= 10.0
+    given = choose({"num_train_epochs": 4, "checkpointing_steps": 7}, FOLDERS["cifar"], CPU, 900)
+    choose_schedule(given, 312, 78, 1.0, 0.0)
+    assert "max_steps" not in given.settings
+    assert given.settings["checkpointing_steps"] == 7
+    assert "knn_every_epochs" not in given.settings, "nothing to measure without labels"
+    long = choose({}, FOLDERS["many"], GPU, 10**6)
+    choose_schedule(long, 20_000, 5_000, 0.5, 0.0)
+    assert long.settings["vicreg"]["variance_weight"] == 25.0
+
+
+def test_passes_are_limited_by_what_a_small_set_can_teach():
+    assert MAX_EPOCHS * FOLDERS["few"].count < LADDER[1].images_seen

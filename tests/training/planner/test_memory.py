@@ -1,0 +1,91 @@
+"""Memory told before the first step: the bytes that autograd keeps, and a batch that fits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.planner.machine import Machine
+from hf_vicreg.training.planner.memory import fit_memory, predicted_peak, step_memory
+from hf_vicreg.training.resolve import resolve
+
+RESNET = {"model_type": "resnet", "hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16}
+
+
+def _config(tiny_recipe, **more):
+    settings = tiny_recipe | {"dataset_name": "digits", "output_dir": "unused"} | more
+    return resolve(settings)
+
+
+def _really_kept(config, images):
+    """The bytes that autograd keeps of one real forward pass."""
+    torch.manual_seed(0)
+    model = VicRegForPreTraining(config.vicreg).train()
+    storages, alive = {}, []
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    pixels = torch.randn(images, 2, 3, *config.image_size)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(pixel_values=pixels)
+    storages.pop(pixels.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("model", [None, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("images", [3, 8])
+def test_what_is_kept_is_what_autograd_keeps(tiny_recipe, model, images):
+    config = _config(tiny_recipe, **({"model": model, "views": {"image_size": 40}} if model else {}))
+    found = step_memory(config, images)
+    assert found.encoder + found.expander == pytest.approx(_really_kept(config, images), rel=0.05)
+
+
+def test_weights_are_counted_with_gradients_and_moments(tiny_recipe):
+    config = _config(tiny_recipe)
+    numbers = sum(one.numel() for one in VicRegForPreTraining(config.vicreg).parameters())
+    assert step_memory(config, 4).weights == 16 * numbers
+    assert step_memory(_config(tiny_recipe, optim="lars"), 4).weights == 12 * numbers
+
+
+def test_recomputed_layers_keep_less(tiny_recipe):
+    plain, again = (step_memory(_config(tiny_recipe, gradient_checkpointing=one), 16).encoder for one in (False, True))
+    assert again < 0.7 * plain
+
+
+def test_a_batch_too_large_for_the_memory_goes_in_parts(tiny_recipe):
+    config = _config(tiny_recipe)
+    memory = step_memory(config, 32)
+    plenty = Machine("cpu", "", 1, 2**40)
+    assert fit_memory(config, plenty)[0] is config
+    whole, halves = (predicted_peak(memory, plenty, pieces) for pieces in (1, 2))
+    tight = Machine("cpu", "", 1, int((whole + halves) / 2 / 0.9))
+    fitted, peak = fit_memory(config, tight)
+    assert (fitted.run.batch_size, fitted.run.statistics_batch_size) == (16, 32)
+    assert fitted.step_size == config.step_size
+    assert peak <= tight.usable_memory
+
+
+def test_what_fits_in_no_way_is_refused(tiny_recipe):
+    none = Machine("cpu", "", 1, 1000)
+    with pytest.raises(InputError, match=r"`max_memory`: expected about .* GB .* found 0.0 GB"):
+        fit_memory(_config(tiny_recipe), none)
+
+
+def test_an_encoder_with_batch_norms_is_never_split(tiny_recipe):
+    config = _config(tiny_recipe, model=RESNET, views={"image_size": 64})
+    whole = predicted_peak(step_memory(config, 32), Machine("cpu", "", 1, 1))
+    with pytest.raises(InputError, match="or batch"):
+        fit_memory(config, Machine("cpu", "", 1, int(whole / 0.9) - 2**20))
+
+
+def test_several_processes_share_the_batch(tiny_recipe):
+    config = _config(tiny_recipe)
+    one = replace(Machine("cpu", "", 1, 2**40), num_processes=1)
+    two = replace(one, num_processes=2)
+    assert fit_memory(config, two)[1] < fit_memory(config, one)[1]

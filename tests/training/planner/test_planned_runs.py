@@ -1,0 +1,99 @@
+"""Runs that plan themselves: what is written, kept and refused."""
+
+import json
+import sys
+
+import pytest
+import yaml
+from transformers import AutoModel
+
+import hf_vicreg
+from hf_vicreg.training.errors import InputError
+
+SMALL = {"model": {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}}
+# a machine under test is slow and shared: the time is given for more than it can need
+QUICK = SMALL | {
+    "max_train_samples": 64,
+    "batch_size": 32,
+    "vicreg": {"expander_sizes": [32, 32]},
+    "num_train_epochs": 1,
+}
+
+
+def test_a_run_without_a_recipe_plans_itself(tmp_path, image_folder, caplog):
+    result = hf_vicreg.pretrain(data=image_folder(40), out=tmp_path / "run", time_budget="10m", **QUICK)
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert recipe["num_train_epochs"] == 1
+    assert recipe["model"]["hidden_size"] == 32
+    assert recipe["model"]["tile_size"] == 2
+    assert recipe["time_budget"] == "10m"
+    assert recipe["dataloader_num_workers"] is not None
+    assert result.results["attention_density"] <= 0.6
+    assert result.results["steps"] == 1
+    assert any("Plan for 40 images of about 36 x 36 pixels" in one.message for one in caplog.records)
+    assert AutoModel.from_pretrained(tmp_path / "run").config.hidden_size == 32
+
+
+def test_the_time_sets_the_length(tmp_path, image_folder, caplog):
+    few = {key: value for key, value in QUICK.items() if key != "num_train_epochs"}
+    hf_vicreg.pretrain(data=image_folder(40), out=tmp_path / "run", plan_only=True, time_budget="20m", **few)
+    assert not (tmp_path / "run").exists(), "a mere plan writes nothing"
+
+
+def test_a_plan_is_printed_and_nothing_is_written(tmp_path, image_folder, run_process):
+    command = [
+        sys.executable,
+        "-m",
+        "hf_vicreg.cli",
+        "pretrain",
+        image_folder(40),
+        "--plan_only",
+        "--max_memory",
+        "6g",
+    ]
+    found = run_process([*command, "--model.hidden_size", "32", "--model.num_attention_heads", "2"])
+    assert found.returncode == 0, found.stderr
+    assert "Plan for 40 images" in found.stdout
+    assert "images a second" in found.stdout
+    assert "of 6.0 GB" in found.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_resumed_run_keeps_its_plan(tmp_path, image_folder):
+    images, out = image_folder(40), tmp_path / "run"
+    first = hf_vicreg.pretrain(data=images, out=out, time_budget="10m", **QUICK)
+    recipe = (out / "recipe.yaml").read_text()
+    again = hf_vicreg.pretrain(data=images, out=out, resume_from_checkpoint="latest", time_budget="20m")
+    assert again.results["steps"] == first.results["steps"]
+    kept = yaml.safe_load((out / "recipe.yaml").read_text())
+    before = yaml.safe_load(recipe)
+    assert {key: one for key, one in kept.items() if before[key] != one}.keys() <= {
+        "resume_from_checkpoint",
+        "time_budget",
+    }
+    assert json.loads((out / "results.json").read_text())["planned_steps"] == 1
+
+
+def test_a_recipe_with_a_time_gives_up_its_length(tmp_path, image_folder, tiny_recipe):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe | {"num_train_epochs": 7}))
+    settings = hf_vicreg.training.settings.explicit_settings({"config": str(recipe), "time_budget": "2m"})
+    assert "num_train_epochs" not in settings
+    assert settings["batch_size"] == tiny_recipe["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("more", "count", "message"),
+    [
+        ({"time_budget": "1s"}, 40, "`time_budget`: expected time for one pass"),
+        ({}, 15, "`data`: expected at least 16 usable images, found 15"),
+        ({"max_memory": "1m"}, 40, "`max_memory`: expected about"),
+        ({"time_budget": "soon"}, 40, "`time_budget`: expected a time like"),
+    ],
+    ids=["time", "images", "memory", "words"],
+)
+def test_what_cannot_be_planned_is_refused_and_nothing_is_written(tmp_path, image_folder, more, count, message):
+    few = {key: value for key, value in QUICK.items() if key not in ("num_train_epochs", "batch_size")}
+    with pytest.raises(InputError, match=message):
+        hf_vicreg.pretrain(data=image_folder(count), out=tmp_path / "run", **few, **more)
+    assert not (tmp_path / "run").exists()
