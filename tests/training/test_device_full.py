@@ -59,29 +59,31 @@ def test_a_full_device_changes_nothing_but_the_pieces(tiny_recipe, tmp_path, ima
     assert max(calls[3:]) == 4, "and not tried in vain again"
     assert sum("ran out of memory" in one.message for one in caplog.records) == 2
     assert _losses(full) == pytest.approx(_losses(plain), rel=1e-3)
-    means = [dict(one.unwrapped.named_buffers()) for one in (full, plain)]
-    for name, buffer in means[0].items():
-        torch.testing.assert_close(buffer, means[1][name], rtol=1e-3, atol=1e-4)
 
 
 def test_memory_lost_on_the_way_back_is_no_loss_either(tiny_recipe, tmp_path, image_folder):
     tiny_recipe["model"]["drop_path_rate"] = 0.0
     images = image_folder(16)
-    plain = _trainer(tiny_recipe, tmp_path / "plain", images)
+    plain = _trainer(tiny_recipe, tmp_path / "plain", images, max_steps=1)
     plain.fit()
-    full, left = _trainer(tiny_recipe, tmp_path / "full", images), [1]
+    full, left = _trainer(tiny_recipe, tmp_path / "full", images, max_steps=1), [1]
 
     def refuse(module, arguments, output):
         def once(gradient):
             if left and left.pop():
                 raise torch.OutOfMemoryError("full on the way back")
 
-        output.pooler_output.register_hook(once)
+        if output.pooler_output.requires_grad:
+            output.pooler_output.register_hook(once)
 
     full.unwrapped.encoder.register_forward_hook(refuse)
     full.fit()
     assert full.splits == 2
-    assert _losses(full) == pytest.approx(_losses(plain), rel=1e-3)
+    assert _losses(full) == pytest.approx(_losses(plain), rel=1e-5)
+    # the step that was broken off had moved the expander's running statistics already
+    means = dict(plain.unwrapped.named_buffers())
+    for name, buffer in full.unwrapped.named_buffers():
+        torch.testing.assert_close(buffer, means[name], rtol=1e-4, atol=1e-6)
 
 
 def test_one_image_too_much_ends_the_run_in_one_line(tiny_recipe, tmp_path, image_folder):

@@ -118,7 +118,7 @@ def test_encoders_with_batch_norms_are_refused():
     resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     model = VicRegForPreTraining(VicRegConfig(encoder=worker.ENCODER, second_encoder=resnet, expander_sizes=[8, 8]))
     with pytest.raises(ValueError, match=r"`statistics_batch_size`: .* without batch norms, .*, got 'resnet'"):
-        two_pass_backward(model, [dict], torch.Tensor.backward)
+        two_pass_backward(model, [dict, dict], torch.Tensor.backward)
     with pytest.raises(ValueError, match="`pieces`: expected at least one"):
         two_pass_backward(model, [], torch.Tensor.backward)
 

@@ -1,6 +1,7 @@
 """Runs that plan themselves: what is written, kept and refused."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -21,6 +22,7 @@ QUICK = SMALL | {
 
 
 def test_a_run_without_a_recipe_plans_itself(tmp_path, image_folder, caplog):
+    caplog.set_level("INFO", "hf_vicreg")
     result = hf_vicreg.pretrain(data=image_folder(40), out=tmp_path / "run", time_budget="10m", **QUICK)
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert recipe["num_train_epochs"] == 1
@@ -34,9 +36,15 @@ def test_a_run_without_a_recipe_plans_itself(tmp_path, image_folder, caplog):
     assert AutoModel.from_pretrained(tmp_path / "run").config.hidden_size == 32
 
 
-def test_the_time_sets_the_length(tmp_path, image_folder, caplog):
+def test_the_time_sets_the_length(tmp_path, image_folder, capsys):
     few = {key: value for key, value in QUICK.items() if key != "num_train_epochs"}
-    hf_vicreg.pretrain(data=image_folder(40), out=tmp_path / "run", plan_only=True, time_budget="20m", **few)
+    lengths = []
+    for budget in ("3m", "60m"):
+        hf_vicreg.pretrain(
+            data=image_folder(40, name=budget), out=tmp_path / "run", plan_only=True, time_budget=budget, **few
+        )
+        lengths.append(int(re.search(r"length +([\d,]+) steps", capsys.readouterr().out)[1].replace(",", "")))
+    assert 1 < lengths[0] < lengths[1]
     assert not (tmp_path / "run").exists(), "a mere plan writes nothing"
 
 
@@ -77,7 +85,9 @@ def test_a_resumed_run_keeps_its_plan(tmp_path, image_folder):
 def test_a_recipe_with_a_time_gives_up_its_length(tmp_path, image_folder, tiny_recipe):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_recipe | {"num_train_epochs": 7}))
-    settings = hf_vicreg.training.settings.explicit_settings({"config": str(recipe), "time_budget": "2m"})
+    settings = hf_vicreg.training.settings.explicit_settings(
+        {"config": str(recipe), "time_budget": "2m", "data": "digits"}
+    )
     assert "num_train_epochs" not in settings
     assert settings["batch_size"] == tiny_recipe["batch_size"]
 
