@@ -93,13 +93,13 @@ def stage(
     for part in parts:
         (into / part).mkdir(exist_ok=True)
         _copy_model(run, part, into)
-    write_custom_code(into, [into / part / "config.json" for part in parts])
     if results:
         (into / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     if recipe:
         public = {key: value for key, value in recipe.items() if key not in OF_THE_OWNER}
         (into / "recipe.yaml").write_text(yaml.safe_dump(public, sort_keys=False))
-    refuse_secrets(into, _names(into))  # before a message of theirs could show one
+    refuse_secrets(into, _names(into))  # before a message about a value could show one
+    write_custom_code(into, [into / part / "config.json" for part in parts])
     log = _read_log(run)
     pictures = draw_pictures(into, _encoder_config(into), log, results)
     if (run / NEIGHBOURS).exists():
