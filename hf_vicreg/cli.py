@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     publish.add_argument("--revision", help="branch to publish to, made if new; default: main")
     publish.add_argument("--create_pr", action="store_true", help="open a pull request instead")
     publish.add_argument("--dry_run", action="store_true", help="print files, sizes and card; send nothing")
+    publish.add_argument("--license", help="of the weights, by the Hub's short name for it; default: none is named")
     publish.add_argument(
         "--include_pretraining", action="store_true", help="with pretraining/, the encoder and its expander"
     )
@@ -161,6 +162,7 @@ def _publish(arguments: argparse.Namespace) -> None:
         create_pr=arguments.create_pr,
         dry_run=arguments.dry_run,
         include_pretraining=arguments.include_pretraining,
+        license=arguments.license,
     )
     print(report(done))
 
