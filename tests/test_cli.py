@@ -30,7 +30,7 @@ def test_installed_command_prints_costs(folder):
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
     assert "512x512 pixels: 32x32 patches, 1,025 tokens" in finished.stdout
-    assert "density 0.167" in finished.stdout
+    assert "density 0.151" in finished.stdout
 
 
 def test_pretrain_is_the_trainer(tmp_path, capsys, caplog, tiny_recipe):

@@ -4,7 +4,7 @@
 """
 
 NO_VOCABULARY = "images have no vocabulary, so there is no table of tokens to resize"
-NO_STATES = "VICReg returns a loss of two views and no hidden states or attentions; the encoder's cases run this test"
+NO_STATES = "VICReg returns states view by view, not layer by layer; the encoder's cases run this test"
 
 # Names of tests, or their beginnings where upstream runs one test with several parameters, and the reason given.
 ENCODER = {"test_resize_tokens_embeddings": NO_VOCABULARY}
@@ -22,7 +22,7 @@ UPSTREAM = {
     "test requires": "no test here needs a GPU, nor deepspeed, flash attention, kernels or MPS",
     "test is slow": "needs a GPU as well, or loads a processor in a process that imports transformers alone",
     "Model does not support output_attentions": (
-        "one row of a table of parameters that asks sdpa for probabilities; here that is an error, and tested as such"
+        "a row of a table of parameters that asks sdpa for probabilities; here `eager` gives them"
     ),
     "Model does not have position embeddings": "resizes a table of 1-D positions by a method text models have",
     "Model does not support sliding window mask": "a mask of causal text models",
