@@ -20,11 +20,13 @@ here they are 2-D tiles, because a run of 64 patches on a grid 64 wide is a stri
 
 import hashlib
 import heapq
+import math
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, wraps
+from itertools import pairwise
 
 import torch
 
@@ -34,23 +36,24 @@ LAYOUTS = ("tiles", "raster")
 _BY_NAME: dict[str, "BlockPattern"] = {}  # for the process: compiled graphs hold names, and names follow from contents
 
 
-def cached_tables(*, maxsize: int) -> Callable[[Callable], Callable]:
-    """Return a decorator for functions that make tables of tensors: a cache, and a thread of its own for each call.
+def outside_modes(function: Callable) -> Callable:
+    """Return a function that makes tables of tensors and runs in a thread of its own.
 
     Modes of torch's (inference, fake tensors of a trace, a default device) belong to a thread: whatever is on when a
     table is first asked for, it becomes an ordinary tensor that serves training, inference and tracing alike.
     """
 
-    def decorate(function: Callable) -> Callable:
-        @lru_cache(maxsize=maxsize)
-        @wraps(function)
-        def cached(*arguments):
-            with ThreadPoolExecutor(1) as thread:
-                return thread.submit(function, *arguments).result()
+    @wraps(function)
+    def run(*arguments):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(function, *arguments).result()
 
-        return cached
+    return run
 
-    return decorate
+
+def cached_tables(*, maxsize: int) -> Callable[[Callable], Callable]:
+    """Return a decorator for functions that make tables of tensors: `outside_modes`, and a cache."""
+    return lambda function: lru_cache(maxsize=maxsize)(outside_modes(function))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,8 @@ class BlockPattern:
         global_tiles: Tiles that see and are seen by all, ascending; each is in every row of `neighbours`.
         window_size: Side of the local window in tiles; for pictures alone.
         tile_sizes: `(tiles,)` int64, patches in each tile.
+        largest_tile: Patches in the largest tile.
+        num_see_all: Tokens that see and are seen by all: global ones, and those in global tiles.
         density: Share of (query, key) pairs of tokens that attend, in (0, 1], global tokens included.
         is_full: Whether every token sees every token.
         is_raster: Whether tile-major order and raster order are the same.
@@ -83,6 +88,9 @@ class BlockPattern:
     global_tiles: tuple[int, ...] = ()
     window_size: int = 1
     tile_sizes: torch.Tensor = field(init=False, repr=False)
+    # numbers, not tensors: they are read while a graph is traced, when no tensor has a value
+    largest_tile: int = field(init=False)
+    num_see_all: int = field(init=False)
     density: float = field(init=False)
     is_full: bool = field(init=False)
     is_raster: bool = field(init=False)
@@ -96,6 +104,8 @@ class BlockPattern:
         pairs = (seen * sizes).sum(-1).to(torch.float64).mean().item()
         facts = {
             "tile_sizes": sizes,
+            "largest_tile": int(sizes.max()),
+            "num_see_all": num_global + int(sizes[list(self.global_tiles)].sum()),
             "density": (pairs + 2 * num_global * patches + num_global**2) / self.num_tokens**2,
             "is_full": bool((seen == patches).all()),
             "is_raster": bool((self.order == torch.arange(patches)).all()),
@@ -116,6 +126,7 @@ class BlockPattern:
             digest.update(struct.pack(f"<{table.numel()}q", *table.flatten().tolist()))
         return digest.hexdigest()[:32]
 
+    @outside_modes
     def with_neighbours(self, neighbours: torch.Tensor) -> "BlockPattern":
         """Return this pattern with another table, for example a plan for each head.
 
@@ -151,6 +162,7 @@ class BlockPattern:
         return self.num_global_tokens + self.grid[0] * self.grid[1]
 
     @cached_property
+    @outside_modes
     def tile_mask(self) -> torch.Tensor:
         """`(heads or 1, tiles, tiles)` bool, true where the row's tile sees the column's."""
         heads, tiles, _ = self.neighbours.shape
@@ -161,6 +173,7 @@ class BlockPattern:
         return mask[..., :tiles]
 
     @cached_property
+    @outside_modes
     def runs(self) -> list[list[tuple[int, int, list[tuple[int, int]]]]]:
         """For each head of the table, rows of queries and the keys they see as intervals of token positions.
 
@@ -273,6 +286,23 @@ def random_tiles(
     return sorted([tile for tile in best if tile not in excluded][:count])
 
 
+def spread_tiles(count: int, rows: int, columns: int) -> list[int]:
+    """Return `count` tiles (all, if there are fewer) of a grid of tiles, ascending, spread over rows and columns.
+
+    They stand in rows as far from each other as in a row, as many in each row as in any other or one more.
+    """
+    count = min(count, rows * columns)
+    if count == 0:
+        return []
+    lines = min(max(round(math.sqrt(count * rows / columns)), -(-count // columns), 1), rows, count)
+    ends = [line * count // lines for line in range(lines + 1)]
+    return [
+        (2 * line + 1) * rows // (2 * lines) * columns + (2 * index + 1) * columns // (2 * (end - start))
+        for line, (start, end) in enumerate(pairwise(ends))
+        for index in range(end - start)
+    ]
+
+
 def named_pattern(name: str) -> BlockPattern:
     """Return the pattern of that name.
 
@@ -379,8 +409,7 @@ def _build_pattern(
         tile_rows = raster.div(width * tile_size[0], rounding_mode="floor")
         tile_columns = (raster % width).div(tile_size[1], rounding_mode="floor")
         tile_of_raster = tile_rows * columns + tile_columns
-        wanted = min(num_global_tiles, rows * columns)
-        global_tiles = [(2 * index + 1) * rows * columns // (2 * wanted) for index in range(wanted)]
+        global_tiles = spread_tiles(num_global_tiles, rows, columns)
     order = torch.sort(tile_of_raster, stable=True).indices
 
     reach, num_tiles = window_size // 2, rows * columns

@@ -104,11 +104,14 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name, value):
-        # `from_pretrained(..., num_hidden_layers=2)` sets it afterwards: a backbone of the last stage stays one
-        was_last = name == "num_hidden_layers" and getattr(self, "_out_features", None) == self.stage_names[-1:]
+        # `from_pretrained(..., num_hidden_layers=2)` sets it afterwards: a backbone of the last stage stays one, and
+        # of other stages those are kept that there are still
+        stages = getattr(self, "_out_features", None) if name == "num_hidden_layers" else None
+        was_last = stages == self.stage_names[-1:] if stages else False
         super().__setattr__(name, value)
-        if was_last:
-            self.set_output_features_output_indices(None, None)
+        if stages:
+            kept = [stage for stage in stages if stage in self.stage_names]
+            self.set_output_features_output_indices(None if was_last or not kept else kept, None)
 
     @property
     def stage_names(self) -> list[str]:

@@ -62,7 +62,7 @@ def flex_block_size(pattern: BlockPattern) -> int:
 
 @torch.compiler.assume_constant_result
 def _largest_tile(name: str) -> int:
-    return int(named_pattern(name).tile_sizes.max())
+    return named_pattern(name).largest_tile
 
 
 @cache

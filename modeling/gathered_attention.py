@@ -33,13 +33,13 @@ def _block_tables(name: str, num_heads: int, device: torch.device) -> list[torch
 @_block_tables.register_fake
 def _block_tables_fake(name, num_heads, device):
     pattern = named_pattern(name)
-    slots = pattern.num_tiles * int(pattern.tile_sizes.max())
+    slots = pattern.num_tiles * pattern.largest_tile
     shapes = [
         (slots,),
         (len(pattern.order),),
         (num_heads * pattern.num_tiles * pattern.neighbours.shape[2],),
         (*pattern.neighbours.shape, slots // pattern.num_tiles),
-        (_num_see_all(name),),
+        (pattern.num_see_all,),
     ]
     dtypes = [torch.int64, torch.int64, torch.int64, torch.bool, torch.int64]
     return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
@@ -48,7 +48,7 @@ def _block_tables_fake(name, num_heads, device):
 @cached_tables(maxsize=64)
 def _cached_block_tables(pattern: BlockPattern, num_heads: int, device: torch.device) -> list[torch.Tensor]:
     sizes, neighbours = pattern.tile_sizes, pattern.neighbours
-    num_tiles, largest = pattern.num_tiles, int(sizes.max())
+    num_tiles, largest = pattern.num_tiles, pattern.largest_tile
     starts = sizes.cumsum(0) - sizes
     within = torch.arange(len(pattern.order)) - starts[pattern.tile_of_patch]
     slot_of_patch = pattern.tile_of_patch * largest + within
@@ -84,8 +84,7 @@ def _rows_are_even(name: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def _num_see_all(name: str) -> int:
-    pattern = named_pattern(name)
-    return pattern.num_global_tokens + sum(pattern.tile_sizes.tolist()[tile] for tile in pattern.global_tiles)
+    return named_pattern(name).num_see_all
 
 
 @torch.compiler.assume_constant_result

@@ -229,7 +229,8 @@ class VicRegForPreTraining(PreTrainedModel):
     def _process_group(self) -> dist.ProcessGroup | None:
         if not (self.training and dist.is_available() and dist.is_initialized()):
             return None
-        if self.encoder_has_batch_norm and dist.get_world_size() > 1:
+        several = dist.get_world_size() > 1
+        if self.encoder_has_batch_norm and several and any(normalises_by_process(one) for one in self.encoders):
             logger.warning_once(
                 "The encoder's own batch norms see one process's share of the batch: "
                 "the result depends on the number of processes."
@@ -325,6 +326,12 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
 def has_batch_norm(encoder: nn.Module) -> bool:
     """Return whether an encoder's output for an image depends on the others of the batch."""
     return any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in encoder.modules())
+
+
+def normalises_by_process(encoder: nn.Module) -> bool:
+    """Return whether an encoder's batch norms see one process's share alone, unlike `torch.nn.SyncBatchNorm`."""
+    norms = [one for one in encoder.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    return any(not isinstance(one, nn.SyncBatchNorm) for one in norms)
 
 
 def load_encoder(source: str | os.PathLike) -> PreTrainedModel:

@@ -107,9 +107,7 @@ IMPLEMENTATIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_implementations_equal_the_oracle(case, dtype):
+def compare_with_the_oracle(case, dtype, implementations):
     pattern = make_pattern(case)
     heads, batch, tokens, head_dim = case["heads"], case["batch"], pattern.num_tokens, case.get("head_dim", 8)
     # as the model hands them over: views of (batch, tokens, heads, head_dim)
@@ -129,11 +127,67 @@ def test_implementations_equal_the_oracle(case, dtype):
     expected, expected_gradients = run(lambda *tensors: oracle(*tensors, key_valid, pattern, 0.3))
     # with a single visible key the gradients of query and key are zero but for rounding: against the norm of all three
     total = torch.stack([gradient.norm() for gradient in expected_gradients]).norm().clamp(min=1e-30)
-    for name, attend in IMPLEMENTATIONS.items():
+    for name, attend in implementations.items():
         output, gradients = run(lambda *tensors: attend(*tensors, key_valid, pattern=pattern, scaling=0.3))  # noqa: B023
         assert relative(output, expected) < TOLERANCE[dtype], name
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
             assert (gradient - expected_gradient).norm() / total < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_implementations_equal_the_oracle(case, dtype):
+    compare_with_the_oracle(case, dtype, IMPLEMENTATIONS)
+
+
+def compiled(attend, backend):
+    """`attend` in one graph; a pattern is not what a graph takes, so it is held by a closure, as a model holds it."""
+
+    def call(query, key, value, key_valid, *, pattern, scaling):
+        def inner(query, key, value, key_valid):
+            return attend(query, key, value, key_valid, pattern=pattern, scaling=scaling)
+
+        return torch.compile(inner, fullgraph=True, backend=backend, dynamic=False)(query, key, value, key_valid)
+
+    return call
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["8x8-whole", "7x13-padded", "33x20-padded", "drawn-7", "drawn-19"])
+def test_compiled_implementations_equal_the_oracle(name, fresh_compiler):
+    functions = {key: compiled(attend, "aot_eager") for key, attend in IMPLEMENTATIONS.items()}
+    compare_with_the_oracle(CASES[name], torch.float64, functions)
+
+
+@pytest.mark.parametrize("name", ["7x13-padded", "33x20-whole"])
+def test_compiled_flex_attention_equals_the_dense_form(name, fresh_compiler):
+    pattern = make_pattern(CASES[name])
+    tensors = [torch.randn(2, 2, pattern.num_tokens, 16) for _ in range(3)]
+    key_valid = torch.rand(2, pattern.num_tokens) < 0.7 if CASES[name]["padded"] else None
+    with torch.no_grad():
+        found = compiled(flex_block_attention, "aot_eager")(*tensors, key_valid, pattern=pattern, scaling=0.3)
+        assert relative(found, dense_attention(*tensors, key_valid, pattern=pattern, scaling=0.3)) < 2e-5
+
+
+@pytest.mark.slow  # ten minutes
+@pytest.mark.parametrize("name", CASES)
+def test_all_cases_equal_the_oracle_when_compiled(name, fresh_compiler):
+    functions = {key: compiled(attend, "aot_eager") for key, attend in IMPLEMENTATIONS.items()}
+    for dtype in TOLERANCE:
+        compare_with_the_oracle(CASES[name], dtype, functions)
+
+
+@pytest.mark.slow  # a minute each for the C++ compiler
+@pytest.mark.parametrize("name", ["7x13-padded", "33x20-padded", "drawn-7"])
+def test_the_default_compilers_code_equals_the_oracle(name, fresh_compiler):
+    functions = {key: compiled(attend, "inductor") for key, attend in IMPLEMENTATIONS.items()}
+    compare_with_the_oracle(CASES[name], torch.float32, functions)
 
 
 @pytest.mark.parametrize("attend", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)

@@ -121,6 +121,24 @@ def test_backbones_stages_by_name_and_by_number():
         tiny_config(out_indices=[9])
 
 
+def test_stages_follow_the_number_of_layers():
+    config = BigBirdViTConfig(num_hidden_layers=4, out_features=["stage1", "stage2", "stage4"])
+    config.num_hidden_layers = 2
+    assert (config.out_features, config.out_indices) == (["stage1", "stage2"], [1, 2])
+    config.num_hidden_layers = 3
+    assert config.out_features == ["stage1", "stage2"]
+    config = BigBirdViTConfig(num_hidden_layers=4, out_features=["stage3"])
+    config.num_hidden_layers = 1
+    assert config.out_features == ["stage1"]
+    BigBirdViTBackbone(tiny_config(num_hidden_layers=4, out_features=["stage3"]))
+
+
+def test_a_backbone_of_fewer_layers_loads(tmp_path):
+    BigBirdViTBackbone(tiny_config(num_hidden_layers=3, out_features=["stage1", "stage3"])).save_pretrained(tmp_path)
+    model = BigBirdViTBackbone.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert len(model(torch.zeros(1, 3, 32, 32)).feature_maps) == 1
+
+
 @pytest.mark.parametrize("layers", [2, 5])
 def test_stages_follow_the_layers(layers, tmp_path):
     BigBirdViTModel(tiny_config()).save_pretrained(tmp_path / "three")

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_vicreg.modeling.bigbird_pattern import LAYOUTS, block_pattern, named_pattern, random_tiles
 from hf_vicreg.modeling.pattern_picture import COLOURS
@@ -81,9 +82,9 @@ def test_raster_layout_is_the_papers(height, width, block, num_random):
 
 def test_global_tiles_see_and_are_seen_by_all():
     pattern = block_pattern(20, 12, tile_size=(4, 4), num_global_tiles=3, num_random_blocks=1)
-    assert pattern.global_tiles == (2, 7, 12)
-    assert pattern.tile_mask[:, [2, 7, 12]].all()
-    assert pattern.tile_mask[:, :, [2, 7, 12]].all()
+    assert pattern.global_tiles == (4, 9, 11)
+    assert pattern.tile_mask[:, [4, 9, 11]].all()
+    assert pattern.tile_mask[:, :, [4, 9, 11]].all()
     assert not pattern.is_full
     assert pattern.density == pytest.approx(pattern.token_mask().double().mean().item(), abs=1e-12)
     assert block_pattern(4, 4, tile_size=(2, 2), num_global_tiles=9).global_tiles == (0, 1, 2, 3)
@@ -243,3 +244,49 @@ def test_tables_do_not_follow_the_default_device():
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         block_pattern(4, 4, **change)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 9, 16])
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (7, 7), (4, 8), (8, 4), (6, 10), (2, 16), (16, 1)])
+def test_global_tiles_are_spread_over_both_sides(rows, columns, count):
+    tiles = block_pattern(rows, columns, tile_size=(1, 1), num_global_tiles=count).global_tiles
+    places = [divmod(tile, columns) for tile in tiles]
+    assert len(set(places)) == min(count, rows * columns)
+    assert list(tiles) == sorted(tiles)
+    if len(places) == count:
+        mean_row, mean_column = (sum(side) / count for side in zip(*places, strict=True))
+        assert abs(mean_row + 0.5 - rows / 2) <= max(1, rows / (2 * count))
+        assert abs(mean_column + 0.5 - columns / 2) <= max(1, columns / (2 * count))
+        # no tile is much further from a global one than in a square lattice of as many
+        reach = max(
+            min(max(abs(row - one), abs(column - other)) for one, other in places)
+            for row in range(rows)
+            for column in range(columns)
+        )
+        assert reach <= max((rows * columns / count) ** 0.5 + 0.5, max(rows, columns) / count)
+
+
+def test_four_global_tiles_stand_in_the_four_quarters():
+    places = [divmod(tile, 8) for tile in block_pattern(16, 16, tile_size=(2, 2), num_global_tiles=4).global_tiles]
+    assert places == [(2, 2), (2, 6), (6, 2), (6, 6)]
+
+
+@pytest.mark.parametrize("mode", ["fake", "default-device", "inference"])
+def test_tables_first_read_under_a_mode_are_ordinary_ones(mode):
+    modes = {
+        "fake": FakeTensorMode,
+        "default-device": lambda: torch.device("meta"),
+        "inference": torch.inference_mode,
+    }
+    pattern = block_pattern(6, 10, tile_size=(2, 2), seed=len(mode)).with_neighbours(torch.arange(15)[None, :, None])
+    expected = block_pattern(6, 10, tile_size=(2, 2)).with_neighbours(torch.arange(15)[None, :, None])
+    seen = torch.arange(15).flip(0)[None, :, None]
+    with modes[mode]():
+        mask, runs = pattern.tile_mask, pattern.runs
+        other = pattern.with_neighbours(seen)
+    assert type(mask) is torch.Tensor
+    assert torch.equal(mask, expected.tile_mask)
+    assert not mask.is_inference()
+    assert runs == expected.runs
+    assert other.neighbours[0, 0].tolist() == [14]
+    assert other.tile_sizes.tolist() == pattern.tile_sizes.tolist()

@@ -147,7 +147,7 @@ def test_layouts_and_global_tiles_reach_the_patterns():
     assert raster.tile_grid == (1, 8)
     assert raster.global_tiles == (0, 7)
     tiles = BigBirdViTModel(tiny_config(num_global_tiles=2)).attention_pattern(32, 32)
-    assert tiles.global_tiles == (4, 12)
+    assert tiles.global_tiles == (9, 11)
     for layer in (-1, 3):
         with pytest.raises(ValueError, match=f"`layer`: expected 0 to 2, got {layer}"):
             BigBirdViTModel(tiny_config()).attention_pattern(32, 32, layer=layer)
