@@ -1,11 +1,17 @@
 """The optimisers, their parameter groups, and the learning rate as a pure function of the step."""
 
+import logging
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from hf_vicreg.training.unseen import unseen_parameters
+
+logger = logging.getLogger(__name__)
 
 
 class LARS(torch.optim.Optimizer):
@@ -49,11 +55,15 @@ def _trust_ratio(parameter: torch.Tensor, direction: torch.Tensor, eta: float) -
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return an optimiser's groups: matrices and kernels decay; biases, norms, scales, tokens and positions do not."""
+    """Return an optimiser's groups: matrices and kernels decay; biases, norms, scales, tokens and positions do not.
+
+    Parameters that the loss cannot see are in neither, see `unseen.py`.
+    """
+    unseen = unseen_parameters(model)
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and name not in unseen:
             (
                 exempt
                 if parameter.ndim < 2 or name.endswith(("_token", "_tokens", "position_embeddings"))
@@ -86,6 +96,43 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return torch's AdamW or `LARS` over `parameter_groups`; `betas` are AdamW's."""
     groups = parameter_groups(model, weight_decay)
+    unseen = unseen_parameters(model)
+    if unseen:
+        logger.info(
+            "%d biases that the loss cannot see stay as they are: %s%s",
+            len(unseen),
+            ", ".join(list(unseen)[:4]),
+            ", ..." if len(unseen) > 4 else "",
+        )
+    optimizer: torch.optim.Optimizer
     if optim == "lars":
-        return LARS(groups, lr=learning_rate)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+        optimizer = LARS(groups, lr=learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+    optimizer.register_load_state_dict_pre_hook(partial(_read_state_of_before, _order_of_before(model, groups)))
+    return optimizer
+
+
+def _order_of_before(model: nn.Module, groups: list[dict]) -> list[nn.Parameter | None]:
+    """The order of states in checkpoints that had one for unseen parameters and for the empty table of registers."""
+    decayed, held = groups[0]["params"], {one for group in groups for one in group["params"]}
+    unseen = set(unseen_parameters(model).values())
+    exempt: list[nn.Parameter | None] = []
+    for name, parameter in model.named_parameters():
+        if parameter in unseen or (parameter in held and not any(parameter is one for one in decayed)):
+            exempt.append(parameter)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if name.endswith("embeddings.cls_token") and getattr(owner, "register_tokens", False) is None:
+                exempt.append(None)
+    return [*decayed, *exempt]
+
+
+def _read_state_of_before(
+    before: list[nn.Parameter | None], optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> dict[str, Any] | None:
+    held = [one for group in optimizer.param_groups for one in group["params"]]
+    if max(state_dict["state"], default=-1) < len(held):
+        return None
+    places = {id(parameter): index for index, parameter in enumerate(before)}
+    found = {new: state_dict["state"].get(places[id(parameter)]) for new, parameter in enumerate(held)}
+    return state_dict | {"state": {index: entry for index, entry in found.items() if entry is not None}}

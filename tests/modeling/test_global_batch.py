@@ -71,6 +71,16 @@ def test_gradients_through_ddp_are_those_of_the_joined_batch(results, norm, dtyp
         torch.testing.assert_close(results[f"{key}_running"], running, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("position", ["rope", "absolute"])
+def test_no_weight_walks_at_random(results, position):
+    # a weight whose gradient is rounding noise goes its own way for each number of processes
+    model = worker.build_model("batch", torch.float32, position)
+    expected = worker.walk(model, worker.images(torch.float32), model)
+    for name, weight in expected.items():
+        difference = (results[f"walk_{position}.{name}"] - weight).norm()
+        assert difference <= 1e-3 * weight.norm(), name
+
+
 @pytest.mark.parametrize("what", ["samples", "views", "shapes", "types", "batch_views", "layer_views"])
 def test_unequal_shares_are_refused_everywhere(results, what):
     assert results[f"{what}_refused"] == (results["world_size"] > 1)  # one process has no other

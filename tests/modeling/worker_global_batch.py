@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_vicreg import VicRegConfig, VicRegForPreTraining, vicreg_loss
 from hf_vicreg.modeling.vicreg_loss import VicRegTerms
+from hf_vicreg.training.optim import build_optimizer
 
 SHAPES = [(12, 40), (24, 7)]  # N < D: Gram rows; N >= D: moments
 ENCODER = {
@@ -34,9 +35,11 @@ def embeddings(num_samples, dimensions, dtype):
     return z_a.to(dtype), z_b.to(dtype)
 
 
-def build_model(norm, dtype):
+def build_model(norm, dtype, position="rope"):
     torch.manual_seed(1)
-    config = VicRegConfig(encoder=dict(ENCODER), expander_sizes=[24, 32], expander_norm=norm)
+    config = VicRegConfig(
+        encoder=ENCODER | {"position_embedding_type": position}, expander_sizes=[24, 32], expander_norm=norm
+    )
     return VicRegForPreTraining(config).to(dtype).train()
 
 
@@ -50,6 +53,16 @@ def share(tensor, rank, world_size):
 
 def flat_gradient(model):
     return torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
+
+
+def walk(model, inputs, call):
+    """Twenty steps of AdamW; returns the weights by name."""
+    optimizer = build_optimizer(model, "adamw", 1e-3, 0.05, (0.9, 0.95))
+    for _ in range(20):
+        optimizer.zero_grad()
+        call(pixel_values=inputs).loss.backward()
+        optimizer.step()
+    return {name: one.detach().clone() for name, one in model.named_parameters()}
 
 
 def main():
@@ -93,6 +106,11 @@ def main():
                 results[f"{key}_running"] = torch.cat(
                     [model.expander.norm[0].running_mean, model.expander.norm[0].running_var]
                 )
+
+    for position in ("rope", "absolute"):
+        model = build_model("batch", torch.float32, position)
+        weights = walk(model, share(images(torch.float32), rank, world_size), DistributedDataParallel(model))
+        results |= {f"walk_{position}.{name}": one for name, one in weights.items()}
 
     # a loss computed on one rank alone must not wait for the others
     if rank == 0:
