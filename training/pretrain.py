@@ -127,8 +127,7 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
         repo = run.hub_model_id or ""
         run_on_main(lambda: check_account(repo), accelerator)
         push = HubPush(folder, repo, private=run.hub_private_repo) if accelerator.is_main_process else None
-    with as_input_error("model"):
-        planned = configure(settings, config, source, test, accelerator, began=began)
+    planned = configure(settings, config, source, test, accelerator, began=began)
     if run.plan_only:
         if accelerator.is_main_process:
             print(planned.table)

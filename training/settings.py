@@ -108,6 +108,9 @@ def _checked_keys(settings: dict[str, Any], origin: str) -> dict[str, Any]:
 
 def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
     """Drop from a recipe, in place, what has no meaning beside the settings above it; dropped fields are logged."""
+    if above.get("time_budget") is not None:  # the length is what the time holds
+        for key in ("num_train_epochs", "max_steps"):
+            below.pop(key, None)
     views, views_above = below.setdefault("views", {}), above.get("views", {})
     sized_above = views_above.get("image_size") is not None
     for section in ("model", "second_model"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import words
 
@@ -224,8 +224,9 @@ def _sparse_tile(model: dict[str, Any]) -> tuple[Any, int]:
 
 def density(model: dict[str, Any]) -> float:
     """Return the share of pairs that attend to each other on the encoder's own grid, of its first layer."""
-    config = BigBirdViTConfig(**{key: value for key, value in model.items() if key != "model_type"})
-    return layer_pattern(config, *config.grid_size(*config.image_size_hw)).density
+    with as_input_error("model"):
+        config = BigBirdViTConfig(**{key: value for key, value in model.items() if key != "model_type"})
+        return layer_pattern(config, *config.grid_size(*config.image_size_hw)).density
 
 
 def _choose_batch(made: Choices, wanted: int, images: Images, machine: Machine) -> None:

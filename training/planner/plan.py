@@ -102,7 +102,7 @@ def configure(
         check_statistics_batch(config.run)
     if not resuming and run.batch_size % processes == 0:
         wanted = config.run.batch_size
-        config, _ = _agreed(lambda: fit_memory(config, machine), accelerator)
+        config = _agreed(partial(_fitted, config, machine), accelerator)
         if config.run.batch_size != wanted:
             logger.warning(
                 "batch_size: %d instead of %d images go through the encoder at once, for want of memory (%.1f GB); "
@@ -115,12 +115,22 @@ def configure(
     return Plan(config)
 
 
+def _fitted(config: RunConfig, machine: Machine) -> RunConfig:
+    try:
+        return fit_memory(config, machine)[0]
+    except InputError:
+        raise
+    except (ValueError, RuntimeError, TypeError):
+        return config  # no encoder of such images; the checks of the real model say so in their own words
+
+
 def with_stored_plan(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a run to resume above those it was planned with, so that it keeps its plan."""
     recipe = Path(settings["output_dir"]) / RECIPE
     if settings.get("resume_from_checkpoint") is None or not recipe.is_file() or not is_open(settings):
         return settings
-    return explicit_settings({"config": str(recipe)} | settings)
+    kept = {key: one for key, one in settings.items() if key != "time_budget"}  # it has set the length already
+    return explicit_settings({"config": str(recipe)} | kept)
 
 
 def plan_run(
