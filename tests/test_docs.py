@@ -51,14 +51,16 @@ def test_python_blocks_run(page, workplace, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_have_known_flags(page):
+def test_commands_have_known_flags(page, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)  # where `my_images` are
     text = "\n".join(blocks(page, "bash"))
-    commands = [line for line in text.replace("\\\n", " ").splitlines() if "hf_vicreg.training.pretrain" in line]
+    starts = re.compile(r"hf_vicreg\.training\.pretrain|hf-vicreg pretrain")
+    commands = [line for line in text.replace("\\\n", " ").splitlines() if starts.search(line)]
     assert commands
     for command in commands:
-        arguments = shlex.split(command.split("hf_vicreg.training.pretrain", 1)[1])
+        arguments = shlex.split(starts.split(command, maxsplit=1)[1], comments=True)
         if "--help" not in arguments:
-            resolve(parse_flags(arguments))
+            resolve({"output_dir": "runs/new"} | parse_flags(arguments))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

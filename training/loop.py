@@ -256,7 +256,7 @@ class Trainer:
             except DeviceFull as error:
                 reason = str(error)
             self._halve(reason)
-            self.optimizer.optimizer.zero_grad()
+            self.unwrapped.zero_grad()
             self.guard.restore()
             restore_rng(states, device)
         if self.accelerator.num_processes > 1:
@@ -339,7 +339,7 @@ class Trainer:
         self.stopping = StopReason(reason)
         if self.guard.allows(Verdict(verdict), self.state, run.learning_rate):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.unwrapped.zero_grad()  # also what the optimiser leaves alone
         return outputs, grad_norm, learning_rate
 
     def _clip(self) -> tuple[float, float]:

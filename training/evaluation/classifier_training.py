@@ -237,7 +237,7 @@ class ClassifierTrainer:
         (verdict,) = largest([self.guard.judge(loss.item(), grad_norm)], accelerator)
         if self.guard.allows(Verdict(verdict), self.state, settings.learning_rate):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         return {"loss": loss.item(), **parts, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _supervised_loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -182,7 +182,7 @@ class TaskTrainer:
         (verdict,) = largest([self.guard.judge(loss.item(), grad_norm)], self.accelerator)
         if self.guard.allows(Verdict(verdict), self.state, settings.learning_rate):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         return {"loss": loss.item(), "grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _checkpoint(self) -> None:
