@@ -17,6 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
+
+
+def _take_own_cores() -> None:
+    """Give each of several pytest workers cores of its own: a run takes every core it sees, and two of them quarrel."""
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[int(worker[2:]) % workers % len(cores) :: workers])
+
+
+_take_own_cores()
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # A model and a run small enough for a test, as flags and as a recipe.

@@ -21,6 +21,9 @@ the dimensions of the embeddings, N the images of the global batch.
   (in a line without embedding collapse: what that leaves of the loss wavers); or in three of them a gradient was ten
   times as large as usual. Most of the loss is the hinge, and from batch to batch it moves by a few percent. A learning
   rate far too high may have spoiled the first line already; the loss then falls from there, but not without jumps.
+- **not sure**: the mean standard deviation is below 0.3 gamma, the effective rank below 3, and neither is rising. The
+  run is stuck short of a collapse. Most often a learning rate far too high broke the encoder before the first line
+  that would show it; a small batch or a strong invariance can do the same, so this says what to try first.
 - **loader-bound**: more than half of the time is spent waiting for images.
 
 "Rising": the mean of the last three lines is 1% above every one of the seven before and above the first of all;
@@ -45,6 +48,8 @@ EXPLODED_STD = 2.0  # of gamma
 HELD_STD = 0.6  # of gamma
 COLLAPSED_SPREAD = 0.02
 COLLAPSED_RANK = 2.0
+STUCK_STD = 0.3  # of gamma
+STUCK_RANK = 3.0
 HIGH_FLOOR = 16.0
 ABOVE_START = 1.05
 JUMP = 1.25
@@ -178,7 +183,22 @@ def _batch_too_small(lines: list[Record], gamma: float) -> Verdict | None:
     )
 
 
-SPREAD_RULES = [_embedding_collapse, _encoder_collapse, _dimensional_collapse, _exploding_variance, _batch_too_small]
+def _stuck(lines: list[Record], gamma: float) -> Verdict | None:
+    std, rank = _trend(lines, "embedding_std_mean"), _trend(lines, "embedding_rank")
+    stuck = COLLAPSED_STD * gamma <= std.recent < STUCK_STD * gamma and COLLAPSED_RANK <= rank.recent < STUCK_RANK
+    if not stuck or std.rising or rank.rising or _value(lines[-1], "covariance_floor") > HIGH_FLOOR:
+        return None
+    return Verdict(
+        "not sure",
+        f"the embeddings' mean standard deviation is {std.recent:.2g}, of a target of {gamma:g}, their effective rank "
+        f"{rank.recent:.1f}, and neither rises",
+        "probably learning_rate is too high: lower it by three times; if that does not help, raise batch_size or "
+        "vicreg.variance_weight",
+        lines[-1]["step"],
+    )
+
+
+SPREAD_RULES = [_embedding_collapse, _encoder_collapse, _dimensional_collapse, _exploding_variance, _batch_too_small, _stuck]
 
 
 def _learning_rate_too_high(lines: list[Record], gamma: float) -> Verdict | None:

@@ -61,6 +61,21 @@ def rising(start, factor):
             {"covariance_floor": 64, "embedding_std_mean": 0.3},
             {"covariance_floor": 64, "embedding_std_mean": 0.8},
         ),
+        (
+            "not sure",
+            {"embedding_std_mean": 0.29, "embedding_rank": 2.9},
+            {"embedding_std_mean": 0.29, "embedding_rank": 3.1},
+        ),
+        (
+            "not sure",
+            {"embedding_std_mean": 0.2, "embedding_rank": 2.5},
+            {"embedding_std_mean": 0.31, "embedding_rank": 2.5},
+        ),
+        (
+            "not sure",
+            {"embedding_std_mean": 0.2, "embedding_rank": 2.5},
+            {"embedding_std_mean": rising(0.11, 1.05), "embedding_rank": 2.5},
+        ),
         ("learning rate too high", {"skipped_steps": [0, 0, 1, 3]}, {"skipped_steps": [0, 0, 1, 2]}),
         ("learning rate too high", {"loss": [20, 18, 22]}, {"loss": [20, 18, 20.5]}),
         # the first line is spoiled already; a fall without a jump is one from a bad start
@@ -159,12 +174,8 @@ SHORT = {
         ("embedding collapse", {"vicreg": {"variance_weight": 0.0}}),
         ("dimensional collapse", {"vicreg": {"covariance_weight": 0.0}}),
         ("learning rate too high", {"learning_rate": 1.0}),
-        pytest.param(
-            "learning rate too high",
-            {"learning_rate": 0.1},
-            # a known gap: on some draws the loss only falls, and a collapse of dimensions is what is told
-            marks=pytest.mark.xfail(strict=False, reason="told on 5 of 7 seeds; not on seed 0, which this is"),
-        ),
+        # told as such or as "not sure" on each of seven seeds: on some the loss only falls
+        ("learning rate too high|not sure", {"learning_rate": 0.1}),
         pytest.param(None, {"vicreg": {"expander_norm": "layer"}}, marks=pytest.mark.slow),
         pytest.param("batch too small", {"batch_size": 8}, marks=pytest.mark.slow),
         pytest.param(
@@ -196,11 +207,14 @@ def test_real_runs_are_told_apart(name, changes, tmp_path, caplog):
         assert first_steps == {}
         assert "warning" not in caplog.text
     else:
-        assert first_steps[name] <= WARMUP + AFTER
-        assert caplog.text.count(f"warning: {name}: ") == 1  # in the live log, once
-    told = json.loads((tmp_path / "run" / "results.json").read_text())["verdicts"]
-    assert {one["name"]: one["step"] for one in told} == first_steps
-    assert result.results["verdicts"] == told
+        told = [one for one in name.split("|") if one in first_steps]
+        assert told
+        for one in told:
+            assert first_steps[one] <= WARMUP + AFTER
+            assert caplog.text.count(f"warning: {one}: ") == 1  # in the live log, once
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())["verdicts"]
+    assert {one["name"]: one["step"] for one in stored} == first_steps
+    assert result.results["verdicts"] == stored
 
 
 def test_images_that_are_all_alike_are_an_encoder_collapse(tmp_path, tiny_recipe):
