@@ -3,14 +3,23 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-upstream check lint format clean
+# pip speaks of what it leaves alone and setuptools of what will change in it; errors still show, and fail.
+QUIETLY := 2>&1 | { grep -vE "^WARNING: |^ *\[notice\]|^\[notice\]|^ *$$" || true; }
+SHELL   := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+# Two workers by default, one thread each; `make test WORKERS=8` on a larger machine.
+WORKERS ?= 2
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-rounding test-package test-upstream check format clean
 
 # One stamp for all targets: the environment is made again only when the project's own requirements change.
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade pip $(QUIETLY)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(QUIETLY)
 	touch $@
 
 # Pretrains on scikit-learn's digits (no download, under 3 minutes on 2 cores) and compares k-NN accuracies.
@@ -20,12 +29,32 @@ demo: $(VENV)/.installed
 		-m hf_vicreg.training.pretrain --config digits --output_dir runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# What must not hang on how a processor rounds: plain, AVX2 and native instructions, one thread and two.
+PLAIN  := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+AVX2   := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+ROUND  := $(BIN)/python -m pytest -q -p no:xdist -m rounding
+QUICK  := tests/training/test_exact_cosine.py
+test-rounding: $(VENV)/.installed
+	$(PLAIN) OMP_NUM_THREADS=1 $(ROUND) tests/training tests/end_to_end
+	$(PLAIN) OMP_NUM_THREADS=2 $(ROUND) $(QUICK)
+	$(AVX2) OMP_NUM_THREADS=1 $(ROUND) $(QUICK)
+	$(AVX2) OMP_NUM_THREADS=2 $(ROUND) $(QUICK)
+	OMP_NUM_THREADS=1 $(ROUND) $(QUICK)
+	OMP_NUM_THREADS=2 $(ROUND) $(QUICK)
+
+# The wheel alone, in an environment of its own that borrows the dependencies: what is in it, and that it trains.
+test-package: $(VENV)/.installed
+	rm -rf build dist
+	$(BIN)/python -m build --quiet . $(QUIETLY)
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/package/check_wheel.py dist
 
 # transformers' own tests of a model, on ours. They are in its source distribution alone, which a package index has to give.
 test-upstream: $(VENV)/.installed
 	$(BIN)/python tests/upstream/upstream_sources.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m upstream -W default -rs tests/upstream
+	$(PYTEST) -m upstream -W default -rs tests/upstream
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

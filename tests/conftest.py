@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 
 
-
 def _take_own_cores() -> None:
-    """Give each of several pytest workers cores of its own: a run takes every core it sees, and two of them quarrel."""
+    """Give each of several pytest workers cores of its own: a run takes every core that it sees."""
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

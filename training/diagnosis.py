@@ -198,7 +198,14 @@ def _stuck(lines: list[Record], gamma: float) -> Verdict | None:
     )
 
 
-SPREAD_RULES = [_embedding_collapse, _encoder_collapse, _dimensional_collapse, _exploding_variance, _batch_too_small, _stuck]
+SPREAD_RULES = [
+    _embedding_collapse,
+    _encoder_collapse,
+    _dimensional_collapse,
+    _exploding_variance,
+    _batch_too_small,
+    _stuck,
+]
 
 
 def _learning_rate_too_high(lines: list[Record], gamma: float) -> Verdict | None:
