@@ -1,6 +1,7 @@
 """Where a patch is: rotary tables on normalised coordinates, or a learned table resampled to the grid.
 
-With padding, positions are those of each image's valid area: an image has the same ones alone and in a padded batch.
+With padding, positions are those of each image's valid area. A patch that holds any valid pixel is valid, so an image
+has the same positions alone and in a padded batch if its sides are whole patches that do not overlap.
 """
 
 import math

@@ -6,6 +6,7 @@ a function of the two positions decides.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .bigbird_pattern import BlockPattern, cached_tables, named_pattern
 from .block_sparse_attention import NAMESPACE
+
+MAX_SHAPES = 4096  # graphs of one process; one more is an error
 
 
 def flex_block_attention(
@@ -66,8 +69,23 @@ def _largest_tile(name: str) -> int:
 
 
 @cache
-def _compiled():
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(backend: str = "inductor"):
+    """FlexAttention, compiled once for each length and kind of mask; never uncompiled, which would form all scores.
+
+    Past `recompile_limit` shapes, 8 by default, torch would take that form without a word.
+    """
+    compiled = torch.compile(flex_attention, dynamic=False, backend=backend)
+    limits: dict[str, Any] = {
+        "recompile_limit": MAX_SHAPES,
+        "accumulated_recompile_limit": MAX_SHAPES,
+        "fail_on_recompile_limit_hit": True,
+    }
+
+    def attend(*tensors, **options):
+        with torch._dynamo.config.patch(**limits):
+            return compiled(*tensors, **options)
+
+    return attend
 
 
 def _lengths(num_global: int, num_tokens: int, block: int) -> tuple[int, int]:

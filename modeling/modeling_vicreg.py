@@ -92,6 +92,7 @@ class VicRegForPreTraining(PreTrainedModel):
     # for transformers' Trainer: the loss is a batch's own, not a sum over `num_items_in_batch`
     accepts_loss_kwargs = False
     _supports_sdpa = True
+    _supports_flex_attn = True  # where the encoder does
 
     def __init__(self, config: VicRegConfig):
         super().__init__(config)

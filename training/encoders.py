@@ -1,19 +1,41 @@
-"""How a run's encoders compute: with less memory, or compiled. What they compute stays the same."""
+"""How a run's encoders compute: with less memory, compiled, or by another attention. The result stays the same."""
 
+import torch
+
+from hf_vicreg.modeling.modeling_bigbird_vit import IMPLEMENTATIONS
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
-from hf_vicreg.training.errors import as_input_error
+from hf_vicreg.training.errors import InputError, as_input_error
 
 
-def set_up_encoders(model: VicRegForPreTraining, *, gradient_checkpointing: bool, torch_compile: bool) -> None:
+def set_up_encoders(
+    model: VicRegForPreTraining,
+    *,
+    gradient_checkpointing: bool,
+    torch_compile: bool,
+    attn_implementation: str = "sdpa",
+) -> None:
     """Let the encoders compute their layers again on the way back, compile them, or both; in place.
 
     Names of weights stay those of encoders that are not compiled. Expander and loss are left alone: they work on the
     batch of all processes.
 
     Raises:
-        InputError: An encoder cannot compute its layers again.
+        InputError: An encoder cannot compute its layers again, or has no such implementation of attention; or
+            `flex_attention`, which has no gradients on a CPU, is asked for without a GPU.
     """
+    if attn_implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"`attn_implementation`: expected one of {', '.join(IMPLEMENTATIONS)}, got {attn_implementation!r}."
+        )
+    if attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise InputError(
+            "`attn_implementation`: expected 'sdpa' or 'eager' for training on a CPU, got 'flex_attention', which has "
+            "no backward pass there."
+        )
     for encoder in model.encoders:
+        if attn_implementation != "sdpa":  # what every model has by itself, if it can
+            with as_input_error("attn_implementation"):
+                encoder.set_attn_implementation(attn_implementation)
         if gradient_checkpointing:
             # renamed between the oldest transformers we take and the newest
             renamed = hasattr(encoder, "activation_checkpointing_enable")

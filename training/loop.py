@@ -95,7 +95,12 @@ class Trainer:
         else:  # nobody knows where a stream's epochs end: the run counts as one
             assert run.max_steps is not None
             self.steps_per_epoch = self.num_steps = run.max_steps
-        set_up_encoders(model, gradient_checkpointing=run.gradient_checkpointing, torch_compile=run.torch_compile)
+        set_up_encoders(
+            model,
+            gradient_checkpointing=run.gradient_checkpointing,
+            torch_compile=run.torch_compile,
+            attn_implementation=run.attn_implementation,
+        )
         betas = (run.adam_beta1, run.adam_beta2)
         optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas)
         # in evaluation mode, accelerate's word for no DistributedDataParallel: gradients are averaged in `_backward`

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from hf_vicreg.modeling import flex_block_attention as flex_block_attention_module
 from hf_vicreg.modeling.bigbird_attention import eager_attention, flex_attention, prefers_blocks, sdpa_attention
 from hf_vicreg.modeling.bigbird_pattern import BlockPattern, block_pattern
 from hf_vicreg.modeling.block_sparse_attention import block_sparse_attention
@@ -345,3 +346,30 @@ def test_flex_attention_refuses_gradients_on_a_cpu():
     tensors = [torch.randn(1, 1, pattern.num_tokens, 16, requires_grad=True) for _ in range(3)]
     with pytest.raises(ValueError, match=r"`attn_implementation`: expected 'sdpa' or 'eager' for training on a CPU"):
         flex_block_attention(*tensors, None, pattern=pattern, scaling=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_stays_compiled_for_any_number_of_shapes(fresh_compiler):
+    """Torch's own limit is 8; beyond it, it would run the form that materialises all scores, without a word."""
+    attend = flex_block_attention_module._compiled("eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    for count in range(1, 13):
+        tensors = [torch.randn(1, 1, 64 * count, 16) for _ in range(3)]
+        before = graphs["unique_graphs"]
+        with torch.no_grad():
+            attend(*tensors)
+        assert graphs["unique_graphs"] == before + 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_fails_loudly_beyond_its_limit(fresh_compiler, monkeypatch):
+    monkeypatch.setattr(flex_block_attention_module, "MAX_SHAPES", 2)
+    flex_block_attention_module._compiled.cache_clear()
+    attend = flex_block_attention_module._compiled("eager")
+    with torch.no_grad():
+        for count in (1, 2):
+            attend(*[torch.randn(1, 1, 64 * count, 16) for _ in range(3)])
+        with pytest.raises(Exception, match="recompile_limit"):
+            attend(*[torch.randn(1, 1, 192, 16) for _ in range(3)])
+    flex_block_attention_module._compiled.cache_clear()
