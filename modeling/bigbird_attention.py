@@ -79,7 +79,7 @@ def eager_attention(
         ValueError: A mask of another shape or type, or a pattern for another number of heads.
     """
     _check_inputs(query, attention_mask, pattern)
-    scores = query @ key.transpose(-1, -2) * scaling
+    scores = (query * scaling) @ key.transpose(-1, -2)  # scaled before: products of halves overflow
     bias, sees_nothing = combined_bias(pattern, attention_mask, query.dtype, query.device)
     if bias is not None:
         scores = scores + bias

@@ -22,38 +22,20 @@ import hashlib
 import heapq
 import math
 import struct
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, wraps
+from functools import cached_property
 from itertools import pairwise
+from weakref import WeakValueDictionary
 
 import torch
 
 from .pattern_picture import svg_picture, text_picture
+from .table_store import STORE, cached_tables, outside_modes
 
 LAYOUTS = ("tiles", "raster")
-_BY_NAME: dict[str, "BlockPattern"] = {}  # for the process: compiled graphs hold names, and names follow from contents
-
-
-def outside_modes(function: Callable) -> Callable:
-    """Return a function that makes tables of tensors and runs in a thread of its own.
-
-    Modes of torch's (inference, fake tensors of a trace, a default device) belong to a thread: whatever is on when a
-    table is first asked for, it becomes an ordinary tensor that serves training, inference and tracing alike.
-    """
-
-    @wraps(function)
-    def run(*arguments):
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(function, *arguments).result()
-
-    return run
-
-
-def cached_tables(*, maxsize: int) -> Callable[[Callable], Callable]:
-    """Return a decorator for functions that make tables of tensors: `outside_modes`, and a cache."""
-    return lambda function: lru_cache(maxsize=maxsize)(outside_modes(function))
+# Compiled graphs hold names, and names follow from contents: patterns that are alive, and how to make others again.
+_BY_NAME: WeakValueDictionary[str, "BlockPattern"] = WeakValueDictionary()
+_ARGUMENTS: dict[str, tuple] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +99,20 @@ class BlockPattern:
 
     def __setstate__(self, state: dict):
         self.__dict__.update(state)  # unpickled and copied patterns have names too
+        self._keep()
+
+    def _keep(self) -> "BlockPattern":
+        """Let a pattern that no arguments make again be found by its name for as long as the store holds it."""
         _BY_NAME[self.name] = self
+        STORE.put(("pattern", self.name), self)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables, and about those of what is derived from them."""
+        tables = self.order, self.tile_of_patch, self.neighbours, self.tile_sizes
+        derived = len(self.neighbours) * self.num_tiles * (self.num_tiles + 1000)  # `tile_mask` and `runs`
+        return sum(one.nbytes for one in tables) + derived
 
     def _digest(self) -> str:
         sizes = self.grid, self.tile_grid, self.num_global_tokens, self.global_tiles, tuple(self.neighbours.shape)
@@ -149,7 +144,8 @@ class BlockPattern:
         for row in (row for head in rows for row in head):
             if len(set(row)) < len(row) or not set(row) <= set(range(self.num_tiles)):
                 raise ValueError(f"`neighbours`: expected different tiles below {self.num_tiles}, got {row}.")
-        return replace(self, neighbours=_table([[{*row, *self.global_tiles} for row in head] for head in rows]))
+        table = _table([[{*row, *self.global_tiles} for row in head] for head in rows])
+        return replace(self, neighbours=table)._keep()
 
     @property
     def num_tiles(self) -> int:
@@ -309,14 +305,17 @@ def named_pattern(name: str) -> BlockPattern:
     Functions that `torch.compile` is to run once, while tracing, take a pattern's name: a string is a constant to it.
 
     Raises:
-        ValueError: No such pattern has been made in this process.
+        ValueError: No such pattern has been made in this process, or one with a table of its own too long ago.
     """
-    if name not in _BY_NAME:
+    found = _BY_NAME.get(name)
+    if found is None and name in _ARGUMENTS:
+        found = _build_pattern(*_ARGUMENTS[name])
+    if found is None:
         raise ValueError(
             f"`pattern`: expected one that this process has made, got {name!r}; call the model's `attention_patterns` "
             "for the image size that the graph was exported with."
         )
-    return _BY_NAME[name]
+    return found
 
 
 @torch.compiler.assume_constant_result
@@ -385,7 +384,7 @@ def block_pattern(
     )
 
 
-@cached_tables(maxsize=512)
+@cached_tables
 def _build_pattern(
     height: int,
     width: int,
@@ -424,7 +423,7 @@ def _build_pattern(
         seen.update(global_tiles)
         seen.update(random_tiles(seed, layer, 0, tile, seen, num_tiles, num_random_blocks))
         table.append(seen)
-    return BlockPattern(
+    pattern = BlockPattern(
         grid=(height, width),
         tile_grid=(rows, columns),
         num_global_tokens=num_global_tokens,
@@ -434,6 +433,20 @@ def _build_pattern(
         global_tiles=tuple(global_tiles),
         window_size=window_size,
     )
+    _ARGUMENTS[pattern.name] = (
+        height,
+        width,
+        layout,
+        tile_size,
+        block_size,
+        window_size,
+        num_random_blocks,
+        num_global_tiles,
+        num_global_tokens,
+        seed,
+        layer,
+    )
+    return pattern
 
 
 def _table(heads: list[list[set[int]]]) -> torch.Tensor:
@@ -443,4 +456,4 @@ def _table(heads: list[list[set[int]]]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
-__all__ = ["LAYOUTS", "BlockPattern", "block_pattern", "cached_tables", "named_pattern", "random_tiles"]
+__all__ = ["LAYOUTS", "BlockPattern", "block_pattern", "named_pattern", "random_tiles"]

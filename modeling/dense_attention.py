@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from .bigbird_pattern import BlockPattern, cached_tables, named_pattern
+from .bigbird_pattern import BlockPattern, named_pattern
 from .block_sparse_attention import NAMESPACE
+from .table_store import cached_tables
 
 
 def dense_attention(
@@ -42,7 +43,7 @@ def _dense_bias_fake(name, dtype, device):
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-@cached_tables(maxsize=24)  # the latest, one per layer and grid: they are large
+@cached_tables
 def _cached_dense_bias(pattern: BlockPattern, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     allowed = pattern.token_mask().to(device)
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))[None]

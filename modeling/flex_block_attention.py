@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .bigbird_pattern import BlockPattern, cached_tables, named_pattern
+from .bigbird_pattern import BlockPattern, named_pattern
 from .block_sparse_attention import NAMESPACE
+from .table_store import cached_tables
 
 MAX_SHAPES = 4096  # graphs of one process; one more is an error
 
@@ -101,7 +102,7 @@ def _block_mask(pattern: BlockPattern, block: int, length: int, device: torch.de
     return _cached_block_mask(pattern, block, length, device)
 
 
-@cached_tables(maxsize=64)
+@cached_tables
 def _cached_block_mask(pattern: BlockPattern, block: int, length: int, device: torch.device) -> BlockMask:
     return _mask_from_tables(_tables(pattern, block, device), block, length)
 
@@ -129,7 +130,7 @@ def _flex_tables_fake(name, block, device):
     return [torch.empty(table.shape, dtype=table.dtype, device=device) for table in tables]
 
 
-@cached_tables(maxsize=64)
+@cached_tables
 def _tables(pattern: BlockPattern, block: int, device: torch.device) -> list[torch.Tensor]:
     """Return how many blocks each block sees in part, and which; the same of those seen whole; and for the function
     of two positions the tile of each, and which tile sees which, `(heads or 1, tiles + 2, tiles + 2)` bool.

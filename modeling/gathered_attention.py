@@ -9,9 +9,10 @@ Source: Zaheer et al. 2020 (arXiv 2007.14062), appendix D, for gathering blocks 
 import torch
 import torch.nn.functional as F
 
-from .bigbird_pattern import BlockPattern, cached_tables, named_pattern
+from .bigbird_pattern import BlockPattern, named_pattern
 from .block_sparse_attention import NAMESPACE
 from .dense_attention import attend, with_padding
+from .table_store import cached_tables
 
 
 @torch.library.custom_op(f"{NAMESPACE}::block_tables", mutates_args=())
@@ -45,7 +46,7 @@ def _block_tables_fake(name, num_heads, device):
     return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
-@cached_tables(maxsize=64)
+@cached_tables
 def _cached_block_tables(pattern: BlockPattern, num_heads: int, device: torch.device) -> list[torch.Tensor]:
     sizes, neighbours = pattern.tile_sizes, pattern.neighbours
     num_tiles, largest = pattern.num_tiles, pattern.largest_tile
@@ -92,6 +93,23 @@ def _num_tiles(name: str) -> int:
     return named_pattern(name).num_tiles
 
 
+class _Gather(torch.autograd.Function):
+    """`tokens.index_select(1, blocks)`, whose gradient is summed in at least fp32: a block is seen by many tiles."""
+
+    @staticmethod
+    def forward(ctx, tokens, blocks):
+        ctx.save_for_backward(blocks)
+        ctx.shape = tokens.shape
+        return tokens.index_select(1, blocks)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (blocks,) = ctx.saved_tensors
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.new_zeros(ctx.shape, dtype=dtype).index_add(1, blocks, gradient.to(dtype))
+        return total.to(gradient.dtype), None
+
+
 def gathered_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -124,7 +142,7 @@ def gathered_attention(
         return tokens.reshape(batch, num_heads * num_tiles, -1, head_dim)
 
     def seen_by_tiles(tokens: torch.Tensor) -> torch.Tensor:  # (B, H, N, D) -> (B, H * T, G + K * S, D)
-        seen = to_tiles(tokens[:, :, num_global:]).index_select(1, blocks)
+        seen = _Gather.apply(to_tiles(tokens[:, :, num_global:]), blocks)
         seen = seen.view(batch, num_heads * num_tiles, -1, head_dim)
         shared = tokens[:, :, None, :num_global].expand(-1, -1, num_tiles, -1, -1)
         return torch.cat([shared.reshape(batch, num_heads * num_tiles, num_global, head_dim), seen], dim=2)

@@ -399,7 +399,11 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         flags = kwargs | {"return_dict": True, "output_attentions": asked["attentions"]}
         encoded = self.encoder(tokens, key_valid, patterns, rotary, orders, **flags)
 
-        last_hidden_state = self.layernorm(reorder(encoded.last_hidden_state, None if orders else to_raster, 1))
+        # layers may lie on other devices than the images
+        device = encoded.last_hidden_state.device
+        valid = None if valid is None else valid.to(device)
+        back = None if orders or to_raster is None else to_raster.to(device)
+        last_hidden_state = self.layernorm(reorder(encoded.last_hidden_state, back, 1))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=self._pool(last_hidden_state[:, :1], last_hidden_state[:, num_global:], valid),

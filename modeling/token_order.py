@@ -5,8 +5,9 @@ A compiled graph knows patterns by name: constants come from functions of the na
 
 import torch
 
-from .bigbird_pattern import BlockPattern, cached_tables, named_pattern
+from .bigbird_pattern import BlockPattern, named_pattern
 from .block_sparse_attention import NAMESPACE
+from .table_store import cached_tables
 
 
 @torch.compiler.assume_constant_result
@@ -44,7 +45,7 @@ def _patch_order_fake(name, device):
     return torch.empty(len(named_pattern(name).order), dtype=torch.int64, device=device)
 
 
-@cached_tables(maxsize=64)
+@cached_tables
 def _cached_order(pattern: BlockPattern, device: torch.device) -> torch.Tensor:
     return pattern.order.to(device)
 

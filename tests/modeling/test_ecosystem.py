@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     BertConfig,
     DetrConfig,
@@ -328,3 +330,29 @@ def test_pipelines(tmp_path):
     assert {one["label"] for one in found} == {"cat", "dog"}
     features = pipeline("image-feature-extraction", model=str(tmp_path), device="cpu")(image)
     assert torch.tensor(features).shape == (1, 3 + 64, 32)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_layers_may_lie_on_another_device_than_the_images(pooling):
+    """Two devices of fake tensors, which compute no numbers but refuse to be mixed, as those of GPUs do."""
+
+    def move(module, arguments, keywords):  # what `device_map` hangs on every part
+        device = next(module.parameters()).device
+        return send_to_device(arguments, device), send_to_device(keywords, device)
+
+    config = tiny_config(window_size=15, pooling=pooling)  # all is seen: no mask of real numbers, but an order
+    model = BigBirdViTModel(config).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for part in model.modules():
+            place = "cuda:1" if part in [*model.encoder.layer[-1].modules(), model.layernorm] else "cpu"
+            for name, one in list(part.named_parameters(recurse=False)):
+                fake = mode.from_tensor(one.detach()).to(place)
+                part.register_parameter(name, torch.nn.Parameter(fake, requires_grad=False))
+        for part in (model.embeddings, *model.encoder.layer, model.layernorm):
+            part.register_forward_pre_hook(move, with_kwargs=True)
+        mask = torch.ones(2, 64, 96)
+        outputs = model(torch.zeros(2, 3, 64, 96), mask)
+        assert not model.attention_pattern(64, 96).is_raster
+        assert outputs.last_hidden_state.device == outputs.pooler_output.device == torch.device("cuda:1")
+        states = model(torch.zeros(2, 3, 64, 96), mask, output_hidden_states=True).hidden_states
+        assert [one.device.type for one in states] == ["cpu"] * (len(states) - 1) + ["cuda"]

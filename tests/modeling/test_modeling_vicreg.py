@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from hf_vicreg import VicRegConfig, VicRegForPreTraining, vicreg_loss
+from hf_vicreg.modeling.modeling_vicreg import has_batch_norm, normalises_by_process
 
 TINY = {
     "hidden_size": 32,
@@ -302,3 +303,12 @@ def test_bad_local_views_are_named():
 def test_bad_configurations_are_named(changes, message):
     with pytest.raises(Exception, match=message):
         VicRegConfig(**{"encoder": TINY} | changes)
+
+
+def test_synchronised_batch_norms_see_the_whole_batch():
+    config = {"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}
+    model = VicRegForPreTraining(VicRegConfig(encoder=config, expander_sizes=[8]))
+    assert normalises_by_process(model.encoder)
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
+    assert not normalises_by_process(synchronised)
+    assert has_batch_norm(synchronised)  # its output still depends on the others of the batch

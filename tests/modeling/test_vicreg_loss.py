@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_vicreg import vicreg_loss
 from hf_vicreg.modeling.vicreg_loss import VicRegLoss
@@ -296,3 +297,27 @@ def test_non_finite_values_are_returned():
 def test_bad_inputs_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         vicreg_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (600, 700)], ids=["gram", "moments", "gram-in-blocks"])
+def test_products_are_computed_in_full_precision(shape):
+    """Whatever the process allows for the rest: TF32 would lose four percent."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+                found.append(torch.get_float32_matmul_precision())
+            return function(*arguments, **keywords or {})
+
+    found: list[str] = []
+    views = [torch.randn(*shape, requires_grad=True) for _ in range(2)]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with Recorder():
+            vicreg_loss(*views).loss.backward()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(found) >= 4
+    assert set(found) == {"highest"}
