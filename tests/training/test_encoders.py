@@ -6,7 +6,8 @@ import torch
 from hf_vicreg import VicRegConfig, VicRegForPreTraining
 from hf_vicreg.training.encoders import set_up_encoders
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.resolve import parse_flags, resolve
+from hf_vicreg.training.flags import parse_flags
+from hf_vicreg.training.resolve import resolve
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32}
 OFF = {"gradient_checkpointing": False, "torch_compile": False}
