@@ -3,9 +3,12 @@
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
+from .rgb_image import UprightRgbMixin
 
-class BigBirdViTImageProcessorPil(PilBackend):
-    """Turns images into `pixel_values` `(batch, 3, height, width)`: RGB, resized, scaled to [0, 1], normalised."""
+
+class BigBirdViTImageProcessorPil(UprightRgbMixin, PilBackend):
+    """Turns images into `pixel_values` `(batch, 3, height, width)`: upright RGB, resized, scaled to [0, 1],
+    normalised. Each kind of image file gets the pixels that training gave it; see `upright_rgb`."""
 
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN

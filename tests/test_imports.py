@@ -24,13 +24,15 @@ def imports_of(path):
 @pytest.mark.parametrize("path", MODELING, ids=lambda path: path.stem)
 def test_modeling_is_flat_and_stands_alone(path):
     # the Hub's custom code: siblings as `from .name import ...`, else only what a user of transformers has anyway
+    # what opens images cannot do without Pillow, which transformers' image processors require
+    allowed = ALLOWED | ({"PIL", "numpy"} if path.stem == "rgb_image" else set())
     for level, module in imports_of(path):
         if level:
             assert level == 1, f"{path.name}: only siblings"
             assert module is not None, f"{path.name}: `from . import x` is not copied to the Hub"
             assert (path.parent / f"{module}.py").exists(), f"{path.name}: .{module} is not a sibling"
         else:
-            assert module.split(".")[0] in ALLOWED, f"{path.name}: {module}"
+            assert module.split(".")[0] in allowed, f"{path.name}: {module}"
     assert "hf_vicreg" not in path.read_text(), f"{path.name}: the package's name breaks the copy on the Hub"
 
 

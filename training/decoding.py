@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+
+from hf_vicreg.modeling.rgb_image import orientation_of, upright_rgb
 
 MAX_PIXELS = 2**27  # decoded, half a gigabyte; a JPEG may have 64 times as many
 JPEG_START = b"\xff\xd8\xff"
-ORIENTATION = 0x0112  # EXIF's tag; 5 to 8 exchange width and height
 EARLY_EXIF = {"JPEG", "MPO", "TIFF"}  # formats whose metadata lie before the pixels, or can be found without them
 
 # Why an image cannot be used, each kind in words. A stream stores a kind by its place: add new ones at the end.
@@ -117,7 +117,9 @@ def _decode(encoded: bytes, min_size: tuple[int, int], reduction: Callable[[int,
     width, height = _upright(original, image)
     if height < min_size[0] or width < min_size[1]:
         raise _too_small(width, height, min_size)
-    return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) > 1 else image)
+    if image.mode == "F":
+        raise UnusableImage("float")
+    return upright_rgb(image)
 
 
 def read_header(file: BinaryIO, min_size: tuple[int, int] = (1, 1)) -> Header:
@@ -225,20 +227,4 @@ def _open(file: BinaryIO) -> Image.Image:
 
 
 def _upright(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
-    return size[::-1] if _orientation(image) >= 5 else size
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # metadata may be broken in any way without harm to the pixels
-        return 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise UnusableImage("float")
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    # `load` is enough where the mode is right: converting to the same mode copies
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return size[::-1] if orientation_of(image) >= 5 else size  # 5 to 8 are quarter turns

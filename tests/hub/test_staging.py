@@ -70,6 +70,7 @@ def test_only_what_is_on_the_list_is_staged(run, staged, monkeypatch):
         *(f"{name}.py" for name in with_siblings({"modeling_bigbird_vit"})),
         "image_processing_bigbird_vit.py",
         "image_processing_pil_bigbird_vit.py",
+        "rgb_image.py",
     }
     assert {
         "notes.txt",
@@ -157,6 +158,7 @@ def test_an_encoder_of_transformers_own_needs_code_for_its_processor_only(run, s
     assert {name for name in found.names if name.endswith(".py")} == {
         "image_processing_bigbird_vit.py",
         "image_processing_pil_bigbird_vit.py",
+        "rgb_image.py",
     }
 
 
