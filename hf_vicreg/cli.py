@@ -1,10 +1,11 @@
-"""The command `hf-vicreg VERB`. Bad input gets one line and exit code 2."""
+"""The command `hf-vicreg VERB`. An `InputError` gets one line and exit code 2, a fault of ours its traceback."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from hf_vicreg._version import __version__
+from hf_vicreg.training.errors import InputError, blamed_on, place_for, tell
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,10 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = build_parser().parse_args(given)
     try:
         code = parsed.run(parsed)
-    except (ValueError, OSError) as error:
-        from hf_vicreg.model_cards.escaping import one_line  # what others wrote may be in it
-
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except InputError as error:
+        tell(error)
         return 2
     return code or 0
 
@@ -111,27 +110,25 @@ def _cost(arguments: argparse.Namespace) -> None:
 
 
 def _pattern(arguments: argparse.Namespace) -> None:
-    from hf_vicreg.attention_cost import check_size
     from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 
     config, height, width = _configuration(arguments)
+    rows, columns = config.grid_size(height, width)
     if not 0 <= arguments.layer < config.num_hidden_layers:
-        raise ValueError(f"`--layer`: expected 0 to {config.num_hidden_layers - 1}, got {arguments.layer}.")
-    rows, columns = check_size(config, height, width)
+        raise InputError(f"`--layer`: expected 0 to {config.num_hidden_layers - 1}, got {arguments.layer}.")
     pattern = layer_pattern(config, rows, columns, arguments.layer)
     print(pattern)
     if arguments.output is not None:
-        arguments.output.write_text(pattern.svg())
+        with blamed_on("output", f"expected a file to write, got {str(arguments.output)!r}"):
+            arguments.output.write_text(pattern.svg())
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from huggingface_hub.errors import StrictDataclassError
-
     from hf_vicreg.convert import PATTERN_FIELDS, convert, report
     from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 
     pattern = {name: getattr(arguments, name) for name in PATTERN_FIELDS if getattr(arguments, name) is not None}
-    try:
+    with place_for("OUT", arguments.out):
         found = convert(
             arguments.source,
             arguments.out,
@@ -140,8 +137,6 @@ def _convert(arguments: argparse.Namespace) -> None:
             images=arguments.images,
             **pattern,
         )
-    except StrictDataclassError as error:
-        raise ValueError(str(error)) from None
     config = BigBirdViTConfig.from_pretrained(arguments.out)
     print(report(found, config))
     print(f"\nwritten to {arguments.out}, attention_type={config.attention_type!r}")
@@ -154,23 +149,26 @@ def _publish(arguments: argparse.Namespace) -> None:
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_vicreg").setLevel(logging.INFO)
-    done = publish(
-        arguments.folder,
-        arguments.repo,
-        private=arguments.private,
-        revision=arguments.revision,
-        create_pr=arguments.create_pr,
-        dry_run=arguments.dry_run,
-        include_pretraining=arguments.include_pretraining,
-        license=arguments.license,
-    )
+    with place_for("RUN", arguments.folder):
+        done = publish(
+            arguments.folder,
+            arguments.repo,
+            private=arguments.private,
+            revision=arguments.revision,
+            create_pr=arguments.create_pr,
+            dry_run=arguments.dry_run,
+            include_pretraining=arguments.include_pretraining,
+            license=arguments.license,
+        )
     print(report(done))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from hf_vicreg.training.doctor import read_run, report
 
-    text, healthy = report(*read_run(arguments.folder))
+    with place_for("RUN", arguments.folder):
+        found = read_run(arguments.folder)
+    text, healthy = report(*found)
     print(text)
     return 0 if healthy else 1
 
@@ -183,13 +181,14 @@ def _prepare(arguments: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_vicreg").setLevel(logging.INFO)
     columns = ("dataset_config_name", "train_split", "test_split", "image_column_name", "label_column_name")
-    done = prepare(
-        arguments.source,
-        arguments.out,
-        size=arguments.size,
-        num_proc=arguments.num_proc,
-        **{name: getattr(arguments, name) for name in columns},
-    )
+    with place_for("OUT", arguments.out):
+        done = prepare(
+            arguments.source,
+            arguments.out,
+            size=arguments.size,
+            num_proc=arguments.num_proc,
+            **{name: getattr(arguments, name) for name in columns},
+        )
     for split, images in done.images.items():
         skipped = done.skipped[split]
         named = ": " + ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "") if skipped else ""
@@ -198,25 +197,24 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _configuration(arguments: argparse.Namespace):
-    """Return the encoder's configuration and the image size asked for."""
-    from huggingface_hub.errors import StrictDataclassError
+    """Return the encoder's configuration and the image size asked for, checked."""
     from transformers import AutoConfig
 
     import hf_vicreg
+    from hf_vicreg.attention_cost import check_size
 
-    try:
+    with blamed_on("MODEL", f"expected a model's folder or Hub id, got {arguments.model!r}"):
         config = AutoConfig.from_pretrained(arguments.model)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"`MODEL`: expected a model's folder or Hub id, got {arguments.model!r}: {error}") from None
     config = config.encoder if isinstance(config, hf_vicreg.VicRegConfig) else config
     if not isinstance(config, hf_vicreg.BigBirdViTConfig):
-        raise ValueError(f"`MODEL`: expected a model of type 'bigbird_vit', got {config.model_type!r}.")
-    height, width = config.image_size_hw
-    return (
-        config,
-        height if arguments.height is None else arguments.height,
-        width if arguments.width is None else arguments.width,
+        raise InputError(f"`MODEL`: expected a model of type 'bigbird_vit', got {config.model_type!r}.")
+    height, width = (
+        own if asked is None else asked
+        for asked, own in zip((arguments.height, arguments.width), config.image_size_hw, strict=True)
     )
+    with blamed_on("height`, `width"):
+        check_size(config, height, width)
+    return config, height, width
 
 
 if __name__ == "__main__":

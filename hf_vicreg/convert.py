@@ -15,6 +15,7 @@ from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.dense_weights import load_source
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTForImageClassification, BigBirdViTModel
+from hf_vicreg.training.errors import InputError, blamed_on
 
 MAX_IMAGES = 8
 MAX_SIDE = 4096  # pixels; against slips, for the cost of dense attention grows with the fourth power
@@ -106,24 +107,24 @@ def convert(
         pattern: Fields of the sparse pattern: `tile_size`, `window_size`, `num_random_blocks`, ...
 
     Raises:
-        ValueError: A source of another kind, with missing tensors or that cannot take images of these sizes, bad
-            fields, a folder that is not empty, or a result that differs from the source.
-        OSError: No source, an image or a processor that cannot be read, or no room to write.
+        InputError: No source, one of another kind, with missing tensors or that cannot take images of these sizes, an
+            image or a processor that cannot be read, bad fields, a folder that is not empty, or a result that differs
+            from the source.
+        OSError: No room to write.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"`OUT`: expected a new or empty folder, got {str(out)!r}.")
+        raise InputError(f"`OUT`: expected a new or empty folder, got {str(out)!r}.")
     if any(parent.exists() and not parent.is_dir() for parent in out.parents):
-        raise ValueError(f"`OUT`: expected a folder in a folder, got {str(out)!r}.")
+        raise InputError(f"`OUT`: expected a folder in a folder, got {str(out)!r}.")
     if attention_type not in ("original_full", "block_sparse"):
-        raise ValueError(f"`attention_type`: expected 'original_full' or 'block_sparse', got {attention_type!r}.")
-    try:
+        raise InputError(f"`attention_type`: expected 'original_full' or 'block_sparse', got {attention_type!r}.")
+    with blamed_on("SOURCE", f"expected a model's folder or Hub id, got {str(source)!r}"):
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`SOURCE`: expected a model's folder or Hub id, got {str(source)!r}: {error}") from None
     with_head = config.architectures == ["ViTForImageClassification"]
-    original = load_source(source, AutoModelForImageClassification if with_head else AutoModel)
-    dense = (BigBirdViTForImageClassification if with_head else BigBirdViTModel).from_dense(original, **pattern)
+    with blamed_on("SOURCE"):
+        original = load_source(source, AutoModelForImageClassification if with_head else AutoModel)
+        dense = (BigBirdViTForImageClassification if with_head else BigBirdViTModel).from_dense(original, **pattern)
     dtype = dense.dtype
     dense.float()
     sizes = _sizes(dense.config, image_sizes)
@@ -132,7 +133,7 @@ def convert(
     pixels = [_pixels(pictures, processor, dense.config.num_channels, *size) for size in sizes]
     difference = max(_difference(original.float(), dense, one) for one in pixels)
     if not difference <= TOLERANCE:
-        raise ValueError(
+        raise InputError(
             f"`SOURCE`: expected outputs equal to the source's to {TOLERANCE} by norm, got {difference:.1e}; "
             "nothing was written."
         )
@@ -214,7 +215,7 @@ def _sizes(config: BigBirdViTConfig, sides: list[int] | None) -> list[tuple[int,
         return [(side, side) for side in (height, height * 3 // 2, height * 2)] if square else [(height, width)]
     for side in sides:
         if not max(config.patch_size_hw) <= side <= MAX_SIDE:
-            raise ValueError(
+            raise InputError(
                 f"`image_sizes`: expected at least one patch {config.patch_size_hw} and at most {MAX_SIDE} pixels, "
                 f"got {side}."
             )
@@ -225,7 +226,7 @@ def _difference(source: PreTrainedModel, dense: PreTrainedModel, pixel_values: t
     """The largest relative difference of the outputs and the hidden states, by norm.
 
     Raises:
-        ValueError: The source cannot take images of this size.
+        InputError: The source cannot take images of this size.
     """
     height, width = pixel_values.shape[-2:]
     flags = {}
@@ -235,7 +236,7 @@ def _difference(source: PreTrainedModel, dense: PreTrainedModel, pixel_values: t
         try:
             expected = source(pixel_values, output_hidden_states=True, **flags)
         except (RuntimeError, TypeError) as error:  # positions that are not square, or no memory
-            raise ValueError(
+            raise InputError(
                 f"`SOURCE`: expected it to take images of {height}x{width} pixels, got: {error}"
             ) from error
         found = dense(pixel_values, output_hidden_states=True)
@@ -249,11 +250,12 @@ def _processor(source: str | os.PathLike) -> BigBirdViTImageProcessor | None:
     """Our processor with the settings of the source's; None if it has none.
 
     Raises:
-        OSError: One that cannot be read.
+        InputError: One that cannot be read.
     """
     try:
-        theirs = AutoImageProcessor.from_pretrained(source)
-    except OSError:
+        with blamed_on("SOURCE", "expected a preprocessor_config.json that can be read"):
+            theirs = AutoImageProcessor.from_pretrained(source)
+    except InputError:
         if (Path(source) / "preprocessor_config.json").exists():
             raise
         return None
@@ -266,12 +268,13 @@ def _pictures(folder: str | os.PathLike | None, channels: int) -> tuple[list[Ima
     if folder is None:
         return None, "4 images of noise"
     if channels != 3:
-        raise ValueError(f"`images`: expected a source of 3 channels, got {channels}.")
+        raise InputError(f"`images`: expected a source of 3 channels, got {channels}.")
     extensions = Image.registered_extensions()
     paths = sorted(one for one in Path(folder).rglob("*") if one.suffix.lower() in extensions)[:MAX_IMAGES]
     if not paths:
-        raise ValueError(f"`images`: expected a folder with images, got none in {str(folder)!r}.")
-    return [Image.open(one).convert("RGB") for one in paths], f"{len(paths)} images"
+        raise InputError(f"`images`: expected a folder with images, got none in {str(folder)!r}.")
+    with blamed_on("images", "expected images that can be read"):
+        return [Image.open(one).convert("RGB") for one in paths], f"{len(paths)} images"
 
 
 def _pixels(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from hf_vicreg.training.errors import place_for
 from hf_vicreg.training.evaluation.arguments import (
     FewLabelsArguments,
     FinetuneArguments,
@@ -91,16 +92,24 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         "retrieval": evaluate_retrieval,
         "few-labels": evaluate_few_labels,
     }
-    runs[parsed.what](parsed.model, arguments_of(parsed))
+    with place_for("output_dir", parsed.output_dir or parsed.model):
+        runs[parsed.what](parsed.model, arguments_of(parsed))
 
 
 def _finetune_classification(parsed: argparse.Namespace) -> None:
-    log_to_stderr()
-    from hf_vicreg.training.distributed import leave_processes
     from hf_vicreg.training.evaluation.finetune import finetune_classification
 
+    run_task(finetune_classification, parsed)
+
+
+def run_task(task: Any, parsed: argparse.Namespace) -> None:
+    """Run a fine-tuning with the flags of its command."""
+    from hf_vicreg.training.distributed import leave_processes
+
+    log_to_stderr()
     try:
-        finetune_classification(parsed.model, arguments_of(parsed))
+        with place_for("output_dir", parsed.output_dir):
+            task(parsed.model, arguments_of(parsed))
     finally:
         leave_processes()
 

@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from hf_vicreg.evaluation_commands import add_command, arguments_of, log_to_stderr
+from hf_vicreg.evaluation_commands import add_command, log_to_stderr, run_task
+from hf_vicreg.training.errors import place_for
 from hf_vicreg.training.evaluation.task_arguments import CaptioningArguments, DetectionArguments
 
 DETECTION_EXAMPLE = (
@@ -48,27 +49,18 @@ def add_tasks(verbs: Any, tasks: Any) -> None:
 def _finetune_detection(parsed: argparse.Namespace) -> None:
     from hf_vicreg.training.evaluation.detection import finetune_detection
 
-    _finetune(finetune_detection, parsed)
+    run_task(finetune_detection, parsed)
 
 
 def _finetune_captioning(parsed: argparse.Namespace) -> None:
     from hf_vicreg.training.evaluation.captioning import finetune_captioning
 
-    _finetune(finetune_captioning, parsed)
-
-
-def _finetune(task: Any, parsed: argparse.Namespace) -> None:
-    from hf_vicreg.training.distributed import leave_processes
-
-    log_to_stderr()
-    try:
-        task(parsed.model, arguments_of(parsed))
-    finally:
-        leave_processes()
+    run_task(finetune_captioning, parsed)
 
 
 def _detect(parsed: argparse.Namespace) -> None:
     from hf_vicreg.training.evaluation.detect import detect
 
     log_to_stderr()
-    detect(parsed.model, parsed.images, parsed.output, parsed.threshold)
+    with place_for("output", parsed.output or "."):
+        detect(parsed.model, parsed.images, parsed.output, parsed.threshold)

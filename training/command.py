@@ -2,11 +2,10 @@
 
 import logging
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from hf_vicreg.training.errors import InputError, RelayedError, RunStopped
+from hf_vicreg.training.errors import InputError, RunStopped, tell
 from hf_vicreg.training.flags import parse_flags
 from hf_vicreg.training.places import with_places
 from hf_vicreg.training.settings import explicit_settings
@@ -20,15 +19,13 @@ def main(arguments: list[str], run: Callable[[dict[str, Any]], Any] | None = Non
         run: What to do with the settings; default: `training.pretrain.run_settings`, imported when they are good.
     """
     main_process = os.environ.get("RANK", "0") == "0"
-    first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_vicreg").setLevel(logging.INFO if main_process else logging.ERROR)
     try:
         settings = with_places(explicit_settings(parse_flags(arguments)))
         return _run(settings, run)
     except InputError as error:
-        if first_of_machine and (main_process or not isinstance(error, RelayedError)):
-            print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 2
 
 

@@ -1,12 +1,17 @@
 """The errors that have a meaning of their own: bad input, a full disk, a run that was asked to stop."""
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
 
 
 class InputError(ValueError):
@@ -29,12 +34,49 @@ def as_input_error(field: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        strict = _is_of(error, "huggingface_hub.errors", "StrictDataclassError")
-        if not strict and not isinstance(error, ValueError | TypeError):
+        if not _is_strict(error) and not isinstance(error, ValueError | TypeError):
             raise
-        # a strict dataclass wraps the reason in a headline; the last line is the reason
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise InputError(f"`{field}`: {reason.removeprefix('ValueError: ').removeprefix('TypeError: ')}") from error
+        raise InputError(f"`{field}`: {_last_line(error)}") from error
+
+
+@contextmanager
+def blamed_on(field: str, expected: str = "") -> Iterator[None]:
+    """Turn what libraries and models say of a user's files and values into an `InputError`; other errors pass.
+
+    Args:
+        field: What the user gave.
+        expected: What was expected of it, and what was found; default: the error says so itself.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        strict = _is_strict(error)
+        if not strict and not isinstance(error, ValueError | OSError):
+            raise
+        reason = _last_line(error) if strict else " ".join(str(error).split())[:500]
+        if expected or not reason.startswith("`"):
+            reason = f"`{field}`: {expected}{': ' if expected else ''}{reason}"
+        raise InputError(reason) from error
+
+
+@contextmanager
+def place_for(field: str, place: object) -> Iterator[None]:
+    """Turn a disk that is full or not to be touched, or a path that no file can have, into an `InputError`.
+
+    It goes by the kind of error that the system names, so it may stand around much: other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _system_error(error, (*NO_ROOM, *NO_PLACE))
+        if number is None:
+            raise
+        where = getattr(error, "filename", None) or place
+        raise InputError(
+            f"`{field}`: expected a path that can be used, got {str(where)!r}: {os.strerror(number)}."
+        ) from error
 
 
 @contextmanager
@@ -43,12 +85,8 @@ def room_in(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = None
-        if isinstance(error, OSError):
-            number = error.errno
-        elif _is_of(error, "safetensors", "SafetensorError"):
-            number = _system_error(str(error))
-        if number not in NO_ROOM:
+        number = _system_error(error, NO_ROOM)
+        if number is None:
             raise
         raise InputError(
             f"`output_dir`: expected room to write in {folder}, got {errno.errorcode[number]} (no space left); "
@@ -56,14 +94,36 @@ def room_in(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _system_error(message: str) -> int | None:
-    """Return the errno in a safetensors error's text, which has no field for it."""
-    return next(
-        (number for number in NO_ROOM if f"code: {number}," in message or f"os error {number})" in message), None
-    )
+def _system_error(error: Exception, numbers: tuple[int, ...]) -> int | None:
+    """Return the errno of an error if it is among some; a safetensors error has it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in numbers else None
+    if not _is_of(error, "safetensors", "SafetensorError"):
+        return None
+    said = str(error)
+    return next((number for number in numbers if f"code: {number}," in said or f"os error {number})" in said), None)
+
+
+def _last_line(error: Exception) -> str:
+    """Return the reason of an error: a strict dataclass puts a headline before it."""
+    reason = str(error).strip().splitlines()[-1].strip()
+    return reason.removeprefix("ValueError: ").removeprefix("TypeError: ")
+
+
+def _is_strict(error: Exception) -> bool:
+    return _is_of(error, "huggingface_hub.errors", "StrictDataclassError")
 
 
 def _is_of(error: Exception, module: str, name: str) -> bool:
     """Return whether an error is of a class of another package, without importing it: if it is, it was imported."""
     found = sys.modules.get(module)
     return found is not None and isinstance(error, getattr(found, name))
+
+
+def tell(error: InputError) -> None:
+    """Print an error on its line, unless another process of the run prints it."""
+    from hf_vicreg.model_cards.escaping import one_line  # what others wrote may be in it
+
+    is_main, is_first = (os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
+    if is_first and (is_main or not isinstance(error, RelayedError)):
+        print(f"error: {one_line(error)}", file=sys.stderr)

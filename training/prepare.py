@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.progress import Progress
 from hf_vicreg.training.sources import ImageSource, is_image_folder, load_sources
 
@@ -113,7 +113,8 @@ def _write_split(source: ImageSource, split: str, out: Path, size: int, num_proc
     for shard, start in enumerate(starts):
         path = out / f"{split}-{shard:05d}-of-{len(starts):05d}.parquet"
         if path.exists():
-            skipped += json.loads(pyarrow.parquet.read_schema(path).metadata[b"skipped"])
+            with blamed_on("out", f"expected a whole shard in {path}"):
+                skipped += json.loads(pyarrow.parquet.read_schema(path).metadata[b"skipped"])
         else:
             todo.append((path, range(start, min(start + IMAGES_A_SHARD, len(source)))))
     done = len(source) - sum(len(indices) for _, indices in todo)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 
 from hf_vicreg.model_cards.escaping import printable
 from hf_vicreg.model_cards.schema import HUB_ID, FileError
@@ -16,7 +17,7 @@ from hf_vicreg.publishing.hub_errors import patience
 from hf_vicreg.publishing.push import bring_up_to_date, check_account, download, push, read_remote
 from hf_vicreg.publishing.secret_scan import refuse_secrets
 from hf_vicreg.publishing.staging import Staged, stage
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, blamed_on
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def publish(
     """
     if not HUB_ID.fullmatch(repo):
         raise InputError(f"`repo`: expected OWNER/NAME, got {repo!r}.")
+    with blamed_on("repo", f"expected OWNER/NAME, got {repo!r}"):
+        validate_repo_id(repo)
     if create_pr and revision is not None:
         raise InputError("`create_pr`, `revision`: expected one of the two, got both; pull requests are for `main`.")
     run, api = Path(run), HfApi()

@@ -21,7 +21,7 @@ from hf_vicreg.model_cards.schema import check_config, check_plain, check_recipe
 from hf_vicreg.publishing.custom_code import AUTO_MAPS, write_custom_code
 from hf_vicreg.publishing.pictures import draw_pictures
 from hf_vicreg.publishing.secret_scan import refuse_secrets
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, blamed_on
 
 WEIGHTS, INDEX, PROCESSOR = "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -223,13 +223,15 @@ def _read_recipe(run: Path) -> dict[str, Any]:
 def _read_log(run: Path) -> list[dict[str, Any]]:
     from hf_vicreg.training.run_log import read_log
 
-    return read_log(_inside(run, "log.jsonl"))
+    with blamed_on("log.jsonl", f"expected lines of JSON in {run}"):
+        return read_log(_inside(run, "log.jsonl"))
 
 
 def _encoder_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with blamed_on("config.json", "expected the configuration of a model"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _without_paths(value: Any) -> Any:

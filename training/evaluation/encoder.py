@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -123,18 +124,21 @@ def load_weights(model_class: Any, name: str, **config_fields: Any) -> tuple[Pre
     """Return a model in full precision and what its checkpoint lacked, without transformers' own remarks on it.
 
     Raises:
-        OSError: No safetensors there.
+        OSError: No safetensors there, or some that are damaged or of other shapes.
         ValueError: No such model class for this configuration.
     """
     with quiet_transformers():
-        return model_class.from_pretrained(
-            name,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **config_fields,
-        )
+        try:
+            return model_class.from_pretrained(
+                name,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **config_fields,
+            )
+        except (SafetensorError, RuntimeError) as error:  # damaged, or of other shapes
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         return {}
     try:
         results = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"`output_dir`: expected JSON in {path}, got something else ({error}); move it away."
         ) from error
