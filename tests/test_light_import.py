@@ -107,6 +107,13 @@ LIGHT = {
     "memory": (["pretrain", "digits", "--max_memory", "much"], 2, "`max_memory`: expected memory like"),
     "device": (["pretrain", "digits", "--device", "tpu"], 2, "`device`: expected 'auto', 'cpu'"),
     "views": (["pretrain", "digits", "--views.hue", "2"], 2, "`views.hue`: expected a number from 0 to 0.5"),
+    "model key": (["pretrain", "digits", "--model.hiden_size", "8"], 2, "did you mean `hidden_size`?"),
+    "second model key": (
+        ["pretrain", "digits", "--second_model.patchsize", "8"],
+        2,
+        "`second_model.patchsize`: unknown",
+    ),
+    "loss key": (["pretrain", "digits", "--vicreg.gama=1"], 2, "`vicreg.gama`: unknown key; did you mean `gamma`?"),
     "resuming": (["pretrain", "digits", "--resume_from_checkpoint", "latest"], 2, "the newest are runs/old."),
 }
 
@@ -136,9 +143,21 @@ def test_what_needs_no_model_loads_no_library(case, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "runs"}  # nothing is written
 
 
-def test_help_groups_the_flags_and_lists_those_of_the_views():
-    text = run("import sys\nfrom hf_vicreg.cli import main\nmain(sys.argv[1:])", "pretrain", "--help").stdout
-    groups = ("data", "model", "loss", "optimisation", "run", "evaluation", "Hub", "views")
-    assert all(f"\n{group}:\n" in text for group in groups)
-    assert "--views.hue" in text
-    assert "in turns. (default: 0.1)" in " ".join(text.split())
+@pytest.mark.parametrize("columns", [60, 160])
+def test_help_lists_every_flag_in_its_group_and_fits_the_screen(columns):
+    program = (
+        "import os, sys\nos.environ['COLUMNS'] = sys.argv.pop(1)\nfrom hf_vicreg.cli import main\nmain(sys.argv[1:])"
+    )
+    text = run(program, str(columns), "pretrain", "--help").stdout
+    groups = ("data", "model", "loss", "views", "optimisation", "run", "evaluation", "Hub")
+    places = [text.index(f"\n{group}:\n") for group in groups]
+    assert places == sorted(places)
+    parts = {group: text[at:end] for group, at, end in zip(groups, places, [*places[1:], None], strict=True)}
+    for group, flag in (("views", "--views.hue"), ("model", "--model.tile_size"), ("loss", "--vicreg.gamma")):
+        assert f"\n  {flag} " in parts[group]
+    words = " ".join(text.split())
+    assert "in turns. (default: 0.1)" in words
+    assert "expander's layers. (default: [8192,8192,8192])" in words
+    assert max(map(len, text.splitlines())) <= columns
+    # a column for the words that is no narrow strip
+    assert max(len(line) - len(line.lstrip()) for line in text.splitlines()) <= columns // 3

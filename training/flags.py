@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 import types
 import typing
 from typing import Any, NoReturn
@@ -10,6 +11,7 @@ import yaml
 
 from hf_vicreg.training.arguments import SECTIONS, PretrainArguments, ViewsConfig
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.section_flags import MODEL, VICREG, SectionFlag
 from hf_vicreg.training.settings import hint, recipe_names
 
 
@@ -20,7 +22,26 @@ class FlagParser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help.")
 
 
-def add_fields(parser: argparse.ArgumentParser, kind: type, *, defaults: bool = True, prefix: str = "") -> None:
+class HelpText(argparse.HelpFormatter):
+    """Help in two columns, the first of them a third of the screen."""
+
+    def __init__(self, prog: str):
+        columns = shutil.get_terminal_size().columns
+        super().__init__(prog, max_help_position=min(42, max(16, columns // 3)))
+
+
+Groups = dict[str, "argparse._ArgumentGroup"]
+GROUPS = ("data", "model", "loss", "views", "optimisation", "run", "evaluation", "Hub")  # in the order of the help
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    *,
+    defaults: bool = True,
+    prefix: str = "",
+    groups: Groups | None = None,
+) -> None:
     """Add a flag for each field of a dataclass; its `group`, if it names one, is a heading of the help.
 
     Args:
@@ -28,9 +49,10 @@ def add_fields(parser: argparse.ArgumentParser, kind: type, *, defaults: bool = 
         kind: The dataclass; fields are str, int, float, bool, a Literal, lists of them, or None.
         defaults: Whether flags that are not given have the field's default; else they are absent.
         prefix: What stands before a field's name, such as `views.`.
+        groups: The headings that are there, by their text; new ones are added.
     """
     hints = typing.get_type_hints(kind)
-    groups: dict[str, Any] = {}
+    groups = {} if groups is None else groups
     for field in dataclasses.fields(kind):
         group = field.metadata.get("group")
         if group is not None and group not in groups:
@@ -55,6 +77,20 @@ def add_fields(parser: argparse.ArgumentParser, kind: type, *, defaults: bool = 
         where.add_argument(f"--{prefix}{field.name}", **options)
 
 
+def _add_section(group: Any, section: str, fields: dict[str, SectionFlag]) -> None:
+    """Add the dotted flags of a configuration for the help alone: `parse_flags` reads them itself."""
+    for name, (default, value, text) in fields.items():
+        shown = text if default is None else f"{text} (default: {_as_typed(default)})"
+        group.add_argument(f"--{section}.{name}", metavar=value, default=argparse.SUPPRESS, help=shown)
+
+
+def _as_typed(default: Any) -> str:
+    """Return a default as it is typed on a command line."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"[{','.join(map(str, default))}]" if isinstance(default, list) else str(default)
+
+
 def _truth(text: str) -> bool:
     if text.lower() in ("yes", "true", "t", "y", "1"):
         return True
@@ -67,10 +103,14 @@ def pretrain_parser() -> argparse.ArgumentParser:
     """Return the parser of `hf-vicreg pretrain`, but for the dotted flags of sections."""
     parser = FlagParser(
         prog="hf-vicreg pretrain",
-        usage="%(prog)s [DATA] [--config RECIPE] [--FLAG VALUE ...] [--SECTION.KEY VALUE ...]",
-        description="Pretrain an encoder by VICReg on your own images; no labels are needed.",
-        epilog="Encoders are set by --model.KEY and --second_model.KEY (fields of BigBirdViTConfig, or of the "
-        "configuration of --model.model_type), expander and loss by --vicreg.KEY (fields of VicRegConfig).",
+        usage="%(prog)s [DATA] [--FLAG VALUE ...]",
+        description="Pretrain an encoder by VICReg on your own images; no labels are needed. What is not given is "
+        "planned for these images, this machine and --time_budget; --plan_only shows the plan. Defaults are those of "
+        "what neither a recipe nor the plan decides.",
+        epilog="With another --model.model_type, --model.KEY are the fields of its configuration. --second_model.KEY "
+        "makes a second encoder, for the second view. Values of dotted flags are YAML: "
+        '--vicreg.expander_sizes "[512, 512]".',
+        formatter_class=HelpText,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -86,8 +126,12 @@ def pretrain_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help=f"Recipe below the flags: a YAML file or one of {', '.join(recipe_names())}.",
     )
-    add_fields(parser, PretrainArguments, defaults=False)  # only what was typed counts: defaults come after the recipe
-    add_fields(parser, ViewsConfig, defaults=False, prefix="views.")  # for the help: `parse_flags` reads them itself
+    groups: Groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    # only what was typed counts: defaults come after the recipe
+    add_fields(parser, PretrainArguments, defaults=False, groups=groups)
+    add_fields(parser, ViewsConfig, defaults=False, prefix="views.", groups=groups)
+    _add_section(groups["model"], "model", MODEL)
+    _add_section(groups["loss"], "vicreg", VICREG)
     return parser
 
 

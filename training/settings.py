@@ -15,6 +15,7 @@ from hf_vicreg.training.arguments import RESERVED, SECTIONS, VIEW_PRESETS, Pretr
 from hf_vicreg.training.checks import check_ranges
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.places import data_setting
+from hf_vicreg.training.section_flags import INHERITED, MODEL, VICREG
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ def explicit_settings(given: dict[str, Any]) -> dict[str, Any]:
             `train_dir` or `dataset_name`, as it is a folder of images or not.
 
     Raises:
-        InputError: An unknown key or a value of the wrong type or range. Keys of `model`, `second_model` and `vicreg`
-            are left to `resolve`, which knows their classes.
+        InputError: An unknown key or a value of the wrong type or range. Left to `resolve`, which knows the classes,
+            are the values of `model`, `second_model` and `vicreg`, and the keys of encoders that are no BigBirdViT.
     """
     given = {key: value for key, value in given.items() if value is not None}
     name, data = given.pop("config", None), given.pop("data", None)
@@ -80,6 +81,8 @@ def explicit_settings(given: dict[str, Any]) -> dict[str, Any]:
     for section in SECTIONS:
         if section in merged:
             merged[section] = below.get(section, {}) | above.get(section, {})
+        if section in ("model", "second_model", "vicreg"):
+            _refuse_unknown(merged.get(section, {}), section)
     views = typed(ViewsConfig, merged.get("views", {}), "views.")
     run = typed(PretrainArguments, {key: value for key, value in merged.items() if key not in SECTIONS}, "")
     ViewsConfig(**views)
@@ -104,6 +107,16 @@ def _checked_keys(settings: dict[str, Any], origin: str) -> dict[str, Any]:
             value = _expand_preset(value) if key == "views" else dict(value)
         checked[key] = value
     return checked
+
+
+def _refuse_unknown(settings: dict[str, Any], section: str) -> None:
+    """Raise InputError for a key that no BigBirdViT, or no loss, has; other encoders are not known here."""
+    if section != "vicreg" and settings.get("model_type", DEFAULT_MODEL_TYPE) != DEFAULT_MODEL_TYPE:
+        return
+    known = VICREG if section == "vicreg" else MODEL
+    for key in settings:
+        if key not in known and key not in INHERITED:
+            raise InputError(f"`{section}.{key}`: unknown key{hint(key, list(known))}.")
 
 
 def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
