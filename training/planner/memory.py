@@ -72,7 +72,7 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
                 alone.attention_patterns(*size)
     with torch.device("meta"):
         model = VicRegForPreTraining(config.vicreg).train()
-    model._process_group = lambda: None  # type: ignore[method-assign]  # these shapes are this process's own
+    model._process_group = lambda: None  # these shapes are this process's own
     kept = _Kept()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
