@@ -75,18 +75,21 @@ def health_of(records: list[Record], gamma: float) -> dict[str, Any]:
 
 
 def health_table(records: list[Record]) -> str:
-    """Return the figures of the first, the middle and the last line side by side, with what is normal."""
+    """Return the figures of the first, the middle and the last line side by side, each once, with what is normal."""
     lines = [record for record in records if "loss" in record]
-    shown = [lines[0], lines[len(lines) // 2], lines[-1]]
+    shown = [lines[at] for at in sorted({0, len(lines) // 2, len(lines) - 1})]
     rows = [("", *(f"step {line['step']}" for line in shown), "normal")]
     rows += [
         (key, *(_figure(line.get(key)) for line in shown), normal)
         for key, normal in FIGURES.items()
         if key in shown[-1]
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    last = len(shown) + 1
+    widths = [max(len(row[column]) for row in rows) for column in range(last)]
     return "\n".join(
-        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{row[at]:>{widths[at]}}" for at in (1, 2, 3)), row[4]]).rstrip()
+        "  ".join(
+            [f"{row[0]:<{widths[0]}}", *(f"{row[at]:>{widths[at]}}" for at in range(1, last)), row[last]]
+        ).rstrip()
         for row in rows
     )
 

@@ -1,10 +1,14 @@
 """How a run's encoders compute: with less memory, compiled, or by another attention. The result stays the same."""
 
+import logging
+
 import torch
 
 from hf_vicreg.modeling.modeling_bigbird_vit import IMPLEMENTATIONS
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.errors import InputError, as_input_error
+
+logger = logging.getLogger(__name__)
 
 
 def set_up_encoders(
@@ -43,4 +47,5 @@ def set_up_encoders(
             with as_input_error("gradient_checkpointing"):
                 getattr(encoder, name)({"use_reentrant": False})
         if torch_compile:
+            logger.info("the encoder is compiled during the first step, which takes a minute or more")
             encoder.compile()

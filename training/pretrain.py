@@ -115,6 +115,7 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
     stop = StopRequest(folder, run.max_time)
     refuse_foreign_folder(folder, RECIPE, resuming=run.resume_from_checkpoint is not None)
     trackers = tracker_names(run.report_to) if run.with_tracking else []
+    logger.info("reading what images there are in %s", run.train_dir or run.dataset_name)
     source, bank, test = load_images(config)
     accelerator = build_accelerator(
         run.mixed_precision,

@@ -14,8 +14,9 @@ SECONDS_BETWEEN_LINES = 20
 class Progress:
     """A bar with the remaining time on a terminal; where output goes to a file, a line now and then instead."""
 
-    def __init__(self, num_steps: int, first_step: int, *, shown: bool):
-        """Start at `first_step` of `num_steps`; `shown` is false on all processes of a machine but one."""
+    def __init__(self, num_steps: int, first_step: int, *, shown: bool, unit: str = "step"):
+        """Start at `first_step` of `num_steps`, or of another `unit`; `shown` on one process of a machine alone."""
+        self.unit = unit
         self.num_steps, self.first_step, self.step, self.shown = num_steps, first_step, first_step, shown
         self.text = ""
         self.started = self.last_line = time.monotonic()
@@ -39,7 +40,8 @@ class Progress:
             if now - self.last_line >= SECONDS_BETWEEN_LINES or step == self.num_steps:
                 self.last_line = now
                 seconds = (now - self.started) / (step - self.first_step) * (self.num_steps - step)
-                logger.info("step %d/%d, %s left  %s", step, self.num_steps, tqdm.format_interval(seconds), self.text)
+                left = tqdm.format_interval(seconds)
+                logger.info("%s %d/%d, %s left  %s", self.unit, step, self.num_steps, left, self.text)
 
     def describe(self, text: str) -> None:
         """Show `text` beside the progress from the next update on."""

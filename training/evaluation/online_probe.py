@@ -10,6 +10,7 @@ from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.knn import encoded_batches, knn_accuracy, model_encoder
 from hf_vicreg.training.evaluation.linear_probe import linear_accuracy
+from hf_vicreg.training.progress import Progress
 from hf_vicreg.training.sources import ImageSource
 
 PIXELS_SIDE = 32
@@ -44,13 +45,15 @@ class OnlineProbe:
 
     def of_pixels(self) -> Accuracies:
         """Return the accuracies of raw pixels, `{"knn": {"raw_pixels": ...}}`, with `linear` if asked for."""
-        return {kind: {"raw_pixels": value} for kind, value in self._accuracies(small_pixels).items()}
+        found = self._accuracies(small_pixels, "raw pixels")
+        return {kind: {"raw_pixels": value} for kind, value in found.items()}
 
     def of_encoders(self, name: str) -> Accuracies:
         """Return the accuracies of each encoder under `name`, the second one's with `second_` before it."""
         found: Accuracies = {}
         for key, encoder in zip((name, f"second_{name}"), self.model.encoders, strict=False):
-            for kind, value in self._accuracies(model_encoder(encoder)).items():
+            said = f"the {key.replace('_', ', ')} encoder" if name else ""
+            for kind, value in self._accuracies(model_encoder(encoder), said).items():
                 found.setdefault(kind, {})[key] = value
         return found
 
@@ -62,8 +65,8 @@ class OnlineProbe:
             for key, value in values.items()
         }
 
-    def _accuracies(self, encode_pixels) -> dict[str, float]:
-        """Return accuracies by kind, `knn` and `linear`.
+    def _accuracies(self, encode_pixels, said: str) -> dict[str, float]:
+        """Return accuracies by kind, `knn` and `linear`; how far it is is shown as that of `said`, if it is not empty.
 
         Raises:
             InputError: No usable image in the bank or among the queries.
@@ -71,18 +74,21 @@ class OnlineProbe:
         both: list[torch.Tensor] = []
         for field, source in (("train_split", self.bank), ("test_split", self.test)):
             assert source is not None
-            both += self._encoded(field, source, encode_pixels)
+            both += self._encoded(field, source, encode_pixels, said)
         found = {"knn": knn_accuracy(*both, neighbours=self.neighbours)}
         return found | ({"linear": linear_accuracy(*both)} if self.linear else {})
 
-    def _encoded(self, field: str, source: ImageSource, encode_pixels) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encoded(self, field: str, source: ImageSource, encode_pixels, said: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return features and labels of a source, in its order, the same bits for any number of processes."""
         assert source.labels is not None
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        parts = [
-            (indices, features)
-            for _, indices, features in encoded_batches(source, self.processor, encode_pixels, share=(rank, processes))
-        ]
+        progress = Progress(len(source), 0, shown=bool(said) and self.accelerator.is_local_main_process, unit="image")
+        progress.describe(f"k-NN of {said}, {field.removesuffix('_split')} images")
+        parts = []
+        for _, indices, features in encoded_batches(source, self.processor, encode_pixels, share=(rank, processes)):
+            parts.append((indices, features))
+            progress.update(min(len(source), progress.step + len(indices) * processes))
+        progress.close()
         if processes > 1:
             parts = sorted(gather_object(parts), key=lambda part: part[0])
         if not parts:
