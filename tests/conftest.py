@@ -5,7 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# no test but the `gpu` ones needs a GPU, and a run would take one that is there; for those name it: CUDA_VISIBLE_DEVICES=0
+# No test but the `gpu` ones needs a GPU, and a run would take one that is there. For those name one:
+# CUDA_VISIBLE_DEVICES=0.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import contextlib
