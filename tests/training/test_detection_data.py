@@ -62,6 +62,9 @@ def test_a_list_of_objects_is_the_same_as_lists_of_their_parts(arguments, tmp_pa
     assert torch.equal(found.annotations[0].boxes, expected.annotations[0].boxes)
 
 
+STRICT = {"strict_boxes": True}
+
+
 def objects(box=(4.0, 6.0, 20.0, 10.0), category="ball", **extra):
     return {"bbox": [list(box)], "category": [category], **extra}
 
@@ -69,12 +72,12 @@ def objects(box=(4.0, 6.0, 20.0, 10.0), category="ball", **extra):
 @pytest.mark.parametrize(
     ("train", "test", "flags", "message"),
     [
-        ([objects((50, 6, 20, 10))], GOOD, {}, "expected boxes inside the image of 64x48 pixels, got [50"),
-        ([objects((4, -3, 20, 10))], GOOD, {}, "in row 0 of 'train'; boxes are (x, y, width, height) in pixels"),
-        ([objects()], objects((4, 6, 20, 43.5)), {}, "in row 0 of 'test'"),
-        ([objects((0.1, 0.2, 0.3, 0.4))], GOOD, {}, "expected boxes in pixels, got [0.1, 0.2, 0.3, 0.4]"),
-        ([objects((4, 6, 0, 10))], GOOD, {}, "expected boxes with a width and a height above 0"),
-        ([objects((4, 6, float("nan"), 10))], GOOD, {}, "expected boxes of four numbers"),
+        ([objects((50, 6, 20, 10))], GOOD, STRICT, "boxes that lie inside the image of 64x48 pixels, got [50"),
+        ([objects((4, -3, 20, 10))], GOOD, STRICT, "in row 0 of 'train'; boxes are (x, y, width, height) in pixels"),
+        ([objects()], objects((4, 6, 20, 43.5)), STRICT, "in row 0 of 'test'"),
+        ([objects((0.1, 0.2, 0.3, 0.4))], GOOD, {}, "boxes in pixels, got all 1 boxes in 'train' at most one"),
+        ([objects((4, 6, 0, 10))], GOOD, STRICT, "expected boxes that have a width and a height above 0"),
+        ([objects((4, 6, float("nan"), 10))], GOOD, STRICT, "expected boxes that consist of finite numbers"),
         ([objects((4, 6, 10))], GOOD, {}, "expected boxes of four numbers"),
         ([{"bbox": [[1.0, 2.0, 3.0, 4.0]] * 2, "category": ["ball"]}], GOOD, {}, "as many boxes as categories, got 2"),
         ([{"bbox": [[1.0, 2.0, 3.0, 4.0]]}], GOOD, {}, "expected `category` for each object, found ['bbox']"),
@@ -86,7 +89,7 @@ def objects(box=(4.0, 6.0, 20.0, 10.0), category="ball", **extra):
         ([GOOD], GOOD, {"num_queries": 1}, "`num_queries`: expected at least the 2 objects"),
         ([GOOD], GOOD, {"objects_column_name": "boxes"}, "expected a column 'boxes' in split 'train'"),
         ([GOOD], GOOD, {"objects_column_name": "image"}, "`objects_column_name`: expected"),
-        ([objects((64.2, 6, 0.5, 10))], GOOD, {}, "pixels, got [64.2, 6.0, 0.5, 10.0] in row 0 of 'train', of which"),
+        ([objects((64.2, 6, 0.5, 10))], GOOD, STRICT, "pixels, got [64.2, 6.0, 0.5, 10.0] in row 0 of 'train'"),
         ([{"bbox": [1.0, 2.0, 3.0, 4.0], "category": 0}], GOOD, {}, "`objects_column_name`: expected a list of"),
         ([GOOD], GOOD, {"train_split": "test"}, "`test_split`: expected a split `test` or `validation` beside 'test'"),
         ([GOOD], GOOD, {"test_split": "validation"}, "`test_split`: expected one of ['test', 'train']"),
@@ -102,6 +105,24 @@ def test_bad_objects_are_refused_in_one_line(arguments, train, test, flags, mess
         load_detection(arguments(train, test, **flags))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_boxes_that_are_not_right_are_cut_or_left_out_counted_and_listed(arguments, caplog):
+    given = {
+        "bbox": [[-5.0, 6, 20, 10], [4, 6, 0, 10], [50, 40, 30, 30], [70, 6, 5, 5], [1, 2, 0.5, 0.5], [9, 9, 9, 9]],
+        "category": ["ball", "box", "box", "ball", "ball", "box"],
+    }
+    with caplog.at_level("INFO"):
+        train, _, _ = load_detection(arguments([given]))
+    # those at -5 and beyond the corner cut, those without area and outside left out, with their categories
+    assert train.annotations[0].boxes.tolist() == [[0, 6, 15, 10], [50, 40, 14, 8], [1, 2, 0.5, 0.5], [9, 9, 9, 9]]
+    assert train.annotations[0].categories.tolist() == [0, 1, 0, 1]
+    assert "'train': 2 of 6 boxes were cut at the border of their images:" in caplog.text
+    assert "'train': 2 of 6 boxes were left out:" in caplog.text
+    for named in ("[-5.0, 6.0", "[4.0, 6.0, 0.0", "[50.0, 40.0", "[70.0, 6.0"):
+        assert named in caplog.text
+    assert "'test':" not in caplog.text  # a pixel beyond the edge is rounding
+    assert "most boxes" in caplog.text
 
 
 @pytest.mark.parametrize("canvas", [(48, 64), (96, 96), (40, 120)], ids=str)

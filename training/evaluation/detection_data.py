@@ -1,7 +1,6 @@
 """Images with boxes: what a column `objects` says, checked, and views of them for training."""
 
 import logging
-import math
 import random
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 
 from hf_vicreg.training.data import MAX_SUBSTITUTES
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.box_checks import BoxCheck
 from hf_vicreg.training.evaluation.task_arguments import DetectionArguments
 from hf_vicreg.training.evaluation.task_data import AnnotatedImages, first_readable, load_annotated
 from hf_vicreg.training.sources import ImageSource
@@ -21,7 +21,6 @@ from hf_vicreg.training.sources import ImageSource
 logger = logging.getLogger(__name__)
 
 BOXES, CATEGORIES = ("bbox", "bboxes"), ("category", "categories", "category_id", "label")
-TOLERANCE = 1.0  # pixels that a box may lie outside of its image, from rounding or from counting pixels from 1
 MIN_VISIBLE = 0.3  # an object of which a crop shows less than this share of its box is no object any more
 
 
@@ -44,14 +43,14 @@ def load_detection(arguments: DetectionArguments) -> tuple[AnnotatedImages, Anno
     Category names in a column of strings are numbered in alphabetical order of the training split.
 
     Raises:
-        InputError: No objects, no boxes or categories in them, boxes that are none or lie outside of their image,
-            categories that the training images do not know, and what `load_annotated` refuses.
+        InputError: No objects, no boxes or categories in them, boxes that are none, categories that the training
+            images do not know, and what `BoxCheck` and `load_annotated` refuse.
     """
     column = arguments.objects_column_name
     (train, feature), (test, test_feature) = load_annotated(arguments, column, "objects_column_name")
     names = _class_names(train, feature)
-    train = replace(train, annotations=_parsed(train, feature, names))
-    test = replace(test, annotations=_parsed(test, test_feature, names))
+    train = replace(train, annotations=_parsed(train, feature, names, strict=arguments.strict_boxes))
+    test = replace(test, annotations=_parsed(test, test_feature, names, strict=arguments.strict_boxes))
     for one, field in ((train, "train_split"), (test, "test_split")):
         if not any(len(objects.boxes) for objects in one.annotations):
             raise InputError(f"`{field}`: expected objects on the {len(one)} images of {one.split!r}, found none.")
@@ -148,12 +147,13 @@ def _columns_of(images: AnnotatedImages, row: int) -> tuple[list[Any], list[Any]
     return found[0], found[1]
 
 
-def _parsed(images: AnnotatedImages, feature: Any, names: list[str]) -> list[Objects]:
-    """Return the objects of each image, boxes cut at its border.
+def _parsed(images: AnnotatedImages, feature: Any, names: list[str], *, strict: bool) -> list[Objects]:
+    """Return the objects of each image, boxes cut at its border; those of which nothing is left are left out.
 
     Raises:
-        InputError: A box that is none or outside of its image, or a category without a name.
+        InputError: A box that is none, a category without a name, and what `BoxCheck` refuses.
     """
+    check = BoxCheck(images.split, strict)
     known = {name: index for index, name in enumerate(names)}
     own_names = _category_names(feature)
     parsed = []
@@ -171,53 +171,16 @@ def _parsed(images: AnnotatedImages, feature: Any, names: list[str]) -> list[Obj
                     f"{category!r} in row {row} of {images.split!r}."
                 )
             numbers.append(index)
-        checked = [_checked_box(box, size, f"row {row} of {images.split!r}") for box in boxes]
+        checked = [check.box(box, size, row) for box in boxes]
+        kept = [(box, number) for box, number in zip(checked, numbers, strict=True) if box is not None]
         parsed.append(
-            Objects(torch.tensor(checked, dtype=torch.float32).view(-1, 4), torch.tensor(numbers, dtype=torch.int64))
+            Objects(
+                torch.tensor([box for box, _ in kept], dtype=torch.float32).view(-1, 4),
+                torch.tensor([number for _, number in kept], dtype=torch.int64),
+            )
         )
+    check.finish()
     return parsed
-
-
-def _checked_box(box: Any, size: tuple[int, int] | None, where: str) -> list[float]:
-    """Return a box, cut at the border of an image of `size` (height, width) if that is known.
-
-    Raises:
-        InputError: Not four finite numbers, no area, or outside of the image by more than a pixel.
-    """
-    if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_finite(one) for one in box):
-        raise InputError(
-            f"`objects_column_name`: expected boxes of four numbers (x, y, width, height in pixels), got {box!r} in "
-            f"{where}."
-        )
-    left, top, width, height = map(float, box)
-    right, bottom = left + width, top + height
-    if width <= 0 or height <= 0:
-        raise InputError(
-            f"`objects_column_name`: expected boxes with a width and a height above 0, got {box!r} in {where}; boxes "
-            "are (x, y, width, height)."
-        )
-    if size is not None:
-        if min(left, top) < -TOLERANCE or right > size[1] + TOLERANCE or bottom > size[0] + TOLERANCE:
-            raise InputError(
-                f"`objects_column_name`: expected boxes inside the image of {size[1]}x{size[0]} pixels, got {box!r} "
-                f"in {where}; boxes are (x, y, width, height) in pixels."
-            )
-        if max(width, height) <= 1 < min(size):
-            raise InputError(
-                f"`objects_column_name`: expected boxes in pixels, got {box!r} in {where}, which is at most one pixel "
-                "large; multiply shares by the image's width and height."
-            )
-        left, top, right, bottom = max(left, 0), max(top, 0), min(right, size[1]), min(bottom, size[0])
-        if right <= left or bottom <= top:
-            raise InputError(
-                f"`objects_column_name`: expected boxes inside the image of {size[1]}x{size[0]} pixels, got {box!r} "
-                f"in {where}, of which nothing is."
-            )
-    return [left, top, right - left, bottom - top]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def image_size(source: ImageSource, index: int) -> tuple[int, int] | None:

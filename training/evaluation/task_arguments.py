@@ -53,6 +53,10 @@ class DetectionArguments(TaskArguments):
     objects_column_name: str = flag(
         "objects", "Column with `bbox` (x, y, width, height in pixels) and `category` of each object."
     )
+    strict_boxes: bool = flag(
+        False,
+        "Stop at a box without area or outside of its image; default: such boxes are cut or left out, and listed.",
+    )
     image_height: int = flag(480, "Height in pixels that images are fitted into and padded to, without squashing.")
     image_width: int = flag(640, "The same for the width.")
     num_queries: int = flag(100, "Most objects found in an image.")
@@ -91,7 +95,15 @@ AT_LEAST: dict[str, float] = {
     "vocab_size": 260,  # bytes and the special tokens
 }
 ELSEWHERE = {
-    *("dataset_name", "dataset_config_name", "train_split", "test_split", "image_column_name", "max_train_samples"),
+    *(
+        "strict_boxes",
+        "dataset_name",
+        "dataset_config_name",
+        "train_split",
+        "test_split",
+        "image_column_name",
+        "max_train_samples",
+    ),
     *("max_test_samples", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "logging_steps"),
     *("per_device_eval_batch_size", "eval_steps", "checkpointing_steps", "checkpoints_total_limit"),
 }

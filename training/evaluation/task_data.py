@@ -69,7 +69,7 @@ def load_annotated(
             )
         rows = splits[split]
         rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-        source = dataset_source(name, rows, arguments.image_column_name, None)
+        source = dataset_source(name, rows, arguments.image_column_name, None, said=bool(both))
         annotations = list(rows.select_columns([column])[column])
         digests = [_digest(source, split, index) for index in range(len(source))]
         whole = hashlib.sha256(b"".join(digests) + repr(annotations).encode()).hexdigest()[:16]
