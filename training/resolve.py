@@ -68,7 +68,8 @@ def _encoder(settings: dict[str, Any], section: str, views: ViewsConfig) -> PreT
             )
         if getattr(encoder, "num_channels", 3) != 3:
             raise InputError(
-                f"`{section}.num_channels`: expected 3, images are read as RGB, got {encoder.num_channels}."
+                f"`{section}.num_channels`: expected 3, got {encoder.num_channels}: every image is read as RGB, a "
+                f"grey one with three equal channels; leave `num_channels` out, or give --{section}.num_channels 3."
             )
     return encoder
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -15,6 +16,7 @@ from typing import Any
 
 from hf_vicreg.training.digits import digit_images
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.hub_reach import hub_trouble, without_hub
 from hf_vicreg.training.image_source import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -53,10 +55,10 @@ def load_sources(
     columns = (image_column_name, label_column_name)
     source = dataset_source(dataset_name, splits[train_split], *columns)
     if test_split is not None:
-        return source, dataset_source(dataset_name, splits[test_split], *columns)
+        return source, dataset_source(dataset_name, splits[test_split], *columns, said=True)
     for split in ("test", "validation"):
         if source.labels is not None and split in splits and split != train_split and len(splits[split]):
-            held_out = dataset_source(dataset_name, splits[split], *columns)
+            held_out = dataset_source(dataset_name, splits[split], *columns, said=True)
             if held_out.labels is not None:
                 return source, held_out
     return source, None
@@ -140,11 +142,21 @@ def load_splits(name: str, config: str | None, *, streaming: bool = False) -> di
     saved = any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_info.json", "dataset_dict.json"))
     if saved and streaming:
         raise InputError(f"`streaming`: expected parquet files or a Hub id, got {name}, which is read without it.")
+    trouble = None if os.path.exists(name) else hub_trouble(name)
     try:
-        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, streaming=streaming)
+        with without_hub() if trouble else nullcontext():
+            if saved:
+                loaded = datasets.load_from_disk(name)
+            else:
+                loaded = datasets.load_dataset(name, config, streaming=streaming)
     except IndexError as error:  # a split that was saved to disk without a row
         raise InputError(f"`dataset_name`: expected images in every split of {name}, found an empty one.") from error
     except Exception as error:  # the library raises dozens of kinds for what is all the same to a user
+        if trouble:
+            raise InputError(
+                f"`dataset_name`: cannot load {name}: there is no folder of that name here, nothing of it in the "
+                f"cache, and {trouble}."
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"`dataset_name`: cannot load {name}: {type(error).__name__}: {reason}") from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
@@ -173,8 +185,10 @@ def image_column_of(name: str, features: Any, image_column: str | None) -> str:
     return image_column
 
 
-def dataset_source(name: str, dataset: Any, image_column: str | None, label_column: str | None) -> ImageSource:
-    """Return the images of a split.
+def dataset_source(
+    name: str, dataset: Any, image_column: str | None, label_column: str | None, *, said: bool = False
+) -> ImageSource:
+    """Return the images of a split; which column they are in is logged, if it was not `said` of another split.
 
     Raises:
         InputError: No or several image columns, an unknown column, labels that are no class indices, or no rows.
@@ -188,7 +202,8 @@ def dataset_source(name: str, dataset: Any, image_column: str | None, label_colu
     # bytes, not decoded images: one corrupt file must not end the run
     encoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     source = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
-    logger.info("dataset %s: image column %r, labels %s", source, image_column, "found" if labels else "not used")
+    if not said:
+        logger.info("dataset %s: image column %r, labels %s", source, image_column, "found" if labels else "not used")
     found = _source(source, len(dataset), partial(_read_row, encoded, image_column), labels)
     names = getattr(dataset.features.get(label_column or "label"), "names", None)
     return replace(found, label_names=names if labels is not None else None)
