@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser(
         "pretrain", help="pretrain an encoder; as `accelerate launch -m hf_vicreg.training.pretrain` does"
     )
-    inspect = verbs.add_parser("inspect", help="what a model's attention costs and looks like")
+    inspect = verbs.add_parser("inspect", help="what a model's attention costs and looks like, or a folder of images")
     whats = inspect.add_subparsers(required=True, metavar="WHAT")
     cost = whats.add_parser("cost", help="FLOPs and memory at an image size, dense and by blocks")
     pattern = whats.add_parser("pattern", help="which tile sees which, as text or SVG")
@@ -48,6 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
     pattern.add_argument("--output", type=Path, help="SVG file to write")
     cost.set_defaults(run=_cost)
     pattern.set_defaults(run=_pattern)
+    images = whats.add_parser("images", help="a whole set of images: sizes, kinds, copies, what would be skipped")
+    images.add_argument("source", metavar="SOURCE", help="folder of images, local `datasets` folder or Hub id")
+    images.add_argument("--patch_size", type=int, help="in pixels; smaller images are skipped")
+    images.add_argument("--image_size", type=int, help="in pixels; how many images would be enlarged")
+    images.add_argument("--num_proc", type=int, help="threads that read; default: the cores at hand")
+    images.add_argument("--json", type=Path, metavar="FILE", help="file to write everything to, each image skipped")
+    images.add_argument("--dataset_config_name", help="configuration of the Hub dataset")
+    images.add_argument("--train_split", default="train", help="split to read (default: train)")
+    images.add_argument("--image_column_name", help="column of images; default: the only one")
+    images.add_argument("--label_column_name", help="column of labels; default: `label` if there is one")
+    images.set_defaults(run=_images)
 
     convert = verbs.add_parser("convert", help="weights of a dense ViT or DINOv2 into a BigBirdViT")
     convert.add_argument(
@@ -121,6 +132,28 @@ def _pattern(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         with blamed_on("output", f"expected a file to write, got {str(arguments.output)!r}"):
             arguments.output.write_text(pattern.svg())
+
+
+def _images(arguments: argparse.Namespace) -> None:
+    import json
+
+    from hf_vicreg.evaluation_commands import log_to_stderr
+    from hf_vicreg.training.image_report import inspect_images, report
+
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise ValueError(f"`--json`: expected a file in a folder that exists, got {arguments.json}.")
+    log_to_stderr()
+    columns = ("dataset_config_name", "train_split", "image_column_name", "label_column_name")
+    found = inspect_images(
+        arguments.source,
+        patch_size=arguments.patch_size,
+        image_size=arguments.image_size,
+        num_threads=arguments.num_proc,
+        **{name: getattr(arguments, name) for name in columns},
+    )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(report(found))
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -90,14 +90,19 @@ class ImageSource:
             raise unusable(error) from error
         return decode(encoded, self.min_size, reduction)
 
-    def why(self, index: int) -> str | None:
-        """Return in words why an image cannot be used, None if it can."""
+    def refusal(self, index: int) -> UnusableImage | None:
+        """Return why an image cannot be used, None if it can."""
         try:
             # as small as it may be: what is wrong with a JPEG shows at an eighth of its size, too
             self.read_or_raise(index, lambda width, height: 8)
         except UnusableImage as error:
-            return str(error)
+            return error
         return None
+
+    def why(self, index: int) -> str | None:
+        """Return in words why an image cannot be used, None if it can."""
+        refusal = self.refusal(index)
+        return None if refusal is None else str(refusal)
 
     def header(self, index: int) -> Header:
         """Return size and kind of an image without decoding it.

@@ -46,6 +46,7 @@ from hf_vicreg.training.signals import StopRequest
 from hf_vicreg.training.sources import ImageSource
 from hf_vicreg.training.summary import summary
 from hf_vicreg.training.tracking import TRACKERS_FOLDER, finish_trackers, start_trackers, tracker_names
+from hf_vicreg.training.unusable import write_unusable
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
 
@@ -226,12 +227,6 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
     if probe.possible:
         state.note(probe.of_encoders("trained"))
     finish_trackers(accelerator)
-    if state.unusable:
-        logger.warning(
-            "%d image(s) were corrupt or smaller than a patch, and replaced by others: %s",
-            len(state.unusable),
-            ", ".join(map(source.describe, state.unusable[:10])) + (", ..." if len(state.unusable) > 10 else ""),
-        )
     results = results_now(state)
     encoder = trainer.unwrapped.encoder.eval()
 
@@ -239,6 +234,7 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
         records = read_log(folder / LOG_FILE)
         results.update(health_of(records, config.vicreg.gamma))
         with room_in(folder):
+            write_unusable(folder, source, state.unusable)
             draw_curves(with_ends(records, results), folder / CURVES_FILE)
             export_run(folder, trainer.unwrapped, processor, config.to_recipe(), results)
         print(summary(folder, results, records))

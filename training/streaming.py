@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_vicreg.training.data import MAX_SUBSTITUTES, collate, draw_views, joint_reduction
-from hf_vicreg.training.decoding import decode
+from hf_vicreg.training.decoding import KINDS, UnusableImage, decode
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.signals import end_workers, outlive_signals
 from hf_vicreg.training.sources import image_column_of, load_splits
@@ -28,6 +28,7 @@ from hf_vicreg.training.views import ViewSampler
 logger = logging.getLogger(__name__)
 
 NUM_FINGERPRINTED = 8
+DIGEST_BITS = 48  # of the number that an unusable image is known by; above them the kind of reason
 BUFFER_SIZE = 1000  # images, still encoded, that the next one is drawn from
 
 
@@ -67,7 +68,12 @@ class ImageStream:
 
     def describe(self, index: int) -> str:
         """Return what an unusable image, known by its contents alone, is called."""
-        return f"the image whose SHA-256 begins with {index:012x}"
+        return f"the image whose SHA-256 begins with {index % 2**DIGEST_BITS:012x}"
+
+    def refusal(self, index: int) -> UnusableImage | None:
+        """Return why it could not be used, by its kind alone; None where the number does not hold it."""
+        place = index >> DIGEST_BITS
+        return UnusableImage(list(KINDS)[place - 1]) if 0 < place <= len(KINDS) else None
 
 
 def load_stream(
@@ -120,8 +126,10 @@ class StreamDataset(IterableDataset):
                 try:
                     reduction = partial(joint_reduction, self.samplers, key)
                     image = decode(encoded, self.stream.min_size, reduction)
-                except Exception:  # on broken files Pillow raises nearly anything
-                    unusable.append(int.from_bytes(hashlib.sha256(encoded).digest()[:6]))
+                except UnusableImage as error:
+                    # a stream has no index to read it by again: its contents, and above them why
+                    place = list(KINDS).index(error.kind) + 1
+                    unusable.append(place << DIGEST_BITS | int.from_bytes(hashlib.sha256(encoded).digest()[:6]))
                     if len(unusable) < MAX_SUBSTITUTES:
                         continue
                     yield {"views": None, "colours": None, "unusable": unusable}

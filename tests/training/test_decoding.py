@@ -56,6 +56,18 @@ def broken():
     }
 
 
+REASONS = {
+    "empty.jpg": "empty file",
+    "web_page.jpg": "not an image (a web page)",
+    "cut_short.jpg": "truncated JPEG",
+    "cut_short.png": "truncated PNG",
+    "overwritten.png": "damaged PNG",
+    "zeros.png": "not an image",
+    "one_pixel.png": "1x1 pixels, smaller than a patch of 8x8 (width x height)",
+    "gone.jpg": "missing file",
+}
+
+
 def odd():
     """Files that are fine, of kinds that are easily read wrong."""
     picture = ramp()
@@ -91,6 +103,28 @@ def test_odd_kinds_show_the_same_picture(name):
 def test_broken_files_are_refused(name):
     with pytest.raises(Exception, match=r".*"):
         decode(broken()[name], min_size=(4, 4))
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons_are_plain_words(tmp_path, name):
+    content = broken()[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    else:
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    source, _ = load_sources(train_dir=str(tmp_path))
+    assert source.at_least(8, 8).why(0).startswith(REASONS[name])
+    assert source.at_least(8, 8).read(0) is None
+
+
+def test_sizes_floats_and_folders_have_reasons_too(tmp_path):
+    (tmp_path / "a_bomb.png").write_bytes(png_header(60_000, 60_000))
+    Image.fromarray(np.ones((20, 20), np.float32)).save(tmp_path / "b_float.tiff")
+    (tmp_path / "c_fine.png").write_bytes(encoded(ramp(), "PNG"))
+    source, _ = load_sources(train_dir=str(tmp_path))
+    assert source.why(0) == "60000x60000 pixels refused, at most 134,217,728 are decoded"
+    assert source.why(1) == "float image: what its values mean is not known"
+    assert source.why(2) is None
 
 
 def test_one_pixel_is_an_image_where_it_is_large_enough():
@@ -186,5 +220,10 @@ def test_two_thousand_images_with_broken_ones_train_and_are_counted(tmp_path, ti
     assert json.loads((tmp_path / "run" / "results.json").read_text())["unusable_images"] == 20
     source, _ = load_sources(train_dir=str(folder))
     assert "20 image(s) were" in caplog.text
+    entries = [json.loads(line) for line in (tmp_path / "run" / "unusable.jsonl").read_text().splitlines()]
+    assert {one["name"] for one in entries} == set(bad)
+    for one in entries:
+        assert one["reason"].startswith(REASONS[one["name"].split("_", 1)[1]])
+        assert source.describe(one["index"]) == one["name"]
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000020" / "state.json").read_text())
     assert {source.describe(index) for index in state["unusable"]} == set(bad)

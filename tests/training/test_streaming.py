@@ -14,6 +14,7 @@ from PIL import Image
 
 from hf_vicreg import pretrain
 from hf_vicreg.training.arguments import ViewsConfig
+from hf_vicreg.training.decoding import KINDS
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.resolve import resolve
 from hf_vicreg.training.sources import load_sources
@@ -165,6 +166,12 @@ def test_a_streamed_run_trains_and_says_what_resuming_means(shards, tmp_path, ti
     assert result.results["steps"] == 9
     assert result.results["unusable_images"] == 3  # each counted once, though the stream was passed three times
     assert result.results["num_images"] == 144
+    passed_over = [json.loads(line) for line in (tmp_path / "run" / "unusable.jsonl").read_text().splitlines()]
+    assert len(passed_over) == 3
+    # a stream cannot be read again by index: the kind travels in the number
+    assert all(one["reason"] in KINDS.values() for one in passed_over)
+    assert all(one["name"].startswith("the image whose SHA-256 begins with ") for one in passed_over)
+    assert {len(one["name"].split()[-1]) for one in passed_over} == {12}
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 10))
     assert np.isfinite([line["loss"] for line in lines]).all()
