@@ -133,8 +133,8 @@ def test_unlabelled_folder_with_corrupt_images(tmp_path, tiny_recipe, image_fold
         out=tmp_path / "run", data=folder, model=BigBirdViTConfig(**tiny_recipe.pop("model")), **tiny_recipe
     )
     assert result.results["unusable_images"] == 2
-    assert "2 image(s) were corrupt or smaller than a patch" in caplog.text
-    assert "0003.png, 0017.png" in caplog.text
+    assert "2 image(s) were not usable and replaced by others" in caplog.text
+    assert "0003.png: not an image; 0017.png: not an image" in caplog.text
     assert result.results["knn_accuracy"] == {}
     assert str(tmp_path) not in (tmp_path / "run" / "README.md").read_text()  # no paths of this machine
     assert "not measured" in (tmp_path / "run" / "README.md").read_text()
