@@ -64,10 +64,15 @@ def test_commands_have_known_flags(page, workplace, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_verbs_and_flags_of_the_command_are_known(page):
+def test_verbs_and_flags_of_the_command_are_known(page, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
     text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     for line in text.splitlines():
-        if line.startswith("hf-vicreg "):
+        if line.startswith("hf-vicreg pretrain "):
+            given = parse_flags(shlex.split(line)[2:])
+            given.pop("num_processes", None)
+            resolve({"output_dir": "somewhere"} | given)
+        elif line.startswith("hf-vicreg "):
             build_parser().parse_args(shlex.split(line)[1:])  # exits with 2 if not
 
 
