@@ -138,10 +138,11 @@ def _images(arguments: argparse.Namespace) -> None:
     import json
 
     from hf_vicreg.evaluation_commands import log_to_stderr
+    from hf_vicreg.training.errors import InputError
     from hf_vicreg.training.image_report import inspect_images, report
 
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise ValueError(f"`--json`: expected a file in a folder that exists, got {arguments.json}.")
+        raise InputError(f"`--json`: expected a file in a folder that exists, got {arguments.json}.")
     log_to_stderr()
     columns = ("dataset_config_name", "train_split", "image_column_name", "label_column_name")
     found = inspect_images(

@@ -55,7 +55,7 @@ def load_annotated(
             f"`test_split`: expected a split `test` or `validation` beside {arguments.train_split!r} in {name}, found "
             f"{sorted(splits)}; name the one to test on with --test_split."
         )
-    both = []
+    both: list[tuple[AnnotatedImages, Any]] = []
     for flag, split, limit in (
         ("train_split", arguments.train_split, arguments.max_train_samples),
         ("test_split", test_split, arguments.max_test_samples),
