@@ -201,7 +201,7 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
             made.fill("model.patch_size", 16, "as ViT has it")
         else:
             made.fill("model.patch_size", 2 * stride, "overlapping by half")
-            made.fill("model.patch_stride", stride, "half a patch")
+            made.fill("model.patch_stride", stride, "overlapping by half")
     elif "patch_size" not in model:
         made.fill("model.patch_size", 2 * model["patch_stride"], "overlapping by half")
     if model.get("attention_type") == "original_full" or model.get("attention_layout") == "raster":
