@@ -138,7 +138,6 @@ def _images(arguments: argparse.Namespace) -> None:
     import json
 
     from hf_vicreg.evaluation_commands import log_to_stderr
-    from hf_vicreg.training.errors import InputError
     from hf_vicreg.training.image_report import inspect_images, report
 
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
