@@ -114,6 +114,8 @@ LIGHT = {
         "`second_model.patchsize`: unknown",
     ),
     "loss key": (["pretrain", "digits", "--vicreg.gama=1"], 2, "`vicreg.gama`: unknown key; did you mean `gamma`?"),
+    "processes": (["pretrain", "digits", "--num_processes", "0"], 2, "`num_processes`: expected 1 to 64, got 0"),
+    "several": (["pretrain", "photoss", "--num_processes", "2"], 2, "did you mean 'photos'?"),
     "resuming": (["pretrain", "digits", "--resume_from_checkpoint", "latest"], 2, "the newest are runs/old."),
 }
 

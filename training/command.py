@@ -10,9 +10,13 @@ from hf_vicreg.training.flags import parse_flags
 from hf_vicreg.training.places import with_places
 from hf_vicreg.training.settings import explicit_settings
 
+MAX_PROCESSES = 64  # against slips
+
 
 def main(arguments: list[str], run: Callable[[dict[str, Any]], Any] | None = None) -> int:
     """Run from the command line; return the exit code: 2 for bad input, 75 for a run that stopped when asked.
+
+    With `--num_processes` it starts so many others and waits for them.
 
     Args:
         arguments: Flags.
@@ -22,11 +26,37 @@ def main(arguments: list[str], run: Callable[[dict[str, Any]], Any] | None = Non
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_vicreg").setLevel(logging.INFO if main_process else logging.ERROR)
     try:
-        settings = with_places(explicit_settings(parse_flags(arguments)))
-        return _run(settings, run)
+        given = parse_flags(arguments)
+        count = _num_processes(given.pop("num_processes", None))
+        settings = with_places(explicit_settings(given))
+        if count == 1:
+            return _run(settings, run)
+        from hf_vicreg.training.spawn import run_processes
+
+        return run_processes([*_without_count(arguments), "--output_dir", settings["output_dir"]], count)
     except InputError as error:
         tell(error)
         return 2
+
+
+def _num_processes(count: int | None) -> int:
+    """Return how many processes this one shall start; 1: it is the run itself."""
+    if count is None:
+        return 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("`num_processes`: expected none under a launcher, which has started them; leave it out.")
+    if not 1 <= count <= MAX_PROCESSES:
+        raise InputError(f"`num_processes`: expected 1 to {MAX_PROCESSES}, got {count}.")
+    return count
+
+
+def _without_count(arguments: list[str]) -> list[str]:
+    """Return the flags without `--num_processes`, in either of its forms."""
+    return [
+        one
+        for before, one in zip(["", *arguments], arguments, strict=False)
+        if "--num_processes" not in (before, one.partition("=")[0])
+    ]
 
 
 def _run(settings: dict[str, Any], run: Callable[[dict[str, Any]], Any] | None) -> int:

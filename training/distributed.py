@@ -34,12 +34,20 @@ def build_accelerator(
         project_dir: Folder for the trackers' files.
 
     Raises:
-        InputError: fp16 without a GPU, or a launcher that shards the model.
+        InputError: fp16 without a GPU, more processes than GPUs, or a launcher that shards the model.
     """
-    use_cpu = device == "cpu" or _told_to_use_cpu()
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    # several processes without CUDA share a batch on CPUs alone, and only if accelerate is told so
+    use_cpu = device == "cpu" or _told_to_use_cpu() or not (is_alone or torch.cuda.is_available())
     has_cuda = torch.cuda.is_available() and not use_cpu
     if mixed_precision == "fp16" and not has_cuda:
         raise InputError("`mixed_precision`: expected a CUDA device for 'fp16', found none; use 'bf16' or 'no'.")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if has_cuda and local > torch.cuda.device_count():
+        raise InputError(
+            f"`num_processes`: expected at most the {torch.cuda.device_count()} GPU(s) of this machine, got {local}; "
+            "add --device cpu for processes on CPUs."
+        )
     if mixed_precision == "auto":
         has_bf16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         mixed_precision = "bf16" if has_bf16 else "no"
@@ -56,7 +64,7 @@ def build_accelerator(
             f"`distributed_type`: expected NO, MULTI_CPU or MULTI_GPU, got {found}, where no process has "
             "all weights; choose one of training/launch."
         )
-    threads = set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = set_threads(local)
     logger.info(
         "device %s, %d process(es), %d threads each, mixed precision %s",
         accelerator.device.type,

@@ -126,6 +126,13 @@ def pretrain_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help=f"Recipe below the flags: a YAML file or one of {', '.join(recipe_names())}.",
     )
+    parser.add_argument(
+        "--num_processes",
+        metavar="INT",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="Processes on this machine that share each batch, such as one a GPU; default: 1.",
+    )
     groups: Groups = {title: parser.add_argument_group(title) for title in GROUPS}
     # only what was typed counts: defaults come after the recipe
     add_fields(parser, PretrainArguments, defaults=False, groups=groups)
@@ -136,7 +143,9 @@ def pretrain_parser() -> argparse.ArgumentParser:
 
 
 def parse_flags(arguments: list[str]) -> dict[str, Any]:
-    """Return the explicit flags of a command line as a nested dictionary, `config` and `data` among them if given.
+    """Return the explicit flags of a command line as a nested dictionary.
+
+    `config`, `data` and `num_processes` are among them if given.
 
     Raises:
         InputError: An unknown flag, or a dotted flag without a value.

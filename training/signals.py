@@ -18,6 +18,7 @@ SECONDS_BETWEEN_LOOKS = 1.0  # at the stop file, which may lie on a network's fi
 WORKER_GRACE_S = 600  # how long a loader process outlives a SIGTERM: a step, a measurement and a checkpoint
 LAUNCHERS = (b"accelerate", b"accelerate-launch", b"torchrun")
 LAUNCHER_MODULES = (b"accelerate.", b"torch.distributed.")
+PARENT = "HF_VICREG_PARENT"  # environment variable: the process that started this one as one of several
 
 
 class StopReason(IntEnum):
@@ -131,6 +132,8 @@ def _launcher() -> int | None:
 
     `accelerate launch` of one process ends on a signal without passing it on, and its child would train on unseen.
     """
+    if PARENT in os.environ:  # it may be gone by now
+        return int(os.environ[PARENT])
     parent = os.getppid()
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes()
