@@ -30,15 +30,6 @@ ORDERS = {
     "processor-first": "import hf_vicreg.modeling.image_processing_bigbird_vit",
     "reloaded": "import importlib, hf_vicreg as one\nimportlib.reload(one).VicRegConfig\nimportlib.reload(one)",
     "training-first": "import hf_vicreg.training.pretrain",
-    "two-threads": """
-import threading
-import hf_vicreg
-def one(): import transformers; transformers.AutoModel
-def other(): assert hf_vicreg.VicRegForPreTraining
-threads = [threading.Thread(target=work) for work in (one, other, other)]
-for thread in threads: thread.start()
-for thread in threads: thread.join(120)
-assert not any(thread.is_alive() for thread in threads)""",
 }
 
 

@@ -42,6 +42,7 @@ def closed_port():
         yield holder.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_each_fault_gets_one_line_and_leaves_the_repository_whole(hub, publishing, run_folder, closed_port):
     run = str(run_folder)
     other = {"other.txt": b"somebody's", "pretraining/model.safetensors": b"an older one's"}

@@ -28,6 +28,7 @@ def training(run_process, environment, tiny_recipe, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_checkpoints_are_pushed_one_at_a_time_and_then_the_finished_run(hub, training, environment):
     several = ["--hub_strategy", "checkpoint", "--checkpointing_steps", 1, "--max_steps", 4]
     finished, out = training("--hub_model_id", "writer/live", *several)
@@ -59,10 +60,17 @@ def test_checkpoints_are_pushed_one_at_a_time_and_then_the_finished_run(hub, tra
 @pytest.mark.parametrize(
     ("repo", "token", "message"),
     [
-        ("writer/x", "", "`push_to_hub`: expected a token with write access, got none"),
-        ("writer/x", "hf_wrong", "`push_to_hub`: the token is not accepted"),
+        pytest.param(
+            "writer/x", "", "`push_to_hub`: expected a token with write access, got none", marks=pytest.mark.slow
+        ),
+        pytest.param("writer/x", "hf_wrong", "`push_to_hub`: the token is not accepted", marks=pytest.mark.slow),
         ("writer/x", "hf_reader_token_of_the_tests", "`push_to_hub`: expected a token with write access, this one"),
-        ("nobody/x", None, r"`hub_model_id`: expected one of the token's owners ['writer', 'lab'], got 'nobody'"),
+        pytest.param(
+            "nobody/x",
+            None,
+            r"`hub_model_id`: expected one of the token's owners ['writer', 'lab'], got 'nobody'",
+            marks=pytest.mark.slow,
+        ),
         ("writer", None, "`hub_model_id`: expected OWNER/NAME with --push_to_hub, got 'writer'"),
     ],
 )

@@ -79,7 +79,7 @@ def test_both_encoders_are_named():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_measure_the_global_batch(processes, tmp_path, run_process):
     output = tmp_path / "results.safetensors"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
