@@ -57,7 +57,8 @@ def run_processes(arguments: list[str], count: int) -> int:
 def _wait(processes: list[subprocess.Popen]) -> int:
     """Wait for all, or for a while after one has failed; return that one's exit code, 128 + number for a signal."""
     code, deadline = 0, float("inf")
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+    # a list: each has to be asked, or its exit code is not known
+    while None in [process.poll() for process in processes] and time.monotonic() < deadline:
         time.sleep(SECONDS_BETWEEN_LOOKS)
         failed = next((process.returncode for process in processes if process.returncode), 0)
         if failed and not code:

@@ -85,7 +85,7 @@ def plan_table(
     rows.append(
         (
             "memory",
-            f"{predicted_memory / 2**30:.1f} GB predicted, {rate.peak_memory / 2**30:.1f} GB measured",
+            f"{predicted_memory / 2**30:.2f} GB predicted, {rate.peak_memory / 2**30:.2f} GB measured",
             f"of {machine.memory / 2**30:.1f} GB",
         )
     )
