@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.measuring import machine
 
 SMALL = (
-    "--model.hidden_size 384 --model.num_hidden_layers 12 --model.num_attention_heads 6 --model.intermediate_size 1536 "
-    "--model.image_size 224 --model.patch_size 16"
+    "--model.hidden_size 384 --model.num_hidden_layers 12 --model.num_attention_heads 6 "
+    "--model.intermediate_size 1536 --model.image_size 224 --model.patch_size 16"
 )
 TINY = "--model.hidden_size 192 --model.num_attention_heads 3 --model.intermediate_size 768"
 CONFIGURATIONS = {
