@@ -65,9 +65,9 @@ def configure(
 ) -> Plan:
     """Return what a run is to be made of; every process must call.
 
-    A run that leaves its length, batch or encoder open is planned. Any other stays as it is, but for a batch that
-    does not fit into the memory at once. A resumed run is what it was; a stream, whose length nobody knows, is not
-    planned.
+    A run that leaves its length, batch or encoder open is planned, and so is one of which nothing but the plan is wanted.
+    Any other stays as it is, but for a batch that does not fit into the memory at once. A resumed run is what it was; a
+    stream, whose length nobody knows, is not planned.
 
     Args:
         settings: Explicit ones.
@@ -89,7 +89,7 @@ def configure(
         local_processes=local,
     )
     resuming = run.resume_from_checkpoint is not None
-    if isinstance(source, ImageSource) and is_open(settings) and not resuming:
+    if isinstance(source, ImageSource) and (is_open(settings) or run.plan_only) and not resuming:
         return plan_run(settings, source, held_out, accelerator, machine, began=began)
     if run.per_device_train_batch_size is not None:
         batch = run.per_device_train_batch_size * processes
