@@ -65,8 +65,8 @@ def configure(
 ) -> Plan:
     """Return what a run is to be made of; every process must call.
 
-    A run that leaves its length, batch or encoder open is planned, and so is one of which nothing but the plan is wanted.
-    Any other stays as it is, but for a batch that does not fit into the memory at once. A resumed run is what it was; a
+    A run that leaves its length, batch or encoder open is planned, and so is one of which only the plan is wanted. Any
+    other stays as it is, but for a batch that does not fit into the memory at once. A resumed run is what it was. A
     stream, whose length nobody knows, is not planned.
 
     Args:
