@@ -19,7 +19,7 @@ import torch
 
 GRID = 2.0**25
 SIGNIFICANT_BITS = 24
-ELEMENTS = 2**24  # of a chunk of cosines: 128 MiB in float64
+ELEMENTS = 2**22  # of a chunk of cosines: 32 MiB in float64
 
 
 def exact_cosines(bank: torch.Tensor, queries: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -44,6 +44,15 @@ def on_grid(features: torch.Tensor) -> torch.Tensor:
     Args:
         features: `(images, features)`.
     """
+    found = torch.empty(features.shape, dtype=torch.float64, device=features.device)
+    # some rows at a time: each of the steps below makes a copy
+    rows = max(1, ELEMENTS // max(1, features.shape[1]))
+    for some, into in zip(features.split(rows), found.split(rows), strict=True):
+        into.copy_(_on_grid(some))
+    return found
+
+
+def _on_grid(features: torch.Tensor) -> torch.Tensor:
     features = features.double().nan_to_num(0.0, 0.0, 0.0)
     width = max(1, features.shape[1])
     bits = min(SIGNIFICANT_BITS, (62 - (width - 1).bit_length()) // 2)  # the sum of squares stays below 2^63

@@ -21,6 +21,7 @@ MAX_EPOCHS = 1000  # beyond that a small set of images teaches nothing new
 EVENING_SECONDS = 3 * 3600.0
 FLOPS_PER_SECOND = {"cpu": 35e9, "cuda": 25e12, "mps": 1e12}  # of training, for each core of a CPU
 SHORT_STEPS = 10_000
+MEASURING_RATIO = 0.08  # of the time, for k-NN between the first step and the last
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def choose_schedule(
     every = min(max(60.0, total / 20), 600.0)
     made.fill("checkpointing_steps", max(1, round(every / step_seconds)), f"about every {words(every)}")
     if knn_seconds:
-        measurements = max(1, min(5, int(0.08 * total / knn_seconds)))
+        measurements = max(1, min(5, int(MEASURING_RATIO * total / knn_seconds)))
         made.fill("knn_every_epochs", max(1, math.ceil(epochs / measurements)), "at most a twelfth of the time")
 
 

@@ -1,5 +1,8 @@
 """The machine a run may use: its device, cores and memory, within the limits that a container or a cluster sets."""
 
+import contextlib
+import ctypes
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +75,13 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system where the C library keeps it (glibc): it would count as held."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory() -> int:

@@ -20,6 +20,7 @@ from hf_vicreg.training.planner.choices import (
     EVENING_SECONDS,
     LADDER,
     MAX_EPOCHS,
+    MEASURING_RATIO,
     MIN_IMAGES,
     Choices,
     Images,
@@ -253,7 +254,7 @@ def _fit_schedule(
     step = trial.rate.step_seconds
     per_epoch = max(1, images.count // config.step_size)
     ends = pixels + 2 * measured + CLOSING_SECONDS
-    between = 0.08 * left if measured else 0.0
+    between = MEASURING_RATIO * left // measured * measured if measured else 0.0
     steps = steps_within(left - ends - between, step, per_epoch, most_epochs=MAX_EPOCHS, images=images.count)
     given_length = made.settings.keys() & {"num_train_epochs", "max_steps"}
     if given_length:

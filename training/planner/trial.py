@@ -1,6 +1,5 @@
 """A few steps taken for real, to learn how long one takes and how much memory it holds; then thrown away."""
 
-import gc
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.evaluation.knn import BATCH_SIZE, encoded_batches, model_encoder
 from hf_vicreg.training.image_source import ImageSource
 from hf_vicreg.training.loop import Trainer
-from hf_vicreg.training.planner.machine import Machine, peak_memory, reset_peak
+from hf_vicreg.training.planner.machine import Machine, give_back_memory, peak_memory, reset_peak
 from hf_vicreg.training.planner.schedule import Rate
 from hf_vicreg.training.signals import StopRequest
 
@@ -88,7 +87,7 @@ def try_steps(
     parameters = sum(one.numel() for one in trainer.unwrapped.encoder.parameters())
     del trainer, model
     accelerator.free_memory()
-    gc.collect()
+    give_back_memory()
     return Trial(
         rate=Rate(statistics.median(step_seconds), peak, config.step_size),
         wait_ratio=sum(waits) / sum(step_seconds),
