@@ -1,8 +1,9 @@
 """How much memory a step will take, told before the first one, and a batch that fits.
 
 The real model is run on tensors without numbers: what its forward pass keeps for its backward pass is counted to the
-byte. A CPU's allocator holds more than that, because freed memory of odd sizes is not used again at once:
-`ALLOCATOR_RATIO` is what was measured on six configurations (docs/experiments.md).
+byte. A process holds more than that. On a CPU the C library keeps freed blocks below 32 MiB to itself, in pieces that
+the next tensor may not fit into; larger ones go back to the system at once. The two ratios were fitted to six
+configurations (`benchmarks/planned_memory.py`) and tried on others; see docs/experiments.md.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +19,9 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.planner.machine import Machine, resident_memory
 
 OPTIMIZER_STATES = {"adamw": 2, "lars": 1}  # tensors of a parameter's size
-ALLOCATOR_RATIO = {"cpu": 1.6, "cuda": 1.15, "mps": 1.3}
+LARGE_BYTES = 2**25  # glibc's largest threshold, from which a block is the system's own
+# of what is kept in small tensors and in large ones; those of GPUs are guesses on the safe side
+ALLOCATOR_RATIOS = {"cpu": (1.85, 1.2), "cuda": (1.15, 1.15), "mps": (1.3, 1.3)}
 CONTEXT_BYTES = 2**29  # what a GPU's driver and libraries take beside the tensors
 
 
@@ -30,6 +33,7 @@ class StepMemory:
         weights: Parameters, their gradients and the optimiser's state, fp32.
         encoder: What the encoders' forward pass keeps for the backward pass.
         expander: What expanders and loss keep.
+        large_ratio: Share of the two that is in tensors of `LARGE_BYTES` and more.
         inputs: The batch as pixels, all views.
         images: That go through the encoder at once.
         has_batch_norm: Whether an encoder has batch norms, and sees its batch at once or not at all.
@@ -40,6 +44,7 @@ class StepMemory:
     expander: int
     inputs: int
     images: int
+    large_ratio: float
     has_batch_norm: bool
 
     def peak(self, device: str, pieces: int = 1) -> int:
@@ -49,8 +54,10 @@ class StepMemory:
             device: `cpu`, `cuda` or `mps`.
             pieces: In so many parts the images go through the encoder, one after the other.
         """
-        kept = self.encoder // pieces + self.expander + self.inputs // pieces
-        return self.weights + int(kept * ALLOCATOR_RATIO[device])
+        small, large = ALLOCATOR_RATIOS[device]
+        share = self.large_ratio if pieces == 1 else 0.0  # pieces have smaller tensors
+        kept = (self.encoder // pieces + self.expander) * (small * (1 - share) + large * share)
+        return self.weights + int(kept + large * self.inputs / pieces)
 
 
 def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None = None) -> StepMemory:
@@ -93,6 +100,7 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
         expander=expander_bytes,
         inputs=sum(one.nbytes for one in inputs.values()),
         images=images,
+        large_ratio=kept.large(without=pixels) / max(1, encoder_bytes + expander_bytes),
         has_batch_norm=any(has_batch_norm(one) for one in model.encoders),
     )
 
@@ -114,6 +122,11 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
     def total(self, without: set[int]) -> int:
         """Return their bytes."""
         return sum(size for storage, size in self.storages.items() if storage not in without)
+
+    def large(self, without: set[int]) -> int:
+        """Return the bytes of the large ones."""
+        found = (size for storage, size in self.storages.items() if storage not in without)
+        return sum(size for size in found if size >= LARGE_BYTES)
 
 
 def predicted_peak(memory: StepMemory, machine: Machine, pieces: int = 1) -> int:
