@@ -54,7 +54,7 @@ test-package: $(VENV)/.installed
 # transformers' own tests of a model, on ours. They are in its source distribution alone, which a package index has to give.
 test-upstream: $(VENV)/.installed
 	$(BIN)/python tests/upstream/upstream_sources.py
-	$(PYTEST) -m upstream -W default -rs tests/upstream
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m upstream -W default -rs tests/upstream
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
