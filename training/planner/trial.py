@@ -1,7 +1,10 @@
 """A few steps taken for real, to learn how long one takes and how much memory it holds; then thrown away."""
 
+import logging
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +23,18 @@ from hf_vicreg.training.planner.schedule import Rate
 from hf_vicreg.training.signals import StopRequest
 
 MOST_STEPS = 2**31
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out what the run itself says again when it begins."""
+    said = logging.getLogger("hf_vicreg.training.optim")
+    level = said.level
+    said.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        said.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,8 @@ def try_steps(
     set_seed(run.seed)
     model = VicRegForPreTraining(config.vicreg)
     stop = StopRequest(Path(run.output_dir), None)
-    trainer = Trainer(replace(config, run=run), source, model, accelerator, None, stop)
+    with _quietly():
+        trainer = Trainer(replace(config, run=run), source, model, accelerator, None, stop)
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:

@@ -33,6 +33,7 @@ def test_a_run_without_a_recipe_plans_itself(tmp_path, image_folder, caplog):
     assert result.results["attention_density"] <= 0.6
     assert result.results["steps"] == 1
     assert any("Plan for 40 images of about 36 x 36 pixels" in one.message for one in caplog.records)
+    assert sum("the loss cannot see" in one.message for one in caplog.records) == 1, "each thing once"
     assert AutoModel.from_pretrained(tmp_path / "run").config.hidden_size == 32
 
 
