@@ -3,10 +3,11 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -14,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from hf_vicreg.training.arguments import bytes_of, seconds_of
 from hf_vicreg.training.checks import check_statistics_batch
 from hf_vicreg.training.config import RunConfig
+from hf_vicreg.training.distributed import run_on_main
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.image_source import ImageSource
 from hf_vicreg.training.planner.choices import (
@@ -41,6 +43,8 @@ from hf_vicreg.training.settings import explicit_settings
 from hf_vicreg.training.streaming import ImageStream
 
 logger = logging.getLogger(__name__)
+
+Decision = TypeVar("Decision")
 
 TRIAL_RATIO = 0.03  # of the time that is left, for each trial
 TRIAL_SECONDS = (2.0, 20.0)
@@ -101,7 +105,7 @@ def configure(
         # the stored recipe says it once
         config = replace(config, run=replace(run, batch_size=batch, per_device_train_batch_size=None))
         check_statistics_batch(config.run)
-    if not resuming and run.batch_size % processes == 0:
+    if not resuming and config.run.batch_size % processes == 0:
         wanted = config.run.batch_size
         config = _agreed(partial(_fitted, config, machine), accelerator)
         if config.run.batch_size != wanted:
@@ -158,11 +162,13 @@ def plan_run(
     """
     budget = seconds_of(settings["time_budget"]) if settings.get("time_budget") else EVENING_SECONDS
     images = survey(source, held_out)
-    left = budget - (time.monotonic() - began)
+    # whatever a decision hangs on is the main process's: they would wait for each other for ever if they differed
+    left = _agreed(lambda: budget - (time.monotonic() - began), accelerator)
     made, config, peak = _agreed(partial(_choose_fitting, settings, images, machine, left, None), accelerator)
     trial = _try(made, config, source, accelerator, machine, left)
     while _too_slow(made, config, trial, images, left):
         # slower than was thought: a smaller encoder sees images enough
+        assert made.rung is not None  # it has a smaller one
         smaller = partial(_choose_fitting, settings, images, machine, left, made.rung - 1)
         made, config, peak = _agreed(smaller, accelerator)
         trial = _try(made, config, source, accelerator, machine, left)
@@ -218,15 +224,16 @@ def _try(
     given = config.run.dataloader_num_workers
     first = 0 if machine.device == "cpu" else min(8, machine.cores)
     trial = try_steps(*arguments, seconds=seconds, num_workers=first if given is None else given)
+    trial = _agreed(lambda: trial, accelerator)
     if given is not None:
         return trial
     workers, why = first, f"images take {trial.wait_ratio:.0%} of a step"
     if machine.device == "cpu" and trial.wait_ratio > SLOW_DATA_RATIO and machine.cores > 1:
         other = try_steps(*arguments, seconds=seconds, num_workers=machine.cores)
+        other = _agreed(lambda: other, accelerator)
         if other.rate.step_seconds < 0.95 * trial.rate.step_seconds:
             why = f"{trial.rate.step_seconds / other.rate.step_seconds:.1f} times as fast as none"
             workers, trial = machine.cores, other
-    workers, why = _agreed(lambda: (workers, why), accelerator)
     made.fill("dataloader_num_workers", workers, why)
     return trial
 
@@ -291,17 +298,13 @@ def _too_slow(made: Choices, config: RunConfig, trial: Trial, images: Images, le
     return left / trial.rate.step_seconds * config.step_size < wanted / 2
 
 
-def _agreed(decide: Any, accelerator: Accelerator) -> Any:
-    """Return what the main process decides, on every process; an InputError of it is raised on all."""
-    if accelerator.num_processes == 1:
-        return decide()
-    told: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            told[0] = decide()
-        except InputError as error:
-            told[1] = error
-    broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+def _agreed(decide: Callable[[], Decision], accelerator: Accelerator) -> Decision:
+    """Return what the main process decides, on every process; its errors are raised on all, as by `run_on_main`."""
+    found: list[Any] = [None]
+
+    def decide_it() -> None:
+        found[0] = decide()
+
+    run_on_main(decide_it, accelerator)
+    broadcast_object_list(found)
+    return found[0]

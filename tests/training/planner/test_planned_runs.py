@@ -66,6 +66,25 @@ def test_a_plan_is_printed_and_nothing_is_written(tmp_path, image_folder, run_pr
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.distributed
+def test_two_processes_agree_on_one_plan(image_folder, run_process):
+    flags = [
+        "--num_processes",
+        "2",
+        "--time_budget",
+        "20m",
+        "--model.hidden_size",
+        "32",
+        "--model.num_attention_heads",
+    ]
+    command = [sys.executable, "-m", "hf_vicreg.cli", "pretrain", image_folder(40), "--plan_only", *flags, "2"]
+    found = run_process([*command, "--output_dir", "out"], PYTHONWARNINGS="ignore")
+    assert found.returncode == 0, found.stderr
+    assert "device cpu, 2 process(es)" in found.stderr
+    assert found.stdout.count("Plan for 40 images") == 1
+    assert "Traceback" not in found.stderr
+
+
 def test_a_resumed_run_keeps_its_plan(tmp_path, image_folder):
     images, out = image_folder(40), tmp_path / "run"
     first = hf_vicreg.pretrain(data=images, out=out, time_budget="10m", **QUICK)
