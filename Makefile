@@ -35,7 +35,7 @@ test: $(VENV)/.installed
 PLAIN  := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 AVX2   := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ROUND  := $(BIN)/python -m pytest -q -p no:xdist -m rounding
-QUICK  := tests/training/test_exact_cosine.py
+QUICK  := tests/training/evaluation/test_exact_cosine.py
 test-rounding: $(VENV)/.installed
 	$(PLAIN) OMP_NUM_THREADS=1 $(ROUND) tests/training tests/end_to_end
 	$(PLAIN) OMP_NUM_THREADS=2 $(ROUND) $(QUICK)

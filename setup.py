@@ -16,7 +16,7 @@ setup(
         for package in [room, *(f"{room}.{nested}" for nested in find_packages(room))]
     ]
     # data alone, but setuptools wants every folder named
-    + ["hf_vicreg.training.recipes", "hf_vicreg.training.launch"],
+    + ["hf_vicreg.training.recipes"],
     package_dir={"hf_vicreg": "hf_vicreg", **{f"hf_vicreg.{room}": room for room in ROOMS}},
     package_data={
         "hf_vicreg": ["py.typed"],

@@ -26,15 +26,16 @@ import torch.nn.functional as F
 
 from benchmarks.measuring import machine
 from hf_vicreg import VicRegForPreTraining
-from hf_vicreg.training.colour import finish_batch
-from hf_vicreg.training.config import RunConfig
-from hf_vicreg.training.data import StepSampler, ViewDataset, collate
-from hf_vicreg.training.evaluation.knn import encode, knn_accuracy, model_encoder
-from hf_vicreg.training.optim import build_optimizer, learning_rate_at
+from hf_vicreg.training.engine.optim import build_optimizer, learning_rate_at
+from hf_vicreg.training.evaluation.features import encode, model_encoder
+from hf_vicreg.training.evaluation.neighbours import knn_accuracy
+from hf_vicreg.training.images.colour import finish_batch
+from hf_vicreg.training.images.order import StepSampler, ViewDataset, collate
+from hf_vicreg.training.images.sources import ImageSource, load_sources
+from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.pretrain import attention_density, build_processor
-from hf_vicreg.training.resolve import resolve
-from hf_vicreg.training.sources import ImageSource, load_sources
-from hf_vicreg.training.views import ViewSampler
+from hf_vicreg.training.run.config import RunConfig
+from hf_vicreg.training.run.resolve import resolve
 
 TEMPERATURE = 0.5
 SMALL = {

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from hf_vicreg.publishing.staging import stage
-from hf_vicreg.training.run_log import read_log
+from hf_vicreg.training.monitor.run_log import read_log
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 EVIDENCE = ("README.md", "config.json", "results.json", "recipe.yaml")

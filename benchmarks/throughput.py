@@ -30,13 +30,13 @@ from torch.utils.data import DataLoader
 from benchmarks.measuring import machine
 from benchmarks.photographs import QUALITY, write_photographs
 from hf_vicreg import BigBirdViTConfig, VicRegConfig, VicRegForPreTraining, vicreg_loss
-from hf_vicreg.training.arguments import ViewsConfig
-from hf_vicreg.training.colour import finish_batch
-from hf_vicreg.training.data import StepSampler, ViewDataset, collate
-from hf_vicreg.training.optim import build_optimizer
-from hf_vicreg.training.prepare import prepare
-from hf_vicreg.training.sources import ImageSource, load_sources
-from hf_vicreg.training.views import ViewSampler
+from hf_vicreg.training.engine.optim import build_optimizer
+from hf_vicreg.training.images.colour import finish_batch
+from hf_vicreg.training.images.order import StepSampler, ViewDataset, collate
+from hf_vicreg.training.images.sources import ImageSource, load_sources
+from hf_vicreg.training.images.views import ViewSampler
+from hf_vicreg.training.prepare.store import prepare
+from hf_vicreg.training.run.arguments import ViewsConfig
 
 PHOTOGRAPH = (500, 375)  # ImageNet's most common size
 STAGES = ("decode_crop", "colour", "forward", "loss", "backward", "step")

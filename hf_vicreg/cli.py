@@ -138,7 +138,7 @@ def _images(arguments: argparse.Namespace) -> None:
     import json
 
     from hf_vicreg.evaluation_commands import log_to_stderr
-    from hf_vicreg.training.image_report import inspect_images, report
+    from hf_vicreg.training.prepare.inspection import inspect_images, report
 
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise InputError(f"`--json`: expected a file in a folder that exists, got {arguments.json}.")
@@ -197,7 +197,7 @@ def _publish(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from hf_vicreg.training.doctor import read_run, report
+    from hf_vicreg.training.monitor.doctor import read_run, report
 
     with place_for("RUN", arguments.folder):
         found = read_run(arguments.folder)
@@ -209,7 +209,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _prepare(arguments: argparse.Namespace) -> None:
     import logging
 
-    from hf_vicreg.training.prepare import prepare
+    from hf_vicreg.training.prepare.store import prepare
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_vicreg").setLevel(logging.INFO)

@@ -15,7 +15,7 @@ from hf_vicreg.training.evaluation.arguments import (
     LinearArguments,
     RetrievalArguments,
 )
-from hf_vicreg.training.flags import add_fields
+from hf_vicreg.training.run.flags import add_fields
 
 DATA = "--dataset_name my_labelled_images"
 EVALUATIONS = {
@@ -84,7 +84,7 @@ def arguments_of(parsed: argparse.Namespace) -> Any:
 def _evaluate(parsed: argparse.Namespace) -> None:
     log_to_stderr()
     from hf_vicreg.training.evaluation.evaluate import evaluate_knn, evaluate_linear, evaluate_retrieval
-    from hf_vicreg.training.evaluation.few_labels import evaluate_few_labels
+    from hf_vicreg.training.tasks.classification.few_labels import evaluate_few_labels
 
     runs: dict[str, Callable[[str, Any], dict[str, Any]]] = {
         "knn": evaluate_knn,
@@ -97,14 +97,14 @@ def _evaluate(parsed: argparse.Namespace) -> None:
 
 
 def _finetune_classification(parsed: argparse.Namespace) -> None:
-    from hf_vicreg.training.evaluation.finetune import finetune_classification
+    from hf_vicreg.training.tasks.classification.command import finetune_classification
 
     run_task(finetune_classification, parsed)
 
 
 def run_task(task: Any, parsed: argparse.Namespace) -> None:
     """Run a fine-tuning with the flags of its command."""
-    from hf_vicreg.training.distributed import leave_processes
+    from hf_vicreg.training.launch.distributed import leave_processes
 
     log_to_stderr()
     try:

@@ -5,7 +5,7 @@ from typing import Any
 
 from hf_vicreg.evaluation_commands import add_command, log_to_stderr, run_task
 from hf_vicreg.training.errors import place_for
-from hf_vicreg.training.evaluation.task_arguments import CaptioningArguments, DetectionArguments
+from hf_vicreg.training.tasks.arguments import CaptioningArguments, DetectionArguments
 
 DETECTION_EXAMPLE = (
     "hf-vicreg finetune detection runs/mine --dataset_name my_boxes --output_dir runs/detector --image_height 240 "
@@ -47,19 +47,19 @@ def add_tasks(verbs: Any, tasks: Any) -> None:
 
 
 def _finetune_detection(parsed: argparse.Namespace) -> None:
-    from hf_vicreg.training.evaluation.detection import finetune_detection
+    from hf_vicreg.training.tasks.detection.command import finetune_detection
 
     run_task(finetune_detection, parsed)
 
 
 def _finetune_captioning(parsed: argparse.Namespace) -> None:
-    from hf_vicreg.training.evaluation.captioning import finetune_captioning
+    from hf_vicreg.training.tasks.captioning.command import finetune_captioning
 
     run_task(finetune_captioning, parsed)
 
 
 def _detect(parsed: argparse.Namespace) -> None:
-    from hf_vicreg.training.evaluation.detect import detect
+    from hf_vicreg.training.tasks.detection.detect import detect
 
     log_to_stderr()
     with place_for("output", parsed.output or "."):

@@ -10,9 +10,9 @@ from PIL import Image
 
 from hf_vicreg import pretrain
 from hf_vicreg.cli import build_parser
-from hf_vicreg.training.flags import parse_flags
-from hf_vicreg.training.resolve import resolve
-from hf_vicreg.training.settings import recipe_names
+from hf_vicreg.training.run.flags import parse_flags
+from hf_vicreg.training.run.resolve import resolve
+from hf_vicreg.training.run.settings import recipe_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "guides").glob("*.md"))]
@@ -99,6 +99,6 @@ def test_the_tree_in_the_readme_exists():
             folder = line.split()[0]
             assert (REPOSITORY / folder).is_dir(), folder
         else:
-            names = re.findall(r"[\w/]+\.py|recipes/", line)
+            names = re.findall(r"[\w/]+\.py|\b[a-z]+/", line)
             for name in names:
                 assert (REPOSITORY / folder / name).exists(), f"{folder}{name}"

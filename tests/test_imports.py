@@ -44,6 +44,36 @@ def test_training_imports_modeling_and_itself_only(path):
             assert module.split(".")[1] in ("modeling", "training", "model_cards"), f"{path.name}: {module}"
 
 
+# each may import from those before it, and from `errors`; what lies in no room may import from all
+ROOMS = ("launch", "run", "images", "monitor", "engine", "evaluation", "tasks", "planner", "prepare")
+LARGEST_MODULE, LARGEST_ROOM, LONGEST_ENTRY = 300, 12, 50
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_between_the_rooms_of_training_go_one_way(room):
+    below = {"errors", *ROOMS[: ROOMS.index(room) + 1]}
+    for path in sorted((REPOSITORY / "training" / room).rglob("*.py")):
+        for _, module in imports_of(path):
+            if module.startswith("hf_vicreg.training."):
+                assert module.split(".")[2] in below, f"{path.relative_to(REPOSITORY)} imports {module}"
+
+
+def test_every_room_of_training_is_known_and_small():
+    training = REPOSITORY / "training"
+    assert {path.parent.name for path in training.glob("*/__init__.py")} == set(ROOMS)
+    for folder in {path.parent for path in training.rglob("*.py")}:
+        found = sorted(path.name for path in folder.glob("*.py"))
+        assert len(found) <= LARGEST_ROOM, f"{folder.name}: {found}"
+    for path in training.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= LARGEST_MODULE, path
+
+
+def test_the_entry_reads_like_a_table_of_contents():
+    tree = ast.parse((REPOSITORY / "training" / "pretrain.py").read_text())
+    (entry,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run_settings")
+    assert entry.end_lineno - entry.lineno < LONGEST_ENTRY
+
+
 def test_model_cards_import_nothing_of_ours():
     for path in (REPOSITORY / "model_cards").glob("*.py"):
         for level, module in imports_of(path):

@@ -22,7 +22,7 @@ from transformers import (
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
-from hf_vicreg.training.evaluation.detector import find_boxes
+from hf_vicreg.training.tasks.detection.model import find_boxes
 
 COLOURS = {"ball": (230, 60, 40), "box": (40, 90, 230)}
 SMALL = "--image_height 48 --image_width 64 --d_model 32 --encoder_layers 1 --decoder_layers 2 --num_queries 8"

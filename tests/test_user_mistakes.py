@@ -146,14 +146,14 @@ def test_a_mistake_of_the_user_gets_one_line(mistake, workplace, capsys):
         ("inspect pattern encoder", "hf_vicreg.modeling.modeling_bigbird_vit.layer_pattern"),
         ("convert vit out", "hf_vicreg.convert.feature_drift"),
         ("publish encoder --repo me/it --dry_run", "hf_vicreg.publishing.staging.model_card"),
-        ("doctor young", "hf_vicreg.training.doctor.read_run"),
-        ("prepare photos prepared", "hf_vicreg.training.prepare._write_split"),
+        ("doctor young", "hf_vicreg.training.monitor.doctor.read_run"),
+        ("prepare photos prepared", "hf_vicreg.training.prepare.store._write_split"),
         (f"{KNN} encoder {LABELLED}", "hf_vicreg.training.evaluation.evaluate.describe_data"),
         (
             f"finetune classification encoder {LABELLED} --output_dir tuned",
-            "hf_vicreg.training.evaluation.finetune.Keeping",
+            "hf_vicreg.training.tasks.classification.command.Keeping",
         ),
-        ("detect encoder photos/0.png", "hf_vicreg.training.evaluation.detect.load_config"),
+        ("detect encoder photos/0.png", "hf_vicreg.training.tasks.detection.detect.load_config"),
     ],
     ids=lambda value: value.split()[0] if " " in value else "",
 )
@@ -169,7 +169,7 @@ def test_a_fault_of_ours_is_no_bad_input(kind, command, place, monkeypatch):
 
 def test_a_fault_keeps_its_traceback_in_a_process(run_process):
     code = (
-        "import sys, hf_vicreg.training.doctor as doctor\n"
+        "import sys, hf_vicreg.training.monitor.doctor as doctor\n"
         "def broken(folder): raise ValueError('a fault of ours')\n"
         "doctor.read_run = broken\n"
         "from hf_vicreg.cli import main\n"

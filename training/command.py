@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_vicreg.training.errors import InputError, RunStopped, tell
-from hf_vicreg.training.flags import parse_flags
-from hf_vicreg.training.places import with_places
-from hf_vicreg.training.settings import explicit_settings
+from hf_vicreg.training.run.flags import parse_flags
+from hf_vicreg.training.run.places import with_places
+from hf_vicreg.training.run.settings import explicit_settings
 
 MAX_PROCESSES = 64  # against slips
 
@@ -31,7 +31,7 @@ def main(arguments: list[str], run: Callable[[dict[str, Any]], Any] | None = Non
         settings = with_places(explicit_settings(given))
         if count == 1:
             return _run(settings, run)
-        from hf_vicreg.training.spawn import run_processes
+        from hf_vicreg.training.launch.spawn import run_processes
 
         return run_processes([*_without_count(arguments), "--output_dir", settings["output_dir"]], count)
     except InputError as error:
@@ -60,8 +60,8 @@ def _without_count(arguments: list[str]) -> list[str]:
 
 
 def _run(settings: dict[str, Any], run: Callable[[dict[str, Any]], Any] | None) -> int:
-    from hf_vicreg.training.distributed import leave_processes
-    from hf_vicreg.training.signals import stop_exit_code
+    from hf_vicreg.training.launch.distributed import leave_processes
+    from hf_vicreg.training.launch.signals import stop_exit_code
 
     try:
         if run is None:

@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 from hf_vicreg.model_cards.card import CardFacts, model_card
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.evaluation.results import EVALUATIONS, FILE, read_results, write_results
-from hf_vicreg.training.run_folder import RECIPE
-from hf_vicreg.training.run_log import LOG_FILE, read_log
+from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
+from hf_vicreg.training.run.run_folder import RECIPE
 
 SECOND = "second_encoder"  # where the second branch's encoder lies
 

@@ -21,32 +21,32 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
-from hf_vicreg.training.checkpoint import RunState
 from hf_vicreg.training.command import main
-from hf_vicreg.training.config import RunConfig
-from hf_vicreg.training.curves import CURVES_FILE, draw_curves, with_ends
-from hf_vicreg.training.distributed import build_accelerator, check_device, run_on_main
-from hf_vicreg.training.doctor import health_of
+from hf_vicreg.training.engine.checkpoint import RunState
+from hf_vicreg.training.engine.loop import Trainer
+from hf_vicreg.training.engine.resume import checkpoint_to_resume
 from hf_vicreg.training.errors import InputError, RunStopped, as_input_error, room_in
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
 from hf_vicreg.training.export import export_run, export_snapshot
 from hf_vicreg.training.hub_push import HubPush, check_account
-from hf_vicreg.training.loop import Trainer
-from hf_vicreg.training.places import with_places
+from hf_vicreg.training.images.run_images import load_images, usable_images
+from hf_vicreg.training.images.sources import ImageSource
+from hf_vicreg.training.images.unusable import write_unusable
+from hf_vicreg.training.launch.distributed import build_accelerator, check_device, run_on_main
+from hf_vicreg.training.launch.signals import StopRequest
+from hf_vicreg.training.monitor.curves import CURVES_FILE, draw_curves, with_ends
+from hf_vicreg.training.monitor.doctor import health_of
+from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
+from hf_vicreg.training.monitor.summary import summary
+from hf_vicreg.training.monitor.tracking import TRACKERS_FOLDER, finish_trackers, start_trackers, tracker_names
 from hf_vicreg.training.planner.plan import configure, with_stored_plan
 from hf_vicreg.training.planner.schedule import seconds_since_start
-from hf_vicreg.training.processors import build_processor
-from hf_vicreg.training.resolve import resolve
-from hf_vicreg.training.resume import checkpoint_to_resume
-from hf_vicreg.training.run_folder import RECIPE, refuse_foreign_folder, start_folder
-from hf_vicreg.training.run_images import load_images, usable_images
-from hf_vicreg.training.run_log import LOG_FILE, read_log
-from hf_vicreg.training.settings import explicit_settings
-from hf_vicreg.training.signals import StopRequest
-from hf_vicreg.training.sources import ImageSource
-from hf_vicreg.training.summary import summary
-from hf_vicreg.training.tracking import TRACKERS_FOLDER, finish_trackers, start_trackers, tracker_names
-from hf_vicreg.training.unusable import write_unusable
+from hf_vicreg.training.run.config import RunConfig
+from hf_vicreg.training.run.places import with_places
+from hf_vicreg.training.run.processors import build_processor
+from hf_vicreg.training.run.resolve import resolve
+from hf_vicreg.training.run.run_folder import RECIPE, refuse_foreign_folder, start_folder
+from hf_vicreg.training.run.settings import explicit_settings
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
 

@@ -7,7 +7,7 @@ from typing import Any
 from hf_vicreg.modeling.bigbird_pattern import BlockPattern
 from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 from hf_vicreg.modeling.pattern_picture import COLOURS, LEGEND
-from hf_vicreg.training.curves import with_ends
+from hf_vicreg.training.monitor.curves import with_ends
 
 logger = logging.getLogger(__name__)
 

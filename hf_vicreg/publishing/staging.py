@@ -213,7 +213,7 @@ def _read_recipe(run: Path) -> dict[str, Any]:
         return {}
     from dataclasses import fields
 
-    from hf_vicreg.training.arguments import SECTIONS, PretrainArguments
+    from hf_vicreg.training.run.arguments import SECTIONS, PretrainArguments
 
     recipe = read_checked(_inside(run, "recipe.yaml"), check_recipe)
     known = {one.name for one in fields(PretrainArguments)} | set(SECTIONS)
@@ -221,7 +221,7 @@ def _read_recipe(run: Path) -> dict[str, Any]:
 
 
 def _read_log(run: Path) -> list[dict[str, Any]]:
-    from hf_vicreg.training.run_log import read_log
+    from hf_vicreg.training.monitor.run_log import read_log
 
     with blamed_on("log.jsonl", f"expected lines of JSON in {run}"):
         return read_log(_inside(run, "log.jsonl"))

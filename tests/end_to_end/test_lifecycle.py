@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_vicreg.training.checkpoint import find_damage, list_checkpoints
+from hf_vicreg.training.engine.checkpoint import find_damage, list_checkpoints
 
 STEPS = 20
 MODULE = "hf_vicreg.training.pretrain"

@@ -292,10 +292,10 @@ def test_what_a_run_writes_passes_the_schema_whole(run_folder):
 
 
 def test_class_names_on_the_screen_and_in_pictures_are_text(run_folder, tmp_path, capsys):
-    from hf_vicreg.training.evaluation.box_drawing import draw_boxes
-    from hf_vicreg.training.evaluation.detector import build_detector, build_detector_processor
     from hf_vicreg.training.evaluation.pictures import draw_confusion, draw_neighbours
-    from hf_vicreg.training.evaluation.task_arguments import DetectionArguments
+    from hf_vicreg.training.tasks.arguments import DetectionArguments
+    from hf_vicreg.training.tasks.detection.box_drawing import draw_boxes
+    from hf_vicreg.training.tasks.detection.model import build_detector, build_detector_processor
 
     torch = pytest.importorskip("torch")
     names = [PAGE, "$x^{$", "\x1b[31mred"]

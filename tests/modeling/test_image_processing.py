@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTImageProcessorPil
-from hf_vicreg.training.decoding import decode
+from hf_vicreg.training.images.decoding import decode
 
 
 def picture(height=40, width=30, mode="RGB"):

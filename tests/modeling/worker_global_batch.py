@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_vicreg import VicRegConfig, VicRegForPreTraining, vicreg_loss
 from hf_vicreg.modeling.vicreg_loss import VicRegTerms
-from hf_vicreg.training.optim import build_optimizer
+from hf_vicreg.training.engine.optim import build_optimizer
 
 SHAPES = [(12, 40), (24, 7)]  # N < D: Gram rows; N >= D: moments
 ENCODER = {

@@ -21,12 +21,11 @@ from hf_vicreg.training.evaluation.arguments import (
 )
 from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder
 from hf_vicreg.training.evaluation.features import Features, load_features
-from hf_vicreg.training.evaluation.knn import knn_predictions, nearest_in_bank
 from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap, load_labelled
 from hf_vicreg.training.evaluation.linear import linear_probe, require_sklearn
+from hf_vicreg.training.evaluation.neighbours import knn_predictions, mean_average_precision, nearest_in_bank
 from hf_vicreg.training.evaluation.pictures import can_draw, confusion_matrix, draw_confusion, draw_neighbours
 from hf_vicreg.training.evaluation.results import FILE, add_evaluation, describe_data, evaluation_record, read_results
-from hf_vicreg.training.evaluation.retrieval import mean_average_precision
 
 PICTURED_QUERIES, PICTURED_NEIGHBOURS = 8, 8
 MAX_STORED_CLASSES = 100  # of a confusion matrix in results.json

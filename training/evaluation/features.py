@@ -1,24 +1,31 @@
-"""Features of a split, extracted once: cached under a key of model, preprocessing and the images' bytes."""
+"""Features of images, encoded batch after batch; those of a split are cached by model, preprocessing and bytes."""
 
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
+from hf_vicreg.modeling.modeling_vicreg import pooled_features
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import VisionEncoder
-from hf_vicreg.training.evaluation.knn import encoded_batches
 from hf_vicreg.training.evaluation.labelled import LabelledImages
-from hf_vicreg.training.progress import Progress
+from hf_vicreg.training.images.sources import ImageSource
+from hf_vicreg.training.monitor.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -113,3 +120,79 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         logger.warning("features are not cached, %s cannot be written: %s", path, error)
+
+
+@torch.no_grad()
+def encode(
+    source: ImageSource,
+    processor: Callable[..., Any],
+    encode_pixels: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    share: tuple[int, int] = (0, 1),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return features and labels of a labelled source's readable images, in its order, on the CPU.
+
+    Args:
+        source: Images with labels.
+        processor: Turns a list of images into `pixel_values`.
+        encode_pixels: `(batch, channels, height, width)` to `(batch, features)`.
+        share: As for `encoded_batches`.
+
+    Returns:
+        `(images, features)` float32 and `(images,)` int64.
+    """
+    assert source.labels is not None
+    features, labels = [torch.empty(0, 0)], []
+    for _, indices, encoded in encoded_batches(source, processor, encode_pixels, share=share):
+        features.append(encoded)
+        labels += [source.labels[index] for index in indices]
+    return torch.cat(features[1:] or features), torch.tensor(labels, dtype=torch.int64)
+
+
+@torch.no_grad()
+def encoded_batches(
+    source: ImageSource,
+    processor: Callable[..., Any],
+    encode_pixels: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    share: tuple[int, int] = (0, 1),
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[tuple[int, list[int], torch.Tensor]]:
+    """Yield batch after batch of a source: how many images came before, indices of its readable images, features.
+
+    Which kernels a processor takes, and with them the last bits of the features, depends on the shape of a batch. So
+    batches are cut the same way for any number of processes, and one with too few images is filled up with copies:
+    the features are the same however many processes share the work.
+
+    Args:
+        source: Images.
+        processor: Turns a list of images into `pixel_values`.
+        encode_pixels: `(batch, channels, height, width)` to `(batch, features)`.
+        share: (rank, processes): every how-manieth batch, and from which on, this call encodes.
+        batch_size: Images of every batch.
+
+    Yields:
+        Images of the share before this batch, indices in the source, `(readable images, features)` float32 on the CPU.
+    """
+    rank, processes = share
+    for turn, start in enumerate(range(rank * batch_size, len(source), processes * batch_size)):
+        read = [(index, source.read(index)) for index in range(start, min(start + batch_size, len(source)))]
+        readable = [index for index, image in read if image is not None]
+        if readable:
+            images: list[Image.Image] = [image for _, image in read if image is not None]
+            pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+            filled = pixel_values[torch.arange(batch_size) % len(images)]
+            yield turn * batch_size, readable, encode_pixels(filled)[: len(images)].float().cpu()
+
+
+def model_encoder(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function from pixel values to the pooled features of any vision encoder, in evaluation mode."""
+
+    def encode_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
+        was_training = model.training
+        model.eval()
+        features = pooled_features(model(pixel_values.to(model.device)))
+        model.train(was_training)
+        return features
+
+    return encode_pixels

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import LabelledDataArguments
-from hf_vicreg.training.sources import ImageSource, dataset_source, load_sources, load_splits
+from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
 
 logger = logging.getLogger(__name__)
 

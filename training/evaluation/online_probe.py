@@ -8,12 +8,13 @@ from transformers import BaseImageProcessor
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.knn import encoded_batches, knn_accuracy, model_encoder
-from hf_vicreg.training.evaluation.linear_probe import linear_accuracy
-from hf_vicreg.training.progress import Progress
-from hf_vicreg.training.sources import ImageSource
+from hf_vicreg.training.evaluation.features import encoded_batches, model_encoder
+from hf_vicreg.training.evaluation.neighbours import knn_accuracy
+from hf_vicreg.training.images.sources import ImageSource
+from hf_vicreg.training.monitor.progress import Progress
 
 PIXELS_SIDE = 32
+MAX_ITERATIONS = 100
 
 Accuracies = dict[str, dict[str, float]]
 
@@ -105,3 +106,37 @@ def small_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
     if max(pixel_values.shape[-2:]) > PIXELS_SIDE:
         pixel_values = F.interpolate(pixel_values, (PIXELS_SIDE, PIXELS_SIDE), mode="bilinear", antialias=True)
     return pixel_values.flatten(1)
+
+
+def linear_accuracy(
+    bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, query_labels: torch.Tensor
+) -> float:
+    """Return the accuracy of a logistic regression on standardised features.
+
+    It minimises the mean cross-entropy over the bank plus `||W||^2 / (2 images)`: the regularisation is not tuned, so
+    that the figure is cheap, the same on every process, and comparable within a run. It draws no random number, and
+    computes in float64: a hundred iterations would blow up float32's rounding until images change sides.
+
+    Args:
+        bank: `(images, features)` features of labelled images, to train on.
+        bank_labels: `(images,)` int64.
+        queries: `(queries, features)`, to measure on.
+        query_labels: `(queries,)` int64.
+    """
+    bank, queries = bank.double(), queries.double()
+    mean, std = bank.mean(0), bank.std(0, correction=0).clamp_min(1e-6)
+    bank, queries = (bank - mean) / std, (queries - mean) / std
+    classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    weight = torch.zeros(classes, bank.shape[1], dtype=bank.dtype, device=bank.device, requires_grad=True)
+    bias = torch.zeros(classes, dtype=bank.dtype, device=bank.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def objective() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(bank @ weight.T + bias, bank_labels) + weight.square().sum() / (2 * len(bank))
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    with torch.no_grad():
+        return (queries @ weight.T + bias).argmax(1).eq(query_labels).double().mean().item()

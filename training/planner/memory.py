@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, has_batch_norm
-from hf_vicreg.training.config import RunConfig
-from hf_vicreg.training.encoders import set_up_encoders
+from hf_vicreg.training.engine.encoders import set_up_encoders
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.planner.machine import Machine, resident_memory
+from hf_vicreg.training.run.config import RunConfig
 
 OPTIMIZER_STATES = {"adamw": 2, "lars": 1}  # tensors of a parameter's size
 LARGE_BYTES = 2**25  # glibc's largest threshold, from which a block is the system's own

@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from hf_vicreg.training.arguments import bytes_of, seconds_of
-from hf_vicreg.training.checks import check_statistics_batch
-from hf_vicreg.training.config import RunConfig
-from hf_vicreg.training.distributed import run_on_main
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.image_source import ImageSource
+from hf_vicreg.training.images.image_source import ImageSource
+from hf_vicreg.training.images.run_images import usable_images
+from hf_vicreg.training.images.streaming import ImageStream
+from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.planner.choices import (
     EVENING_SECONDS,
     LADDER,
@@ -35,12 +34,13 @@ from hf_vicreg.training.planner.memory import fit_memory
 from hf_vicreg.training.planner.schedule import CLOSING_SECONDS, steps_within, words
 from hf_vicreg.training.planner.table import plan_table
 from hf_vicreg.training.planner.trial import Trial, try_steps
-from hf_vicreg.training.processors import build_processor
-from hf_vicreg.training.resolve import resolve
-from hf_vicreg.training.run_folder import RECIPE
-from hf_vicreg.training.run_images import usable_images
-from hf_vicreg.training.settings import explicit_settings
-from hf_vicreg.training.streaming import ImageStream
+from hf_vicreg.training.run.arguments import bytes_of, seconds_of
+from hf_vicreg.training.run.checks import check_statistics_batch
+from hf_vicreg.training.run.config import RunConfig
+from hf_vicreg.training.run.processors import build_processor
+from hf_vicreg.training.run.resolve import resolve
+from hf_vicreg.training.run.run_folder import RECIPE
+from hf_vicreg.training.run.settings import explicit_settings
 
 logger = logging.getLogger(__name__)
 

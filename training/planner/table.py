@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from hf_vicreg.training.config import RunConfig
 from hf_vicreg.training.planner.choices import Choices, Images, density
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import Rate, words
+from hf_vicreg.training.run.config import RunConfig
 
 
 def plan_table(

@@ -14,13 +14,13 @@ from accelerate.utils import set_seed
 from transformers import BaseImageProcessor
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
-from hf_vicreg.training.config import RunConfig
-from hf_vicreg.training.evaluation.knn import BATCH_SIZE, encoded_batches, model_encoder
-from hf_vicreg.training.image_source import ImageSource
-from hf_vicreg.training.loop import Trainer
+from hf_vicreg.training.engine.loop import Trainer
+from hf_vicreg.training.evaluation.features import BATCH_SIZE, encoded_batches, model_encoder
+from hf_vicreg.training.images.image_source import ImageSource
+from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.planner.machine import Machine, give_back_memory, peak_memory, reset_peak
 from hf_vicreg.training.planner.schedule import Rate
-from hf_vicreg.training.signals import StopRequest
+from hf_vicreg.training.run.config import RunConfig
 
 MOST_STEPS = 2**31
 
@@ -28,7 +28,7 @@ MOST_STEPS = 2**31
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Leave out what the run itself says again when it begins."""
-    said = logging.getLogger("hf_vicreg.training.optim")
+    said = logging.getLogger("hf_vicreg.training.engine.optim")
     level = said.level
     said.setLevel(logging.WARNING)
     try:

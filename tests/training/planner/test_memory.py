@@ -9,7 +9,7 @@ from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.memory import fit_memory, predicted_peak, step_memory
-from hf_vicreg.training.resolve import resolve
+from hf_vicreg.training.run.resolve import resolve
 
 RESNET = {"model_type": "resnet", "hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16}
 

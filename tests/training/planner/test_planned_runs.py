@@ -103,7 +103,7 @@ def test_a_resumed_run_keeps_its_plan(tmp_path, image_folder):
 def test_a_recipe_with_a_time_gives_up_its_length(tmp_path, image_folder, tiny_recipe):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_recipe | {"num_train_epochs": 7}))
-    settings = hf_vicreg.training.settings.explicit_settings(
+    settings = hf_vicreg.training.run.settings.explicit_settings(
         {"config": str(recipe), "time_budget": "2m", "data": "digits"}
     )
     assert "num_train_epochs" not in settings

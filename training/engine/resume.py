@@ -1,0 +1,132 @@
+"""Going on where a run was: from which checkpoint, and whether it is this run's."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from hf_vicreg.training.engine.checkpoint import (
+    RunState,
+    find_checkpoint,
+    load_state,
+    load_tensors,
+    local_rng_states,
+    save_checkpoint,
+)
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.launch.distributed import run_on_main
+from hf_vicreg.training.run.arguments import RESUMABLE_CHANGES, PretrainArguments, ViewsConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(PretrainArguments)}
+
+
+def checkpoint_to_resume(run: Any, accelerator: Accelerator) -> Path | None:
+    """Return the checkpoint that a run asks for, None for a new start; every process must call.
+
+    Args:
+        run: Settings with an `output_dir` and `resume_from_checkpoint`.
+        accelerator: Its processes.
+
+    Raises:
+        InputError: As `find_checkpoint`; or processes see different checkpoints.
+    """
+    if run.resume_from_checkpoint is None:
+        return None
+    found, error = None, None
+    try:
+        found = find_checkpoint(Path(run.output_dir) / "checkpoints", run.resume_from_checkpoint)
+    except InputError as one:
+        error = one
+    if accelerator.num_processes > 1:
+        # errors, too: a process that leaves would keep the others waiting
+        seen = set(gather_object([str(error) if error is not None else None if found is None else found.name]))
+        if len(seen) > 1:
+            raise InputError(
+                f"`output_dir`: expected every machine to see the same checkpoints in {run.output_dir}, got "
+                f"{sorted(map(str, seen))}; put it on a file system that all of them share."
+            )
+    if error is not None:
+        raise error
+    if found is None:
+        if (Path(run.output_dir) / "model.safetensors").exists():
+            raise InputError(
+                f"`resume_from_checkpoint`: {run.output_dir} holds an encoder but no checkpoint to go on "
+                "from; choose another `output_dir`."
+            )
+        logger.info("no checkpoint in %s yet: starting at step 0", run.output_dir)
+    return found
+
+
+def resume_from(
+    checkpoint: Path,
+    expected: RunState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    num_steps: int,
+) -> RunState:
+    """Load a checkpoint into model, optimiser, generators and scaler, and return where the run stands.
+
+    Args:
+        checkpoint: Its folder.
+        expected: With the run's own configuration and data, at step 0.
+        model: In place.
+        optimizer: In place.
+        accelerator: Whose scaler and rank.
+        num_steps: Of the whole run, for the log.
+
+    Raises:
+        InputError: It belongs to another configuration or other data.
+    """
+    state = load_state(checkpoint)
+    refuse_other_configuration(state, expected)
+    load_tensors(checkpoint, model, optimizer, accelerator.process_index)
+    if accelerator.scaler is not None and state.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
+    state.recipe = expected.recipe
+    logger.info("resumed from %s at step %d of %d", checkpoint.name, state.step, num_steps)
+    return state
+
+
+def refuse_other_configuration(found: RunState, expected: RunState) -> None:
+    """Raise InputError if a checkpoint's configuration or data differ from the run's, naming each difference."""
+    # a checkpoint of before a flag was there was trained with what is its default
+    one: dict[str, Any] = DEFAULTS | expected.recipe
+    other: dict[str, Any] = DEFAULTS | found.recipe
+    for recipe in (one, other):
+        recipe["views"] = dataclasses.asdict(ViewsConfig()) | (recipe.get("views") or {})
+    differences = [
+        f"`{key}` is {one.get(key)!r}, the checkpoint has {other.get(key)!r}"
+        for key in sorted(one.keys() | other.keys())
+        if key not in RESUMABLE_CHANGES and one.get(key) != other.get(key)
+    ]
+    if found.data_fingerprint != expected.data_fingerprint:
+        differences.append("the images are not the ones it was trained on")
+    if differences:
+        raise InputError(
+            f"`resume_from_checkpoint`: the checkpoint is of another configuration: {'; '.join(differences)}; "
+            "resume with the run's own settings or start in a new folder."
+        )
+
+
+def checkpoint_together(
+    folder: Path,
+    state: RunState,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    accelerator: Accelerator,
+    keep_every_steps: int | None = None,
+) -> None:
+    """Write one checkpoint of all processes; every process must call. See `save_checkpoint`."""
+    states = local_rng_states(accelerator.process_index)
+    if accelerator.num_processes > 1:
+        states = {key: one for share in gather_object([states]) for key, one in share.items()}
+    run_on_main(lambda: save_checkpoint(folder, state, model, optimizer, states, keep, keep_every_steps), accelerator)

@@ -1,0 +1,129 @@
+"""The order in which a run sees its images, and the batches it makes of them.
+
+A `ViewDataset` turns (epoch, index) into uint8 crops. A `StepSampler` says which images each step of each process
+sees, as a function of the step alone: that, and randomness keyed on (seed, epoch, index, view), is why a resumed run
+sees what it would have seen, with any number of workers and any number of processes that divides the batch.
+"""
+
+import random
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+
+from hf_vicreg.training.images.sources import ImageSource
+from hf_vicreg.training.images.views import ViewSampler
+
+MAX_SUBSTITUTES = 64
+
+
+class ViewDataset(Dataset):
+    """uint8 crops and their colour parameters for (epoch, index)."""
+
+    def __init__(self, source: ImageSource, samplers: list[ViewSampler], seed: int):
+        """Take a sampler for each view: two global ones, then the local ones."""
+        self.source = source
+        self.samplers = samplers
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """Return the views of one image.
+
+        `views` `(2, 3, height, width)` uint8, `local_views` `(local views, 3, side, side)` uint8 if there are any,
+        `colours` `(views, parameters)` float32, local ones last, and `unusable` indices. An unusable image is replaced
+        by another one drawn at random, the same in every run: batches keep their size. `views` is None when too many
+        in a row are unusable.
+        """
+        epoch, wanted = key
+        unusable: list[int] = []
+        # drawn from everywhere: neighbours in a folder tend to be broken together
+        substitutes = random.Random(f"{self.seed}/{epoch}/{wanted}/substitute")
+        for attempt in range(MAX_SUBSTITUTES):
+            index = substitutes.randrange(len(self.source)) if attempt else wanted
+            key_of_views = f"{self.seed}/{epoch}/{wanted}"
+            image = self.source.read(index, partial(joint_reduction, self.samplers, key_of_views))
+            if image is not None:
+                return draw_views(self.samplers, image, key_of_views) | {"unusable": unusable}
+            unusable.append(index)
+        return {"views": None, "colours": None, "unusable": unusable}
+
+
+def draw_views(samplers: list[ViewSampler], image: Image.Image, key: str) -> dict[str, torch.Tensor]:
+    """Return `views`, `colours` and, if there are any, `local_views` of the image with this key."""
+    views, colours = zip(*(sampler(image, view_rng(key, sampler)) for sampler in samplers), strict=True)
+    sample = {"views": torch.stack(views[:2]), "colours": torch.tensor(colours)}
+    return sample | ({"local_views": torch.stack(views[2:])} if len(views) > 2 else {})
+
+
+def view_rng(key: str, sampler: ViewSampler) -> random.Random:
+    """Return the generator of one view of the image with this key."""
+    return random.Random(f"{key}/{sampler.view}")
+
+
+def joint_reduction(samplers: list[ViewSampler], key: str, width: int, height: int) -> int:
+    """Return how many times smaller an image may be decoded for all the views that are about to be drawn of it."""
+    return min(sampler.reduction(width, height, view_rng(key, sampler)) for sampler in samplers)
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a batch: each tensor of the samples stacked, `unusable` a list; `views` None if one sample has none."""
+    unusable = [index for sample in samples for index in sample["unusable"]]
+    if any(sample["views"] is None for sample in samples):
+        return {"views": None, "colours": None, "unusable": unusable}
+    names = [name for name in samples[0] if name != "unusable"]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names} | {"unusable": unusable}
+
+
+def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """Return a batch of `collate` in so many parts of nearly equal size, fewer if it has fewer images."""
+    if parts == 1:
+        return [batch]
+    tensors = {name: one.chunk(parts) for name, one in batch.items() if isinstance(one, torch.Tensor)}
+    return [dict(zip(tensors, part, strict=True)) for part in zip(*tensors.values(), strict=True)]
+
+
+class StepSampler(Sampler):
+    """Yields this process's (epoch, index) keys, step after step, from any step on.
+
+    Every epoch is a new permutation that depends on (seed, epoch) alone; the last, short batch is dropped. Process r
+    of W takes the r-th of W equal runs of each batch, so the batch is the same set of images whatever W is. Each
+    process's share comes in `pieces` equal lists, one after the other.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        num_steps: int,
+        rank: int,
+        world_size: int,
+        pieces: int = 1,
+    ):
+        self.num_images = num_images
+        self.pieces = pieces
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps = range(first_step, num_steps)
+        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.pieces
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        steps_per_epoch = self.num_images // self.batch_size
+        order_epoch, order = -1, []
+        for step in self.steps:
+            epoch, position = divmod(step, steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = epoch, list(range(self.num_images))
+                random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+            share = [(epoch, index) for index in batch[self.share]]
+            length = len(share) // self.pieces
+            for start in range(0, len(share), length):
+                yield share[start : start + length]

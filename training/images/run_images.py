@@ -1,0 +1,62 @@
+"""The images of a run: those to train on, and those of its probes."""
+
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.sources import ImageSource, load_sources
+from hf_vicreg.training.images.streaming import ImageStream, load_stream
+from hf_vicreg.training.run.config import RunConfig
+
+
+def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSource | None, ImageSource | None]:
+    """Return the images to train on and, where they are no stream, those of the k-NN: its bank and its queries.
+
+    Raises:
+        InputError: Nothing to train on.
+    """
+    run = config.run
+    if run.streaming:
+        assert run.dataset_name is not None
+        stream = load_stream(run.dataset_name, run.dataset_config_name, run.train_split, run.image_column_name)
+        return stream.at_least(*smallest_side(config)), None, None
+    source, test = load_sources(
+        dataset_name=run.dataset_name,
+        dataset_config_name=run.dataset_config_name,
+        train_dir=run.train_dir,
+        train_split=run.train_split,
+        test_split=run.test_split,
+        image_column_name=run.image_column_name,
+        label_column_name=run.label_column_name,
+    )
+    bank = source.first(run.knn_train_samples)
+    return source.first(run.max_train_samples), bank, test
+
+
+def usable_images(source: ImageSource, config: RunConfig) -> ImageSource:
+    """Return the same images, those smaller than a patch being unusable from now on.
+
+    Raises:
+        InputError: Not one of those looked at can be used.
+    """
+    source, field = source.at_least(*smallest_side(config)), "train_dir" if config.run.train_dir else "dataset_name"
+    tried = source.sampled()
+    if any(source.read(index) is not None for index in tried):
+        return source
+    readable = source.at_least(1, 1)
+    small = next((index for index in tried if readable.read(index) is not None), None)
+    if small is None:
+        raise InputError(
+            f"`{field}`: expected readable images in {source.name}, found {len(tried)} of {len(tried)} corrupt, "
+            f"{source.describe(0)} among them; check them."
+        )
+    image = readable.read(small)
+    assert image is not None
+    raise InputError(
+        f"`{field}`: expected images of at least one patch {source.min_size} (height, width) in pixels, found "
+        f"{(image.height, image.width)} in {source.describe(small)}; give larger images or a smaller "
+        "--model.patch_size."
+    )
+
+
+def smallest_side(config: RunConfig) -> tuple[int, int]:
+    """Return the smallest usable image: one patch, (height, width) in pixels; 1 for encoders without patches."""
+    size = getattr(config.vicreg.encoder, "patch_size", None) or 1
+    return (size, size) if isinstance(size, int) else tuple(size)

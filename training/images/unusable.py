@@ -1,0 +1,70 @@
+"""What a run passed over, each image with its reason: `unusable.jsonl` in the run's folder, and lines for the log."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hf_vicreg.model_cards.escaping import one_line  # names of files are somebody else's text
+from hf_vicreg.training.images.image_source import ImageSource
+from hf_vicreg.training.images.streaming import ImageStream
+
+logger = logging.getLogger(__name__)
+
+UNUSABLE_FILE = "unusable.jsonl"
+NUM_NAMED = 5  # of each kind, in the log
+
+
+def write_unusable(folder: Path, source: ImageSource | ImageStream, indices: Iterable[int]) -> None:
+    """Write why images could not be used into the run's folder, and say it in the log.
+
+    Reasons are found by reading the images once more: a checkpoint holds indices alone, so the file is as complete
+    after a resumed run. Written aside, flushed and renamed. Without indices nothing is written. One process calls it.
+
+    Args:
+        folder: The run's `output_dir`.
+        source: The images.
+        indices: Those that could not be used.
+
+    Raises:
+        OSError: No room.
+    """
+    entries = [_entry(source, index) for index in sorted(indices)]
+    if not entries:
+        return
+    temporary = folder / f".writing_{UNUSABLE_FILE}"
+    try:
+        with temporary.open("w", encoding="ascii") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / UNUSABLE_FILE)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    logger.warning(
+        "%d image(s) were not usable and replaced by others; %s names them all:", len(entries), UNUSABLE_FILE
+    )
+    for line in grouped_lines(entries):
+        logger.warning("  %s", line)
+
+
+def grouped_lines(entries: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each kind of reason, the most frequent first, with the first images it holds for."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        kinds.setdefault(entry["kind"], []).append(entry)
+    lines = []
+    for kind, group in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        named = "; ".join(one_line(f"{entry['name']}: {entry['reason']}") for entry in group[:NUM_NAMED])
+        lines.append(f"{len(group):,} {kind}: {named}" + ("; ..." if len(group) > NUM_NAMED else ""))
+    return lines
+
+
+def _entry(source: ImageSource | ImageStream, index: int) -> dict[str, Any]:
+    refusal = source.refusal(index)
+    kind = "unknown" if refusal is None else refusal.kind
+    reason = "could not be used during the run, can be read now" if refusal is None else str(refusal)
+    return {"index": index, "name": source.describe(index), "kind": kind, "reason": reason}

@@ -1,0 +1,164 @@
+"""Processes, threads and precision of a run."""
+
+import gc
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
+
+from hf_vicreg.training.errors import InputError, RelayedError
+
+logger = logging.getLogger(__name__)
+
+
+def build_accelerator(
+    mixed_precision: str,
+    *,
+    device: str = "auto",
+    find_unused_parameters: bool = False,
+    log_with: Sequence[str] = (),
+    project_dir: Path | None = None,
+) -> Accelerator:
+    """Return the accelerator, with threads set and precision chosen, both logged.
+
+    Args:
+        mixed_precision: `auto` is bf16 where a CUDA device has it, else full precision.
+        device: `auto`, `cpu`, or the kind of a GPU that is there.
+        find_unused_parameters: DistributedDataParallel's, at the price of a walk through the graph in each step.
+        log_with: Trackers to send figures to.
+        project_dir: Folder for the trackers' files.
+
+    Raises:
+        InputError: fp16 without a GPU, more processes than GPUs, or a launcher that shards the model.
+    """
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    # several processes without CUDA share a batch on CPUs alone, and only if accelerate is told so
+    use_cpu = device == "cpu" or _told_to_use_cpu() or not (is_alone or torch.cuda.is_available())
+    has_cuda = torch.cuda.is_available() and not use_cpu
+    if mixed_precision == "fp16" and not has_cuda:
+        raise InputError("`mixed_precision`: expected a CUDA device for 'fp16', found none; use 'bf16' or 'no'.")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if has_cuda and local > torch.cuda.device_count():
+        raise InputError(
+            f"`num_processes`: expected at most the {torch.cuda.device_count()} GPU(s) of this machine, got {local}; "
+            "add --device cpu for processes on CPUs."
+        )
+    if mixed_precision == "auto":
+        has_bf16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        mixed_precision = "bf16" if has_bf16 else "no"
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=use_cpu,
+        log_with=list(log_with) or None,
+        project_dir=project_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        found = accelerator.distributed_type.value
+        raise InputError(
+            f"`distributed_type`: expected NO, MULTI_CPU or MULTI_GPU, got {found}, where no process has "
+            "all weights; choose one of training/launch."
+        )
+    threads = set_threads(local)
+    logger.info(
+        "device %s, %d process(es), %d threads each, mixed precision %s",
+        accelerator.device.type,
+        accelerator.num_processes,
+        threads,
+        mixed_precision,
+    )
+    return accelerator
+
+
+def check_device(device: str) -> None:
+    """Check that there is a device of the kind asked for.
+
+    Raises:
+        InputError: There is none, or the launcher keeps to the CPU.
+    """
+    there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device not in there:
+        return
+    if _told_to_use_cpu():
+        raise InputError(f"`device`: expected 'cpu' or 'auto' under a launcher told to use the CPU, got {device!r}.")
+    if not there[device]():
+        raise InputError(f"`device`: expected one that this machine has, found no {device!r}; use 'cpu' or 'auto'.")
+
+
+def _told_to_use_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def set_threads(local_world_size: int) -> int:
+    """Set and return this process's threads: the cores it may use, shared among the processes of the machine.
+
+    `accelerate launch` without a configuration file sets one OpenMP thread a process, even for a single one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // local_world_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def gather_sets(values: set[int], accelerator: Accelerator) -> set[int]:
+    """Return the union of a set over all processes; every process must call."""
+    if accelerator.num_processes == 1:
+        return set(values)
+    return set(gather_object(sorted(values)))
+
+
+def rng_states(device: torch.device) -> list[torch.Tensor]:
+    """Return torch's generator states, of the CPU and of the device where it is another."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def restore_rng(states: list[torch.Tensor], device: torch.device) -> None:
+    """Set torch's generators to what `rng_states` returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def largest(values: Sequence[int], accelerator: Accelerator) -> list[int]:
+    """Return the largest of each number over all processes; every process must call."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    shared = torch.tensor(values, device=accelerator.device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return shared.tolist()
+
+
+def run_on_main(action: Callable[[], object], accelerator: Accelerator) -> None:
+    """Run an action on the main process while the others wait; every process must call.
+
+    Raises:
+        Exception: That of the action. The other processes raise its message as a RelayedError: none is left waiting
+            for one that has gone.
+    """
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    told = [None if failure is None else str(failure)]
+    broadcast_object_list(told)
+    if failure is not None:
+        raise failure
+    if told[0] is not None:
+        raise RelayedError(told[0])
+
+
+def leave_processes() -> None:
+    """End the group of processes that this one belongs to, if it does; before the interpreter exits.
+
+    Cycles of references (models, hooks, accelerate's registers) keep the group's C++ part alive. Freed while the
+    interpreter exits, with threads of its own still running, it aborts the process, as a third of runs did.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()

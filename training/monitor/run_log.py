@@ -1,0 +1,137 @@
+"""The log of a run: a line of JSON every so many steps, timed, watched, and sent to trackers where there are any."""
+
+import json
+import math
+import time
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from hf_vicreg.model_cards.schema import check_log_record
+from hf_vicreg.training.errors import room_in
+from hf_vicreg.training.launch.distributed import run_on_main
+from hf_vicreg.training.launch.signals import end_workers
+from hf_vicreg.training.monitor.diagnosis import Verdict, Watch
+
+LOG_FILE = "log.jsonl"
+
+
+class Stopwatch:
+    """Counts and times the steps between two lines of the log."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self.started, self.waited, self.images, self.grad_norm_max = time.perf_counter(), 0.0, 0, 0.0
+
+    def waits(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
+        """Yield the batches, adding up how long each one was waited for; closed early, it ends their loader."""
+        iterator = iter(batches)
+        try:
+            while True:
+                asked = time.perf_counter()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                self.waited += time.perf_counter() - asked
+                yield batch
+        finally:
+            end_workers(iterator)
+
+    def count(self, images: int, grad_norm: float) -> None:
+        """Note a step: its images over all processes, and the norm of its gradient."""
+        self.images += images
+        if math.isfinite(grad_norm):  # else the step is left out
+            self.grad_norm_max = max(self.grad_norm_max, grad_norm)
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out time spent on something else than training."""
+        self.started += seconds
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the figures of these steps, by their names in the log, and begin anew; every process must call."""
+        seconds = time.perf_counter() - self.started
+        # one process that waits makes all the others wait for it: the longest wait is the run's
+        waited = accelerator.gather(torch.tensor([self.waited / seconds], device=accelerator.device)).max().item()
+        found = {
+            "grad_norm_max": self.grad_norm_max,
+            "data_wait_ratio": min(1.0, waited),
+            "images_per_second": self.images / seconds,
+        }
+        self._restart()
+        return found
+
+
+class RunLog:
+    """The log of a run on its main process; the others have none, and what is written there goes nowhere."""
+
+    def __init__(self, folder: Path, step: int, accelerator: Accelerator, gamma: float):
+        """Continue the log at a step, or begin it; every process must call.
+
+        Args:
+            folder: The run's.
+            step: Steps done; lines of later ones, which will be done again, are dropped.
+            accelerator: Its trackers get every line.
+            gamma: Target of the embeddings' standard deviation.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        self.path, self.accelerator = folder / LOG_FILE, accelerator
+        self.watch = Watch(gamma)
+
+        def begin() -> None:
+            with room_in(folder):
+                for record in truncate_log(self.path, step):
+                    self.watch.follow(record)
+
+        run_on_main(begin, accelerator)
+
+    def write(self, record: dict[str, Any]) -> list[Verdict]:
+        """Append a line, send it to the trackers, and return what is found wrong for the first time.
+
+        Every process must call; on the others than the main one nothing is ever found.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        figures = {key: value for key, value in record.items() if key != "step"}
+        self.accelerator.log(figures, step=record["step"])
+
+        def append() -> None:
+            with room_in(self.path.parent), self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+        run_on_main(append, self.accelerator)
+        return self.watch.follow(record) if self.accelerator.is_main_process else []
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the figures of a log's lines, none if there is no log yet, without a line that a kill cut short."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = check_log_record(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+        if record is not None:
+            records.append(record)
+    return records
+
+
+def truncate_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop lines of steps that will be done again, and a line cut short by a kill; return those that stay."""
+    if not path.exists():
+        return []
+    kept = [record for record in read_log(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)
+    return kept

@@ -1,0 +1,47 @@
+"""What a finished run says at its end."""
+
+from pathlib import Path
+from typing import Any
+
+from hf_vicreg.model_cards.card import LOCAL_SNIPPET
+from hf_vicreg.model_cards.escaping import python_string
+from hf_vicreg.training.monitor.doctor import health_table
+
+
+def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """Return what a finished run says at its end: accuracies side by side, its health, and how to load it.
+
+    Args:
+        folder: The run's.
+        results: What `results.json` holds.
+        records: The lines of its log.
+    """
+    lines = [f"Trained in {results['training_seconds']:.0f} s; attention density {results['attention_density']:.3f}."]
+    kinds = {"knn_accuracy": f"{results['knn_neighbours']}-NN", "linear_accuracy": "linear"}
+    measured = {title: results[kind] for kind, title in kinds.items() if results[kind]}
+    if measured:
+        lines.append(
+            f"Accuracy, {results['knn_test_samples']} held-out images against {results['knn_train_samples']} labelled "
+            "ones:"
+        )
+        lines.append(f"  {'':<18} " + "  ".join(f"{title:<6}" for title in measured))
+        for key, text in (
+            ("raw_pixels", "raw pixels"),
+            ("untrained", "untrained encoder"),
+            ("trained", "trained encoder"),
+            ("second_untrained", "second, untrained"),
+            ("second_trained", "second, trained"),
+        ):
+            if any(key in values for values in measured.values()):
+                found = (f"{values[key]:<6.3f}" if key in values else "-     " for values in measured.values())
+                lines.append(f"  {text:<18} " + "  ".join(found))
+    if any("loss" in record for record in records):
+        lines.append(f"\n{health_table(records)}\n")
+        for verdict in results["verdicts"]:
+            when = "since" if verdict["present"] else "at"
+            lines.append(
+                f"{verdict['name']} ({when} step {verdict['step']}): {verdict['finding']}; {verdict['remedy']}"
+            )
+    lines.append(f"\nThe encoder is in {folder}. To load it:\n")
+    lines.append(LOCAL_SNIPPET.format(name=python_string(folder), features=results["features"]))
+    return "\n" + "\n".join(lines)

@@ -1,0 +1,1 @@
+"""A run's configuration: flags, recipe and folder, checked and typed."""

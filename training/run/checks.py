@@ -1,0 +1,142 @@
+"""Whether a run's settings make sense by themselves and together."""
+
+import math
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.run.arguments import PretrainArguments, bytes_of, seconds_of
+
+if TYPE_CHECKING:
+    from hf_vicreg.training.run.config import RunConfig
+
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MAX_SEED = 2**32 - 1001  # every process adds its rank, and numpy takes 32 bits
+
+
+def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -> None:
+    """Raise InputError for a flag out of its range, or flags that contradict each other.
+
+    Args:
+        run: The flags.
+        given: Those that were chosen; the others may yet be fitted to them, so that they contradict nothing. Default:
+            all.
+    """
+    at_least = {
+        "num_train_epochs": 1,
+        "max_steps": 1,
+        "max_train_samples": 1,
+        "learning_rate": 0,
+        "min_learning_rate": 0,
+        "weight_decay": 0,
+        "warmup_ratio": 0,
+        "max_grad_norm": 0,
+        "dataloader_num_workers": 0,
+        "logging_steps": 1,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 1,
+        "checkpoints_keep_every_steps": 1,
+        "max_time": 0,
+        "max_skipped_steps": 1,
+        "knn_every_epochs": 0,
+        "knn_neighbours": 1,
+        "knn_train_samples": 1,
+        "knn_test_samples": 1,
+    }
+    for name, least in at_least.items():
+        value = getattr(run, name)
+        if value is not None and not value >= least:
+            raise InputError(f"`{name}`: expected at least {least}, got {value}.")
+    for name in ("batch_size", "per_device_train_batch_size"):
+        value = getattr(run, name)
+        least, reason = (2, "2 images for a covariance") if name == "batch_size" else (1, "1 image")
+        if value is not None and value < least:
+            raise InputError(f"`{name}`: expected at least {reason}, got {value}; raise it.")
+    if _all_of(given, "batch_size", "statistics_batch_size") and run.per_device_train_batch_size is None:
+        check_statistics_batch(run)
+    if run.learning_rate == math.inf:
+        raise InputError("`learning_rate`: expected a finite number, got inf.")
+    if _all_of(given, "min_learning_rate", "learning_rate") and run.min_learning_rate > run.learning_rate:
+        raise InputError(
+            f"`min_learning_rate`: expected at most `learning_rate` {run.learning_rate}, got {run.min_learning_rate}."
+        )
+    kept = run.checkpoints_keep_every_steps
+    if _all_of(given, "checkpoints_keep_every_steps", "checkpointing_steps") and (kept or 0) % run.checkpointing_steps:
+        raise InputError(
+            f"`checkpoints_keep_every_steps`: expected a multiple of the {run.checkpointing_steps} "
+            f"`checkpointing_steps`, got {run.checkpoints_keep_every_steps}."
+        )
+    if run.warmup_ratio > 1:
+        raise InputError(f"`warmup_ratio`: expected a share of the steps from 0 to 1, got {run.warmup_ratio}.")
+    if not 0 <= run.seed <= MAX_SEED:
+        raise InputError(f"`seed`: expected an integer from 0 to {MAX_SEED}, got {run.seed}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(run, name) < 1:
+            raise InputError(f"`{name}`: expected a number in [0, 1), got {getattr(run, name)}.")
+    if run.mixed_precision not in ("auto", "bf16", "fp16", "no"):
+        raise InputError(f"`mixed_precision`: expected 'auto', 'bf16', 'fp16' or 'no', got {run.mixed_precision!r}.")
+    if run.optim not in ("adamw", "lars"):
+        raise InputError(f"`optim`: expected 'adamw' or 'lars', got {run.optim!r}.")
+    if run.hub_strategy not in ("end", "checkpoint"):
+        raise InputError(f"`hub_strategy`: expected 'end' or 'checkpoint', got {run.hub_strategy!r}.")
+    if run.push_to_hub and not REPO.fullmatch(run.hub_model_id or ""):
+        raise InputError(f"`hub_model_id`: expected OWNER/NAME with --push_to_hub, got {run.hub_model_id!r}.")
+    if run.device not in ("auto", "cpu", "cuda", "mps"):
+        raise InputError(f"`device`: expected 'auto', 'cpu', 'cuda' or 'mps', got {run.device!r}.")
+    if run.time_budget is not None:
+        seconds_of(run.time_budget)
+    if run.max_memory is not None:
+        bytes_of(run.max_memory)
+    if run.dataset_name and run.train_dir:
+        raise InputError("`dataset_name`, `train_dir`: expected one of the two, got both.")
+    if not run.dataset_name and not run.train_dir:
+        raise InputError(
+            "`dataset_name`, `train_dir`: expected one of the two, got none; name your images: pretrain DATA."
+        )
+    if run.streaming:
+        if run.dataset_name in (None, "digits"):
+            raise InputError("`streaming`: expected a dataset to stream; name a Hub id or a folder of parquet shards.")
+        if run.max_steps is None:
+            raise InputError("`max_steps`: expected a number of steps, a stream has no epochs; add --max_steps N.")
+        for name in ("max_train_samples", "test_split"):
+            if getattr(run, name) is not None:
+                raise InputError(f"`{name}`: expected none with --streaming, which reads the train split alone.")
+
+
+def _all_of(given: Collection[str] | None, *names: str) -> bool:
+    return given is None or all(name in given for name in names)
+
+
+def check_statistics_batch(run: PretrainArguments) -> None:
+    """Check the batch of the loss against the batch that goes through the encoder at once.
+
+    Raises:
+        InputError: It is no multiple.
+    """
+    whole = run.statistics_batch_size
+    if whole is not None and (whole < run.batch_size or whole % run.batch_size):
+        raise InputError(
+            f"`statistics_batch_size`: expected a multiple of the batch size {run.batch_size}, got {whole}."
+        )
+
+
+def check_local_views(config: "RunConfig") -> None:
+    """Raise InputError for local views that are not small, or beside what cannot go with them."""
+    views = config.views
+    if not views.num_local_views:
+        return
+    if config.vicreg.second_encoder is not None:
+        raise InputError(
+            f"`views.num_local_views`: expected 0 with a second encoder, got {views.num_local_views}; each of two "
+            "branches sees one view."
+        )
+    for name in ("variance_weight", "covariance_weight"):
+        weight = getattr(config.vicreg, name)
+        if not isinstance(weight, int | float) and len(set(weight)) > 1:
+            raise InputError(f"`vicreg.{name}`: expected one number beside local views, got {list(weight)}.")
+    if views.local_image_size >= min(config.image_size):
+        raise InputError(
+            f"`views.local_image_size`: expected less than the image size {config.image_size}, "
+            f"got {views.local_image_size}."
+        )

@@ -1,0 +1,50 @@
+"""What a run is made of, resolved: its flags, its views, its encoders."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
+from hf_vicreg.training.run.arguments import RESERVED, PretrainArguments, ViewsConfig
+
+
+@dataclass
+class RunConfig:
+    """Everything a run is made of."""
+
+    run: PretrainArguments
+    views: ViewsConfig
+    vicreg: VicRegConfig  # holds the encoder's configuration
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Size of the views, (height, width) in pixels: given, or the encoder's; 224 for encoders that name none."""
+        size = self.views.image_size or getattr(self.vicreg.encoder, "image_size", None) or 224
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def step_size(self) -> int:
+        """Images a step over all processes: the batch of the loss."""
+        return self.run.statistics_batch_size or self.run.batch_size
+
+    def to_recipe(self) -> dict[str, Any]:
+        """Return the plain, complete dictionary that `recipe.yaml` stores and `--config` reads again."""
+        bookkeeping = {"transformers_version", "architectures", "auto_map", *RESERVED}
+        model, second, vicreg = (
+            {name: value for name, value in config.to_diff_dict().items() if name not in bookkeeping} if config else {}
+            for config in (self.vicreg.encoder, self.vicreg.second_encoder, self.vicreg)
+        )
+        del vicreg["model_type"]
+        return dataclasses.asdict(self.run) | {
+            "model": _plain(model),
+            **({"second_model": _plain(second)} if second else {}),
+            "vicreg": _plain(vicreg),
+            "views": _plain(dataclasses.asdict(self.views)),
+        }
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that YAML and JSON give back what was stored."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

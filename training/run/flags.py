@@ -1,0 +1,177 @@
+"""Flags of the command line, made of the fields of dataclasses; imports nothing heavy."""
+
+import argparse
+import dataclasses
+import shutil
+import types
+import typing
+from typing import Any, NoReturn
+
+import yaml
+
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.run.arguments import SECTIONS, PretrainArguments, ViewsConfig
+from hf_vicreg.training.run.section_flags import MODEL, VICREG, SectionFlag
+from hf_vicreg.training.run.settings import hint, recipe_names
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser that raises InputError, one line without the usage text, instead of leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help.")
+
+
+class HelpText(argparse.HelpFormatter):
+    """Help in two columns, the first of them a third of the screen."""
+
+    def __init__(self, prog: str):
+        columns = shutil.get_terminal_size().columns
+        super().__init__(prog, max_help_position=min(42, max(16, columns // 3)))
+
+
+Groups = dict[str, "argparse._ArgumentGroup"]
+GROUPS = ("data", "model", "loss", "views", "optimisation", "run", "evaluation", "Hub")  # in the order of the help
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    *,
+    defaults: bool = True,
+    prefix: str = "",
+    groups: Groups | None = None,
+) -> None:
+    """Add a flag for each field of a dataclass; its `group`, if it names one, is a heading of the help.
+
+    Args:
+        parser: In place.
+        kind: The dataclass; fields are str, int, float, bool, a Literal, lists of them, or None.
+        defaults: Whether flags that are not given have the field's default; else they are absent.
+        prefix: What stands before a field's name, such as `views.`.
+        groups: The headings that are there, by their text; new ones are added.
+    """
+    hints = typing.get_type_hints(kind)
+    groups = {} if groups is None else groups
+    for field in dataclasses.fields(kind):
+        group = field.metadata.get("group")
+        if group is not None and group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        where = parser if group is None else groups[group]
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        options: dict[str, Any] = {"default": default if defaults else argparse.SUPPRESS}
+        options["help"] = field.metadata.get("help")
+        accepted = hints[field.name]
+        if isinstance(accepted, types.UnionType):
+            accepted = next(one for one in typing.get_args(accepted) if one is not type(None))
+        if typing.get_origin(accepted) is list:
+            options |= {"nargs": "+", "type": typing.get_args(accepted)[0]}
+        elif typing.get_origin(accepted) is typing.Literal:
+            options |= {"choices": typing.get_args(accepted)}
+        elif accepted is bool:
+            options |= {"nargs": "?", "const": True, "type": _truth, "metavar": "true|false"}
+        else:
+            options |= {"type": accepted}
+        if "choices" not in options:
+            options.setdefault("metavar", getattr(options["type"], "__name__", "value").upper())
+        where.add_argument(f"--{prefix}{field.name}", **options)
+
+
+def _add_section(group: Any, section: str, fields: dict[str, SectionFlag]) -> None:
+    """Add the dotted flags of a configuration for the help alone: `parse_flags` reads them itself."""
+    for name, (default, value, text) in fields.items():
+        shown = text if default is None else f"{text} (default: {_as_typed(default)})"
+        group.add_argument(f"--{section}.{name}", metavar=value, default=argparse.SUPPRESS, help=shown)
+
+
+def _as_typed(default: Any) -> str:
+    """Return a default as it is typed on a command line."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"[{','.join(map(str, default))}]" if isinstance(default, list) else str(default)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def pretrain_parser() -> argparse.ArgumentParser:
+    """Return the parser of `hf-vicreg pretrain`, but for the dotted flags of sections."""
+    parser = FlagParser(
+        prog="hf-vicreg pretrain",
+        usage="%(prog)s [DATA] [--FLAG VALUE ...]",
+        description="Pretrain an encoder by VICReg on your own images; no labels are needed. What is not given is "
+        "planned for these images, this machine and --time_budget; --plan_only shows the plan. Defaults are those of "
+        "what neither a recipe nor the plan decides.",
+        epilog="With another --model.model_type, --model.KEY are the fields of its configuration. --second_model.KEY "
+        "makes a second encoder, for the second view. Values of dotted flags are YAML: "
+        '--vicreg.expander_sizes "[512, 512]".',
+        formatter_class=HelpText,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="Folder of images, `datasets` folder, Hub id OWNER/NAME, or `digits` (built in).",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        default=argparse.SUPPRESS,
+        help=f"Recipe below the flags: a YAML file or one of {', '.join(recipe_names())}.",
+    )
+    parser.add_argument(
+        "--num_processes",
+        metavar="INT",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="Processes on this machine that share each batch, such as one a GPU; default: 1.",
+    )
+    groups: Groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    # only what was typed counts: defaults come after the recipe
+    add_fields(parser, PretrainArguments, defaults=False, groups=groups)
+    add_fields(parser, ViewsConfig, defaults=False, prefix="views.", groups=groups)
+    _add_section(groups["model"], "model", MODEL)
+    _add_section(groups["loss"], "vicreg", VICREG)
+    return parser
+
+
+def parse_flags(arguments: list[str]) -> dict[str, Any]:
+    """Return the explicit flags of a command line as a nested dictionary.
+
+    `config`, `data` and `num_processes` are among them if given.
+
+    Raises:
+        InputError: An unknown flag, or a dotted flag without a value.
+    """
+    plain: list[str] = []
+    sections: dict[str, dict[str, Any]] = {}
+    rest = list(arguments)
+    while rest:
+        flag, separator, value = rest.pop(0).partition("=")
+        section, dot, key = flag.removeprefix("--").partition(".")
+        if not (flag.startswith("--") and dot and section in SECTIONS):
+            plain.append(flag + separator + value)
+            continue
+        if not separator:
+            if not rest:
+                raise InputError(f"`{flag}`: expected a value, got none.")
+            value = rest.pop(0)
+        try:
+            sections.setdefault(section, {})[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise InputError(f"`{flag}`: expected a YAML value, got {value!r}.") from error
+    known, unknown = pretrain_parser().parse_known_args(plain)
+    for one in unknown:
+        flag = one.partition("=")[0]
+        if not flag.startswith("-"):
+            raise InputError(f"`{flag}`: expected a flag, got a second word beside DATA; see --help.")
+        names = [f"--{one.name}" for one in dataclasses.fields(PretrainArguments)]
+        raise InputError(f"`{flag}`: unknown flag{hint(flag, names)}; see --help.")
+    return vars(known) | sections

@@ -1,0 +1,118 @@
+"""Where a run reads and writes: its images, as people name them, and its folder; checked before anything heavy."""
+
+import difflib
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.run.run_folder import RECIPE, refuse_foreign_folder
+
+RUNS = Path("runs")
+NUM_LISTED = 3
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+BUILT_IN = "digits"
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def data_setting(data: str, given: dict[str, Any]) -> dict[str, str]:
+    """Return images named by one word as `train_dir`, a folder of images, or `dataset_name`, anything else.
+
+    Args:
+        data: A folder of image files, a `datasets` folder, a Hub id, or `digits`.
+        given: The other settings.
+
+    Raises:
+        InputError: Images are named there as well, or neither a folder nor a Hub id.
+    """
+    for key in ("train_dir", "dataset_name"):
+        if given.get(key):
+            raise InputError(f"`data`, `{key}`: expected one of the two, got {data!r} and {given[key]!r}.")
+    if os.path.isdir(data):
+        return {"train_dir" if is_image_folder(data) else "dataset_name": data}
+    if data != BUILT_IN and not HUB_ID.fullmatch(data):
+        raise InputError(
+            f"`data`: expected a folder of images, a `datasets` folder, a Hub id OWNER/NAME or '{BUILT_IN}', got "
+            f"{data!r}{_instead(data)}"
+        )
+    return {"dataset_name": data}
+
+
+def with_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return explicit settings with a folder for the run if none is named; what they name is looked for.
+
+    Raises:
+        InputError: No images by that name, a folder that cannot be the run's, or no folder where none can be chosen.
+    """
+    images = settings.get("train_dir") or settings.get("dataset_name") or ""
+    if settings.get("train_dir"):
+        if not os.path.isdir(images):
+            raise InputError(f"`train_dir`: expected a folder of images, got {images!r}{_instead(images)}")
+    elif os.path.isfile(images):
+        raise InputError(f"`dataset_name`: expected a folder or a Hub id, got {images!r}, which is a file.")
+    elif not os.path.exists(images) and _is_path(images):
+        raise InputError(f"`dataset_name`: expected a Hub id or an existing folder, got {images!r}{_instead(images)}")
+    resuming = settings.get("resume_from_checkpoint") is not None
+    if not settings.get("output_dir"):
+        settings = settings | {"output_dir": str(_new_folder(images, resuming=resuming))}
+    refuse_foreign_folder(Path(settings["output_dir"]), RECIPE, resuming=resuming)
+    return settings
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name that is no folder here was meant as one: it is no Hub id, or begins with a folder of here."""
+    first, slash, _ = name.partition("/")
+    return bool(slash) and (not HUB_ID.fullmatch(name) or os.path.isdir(first))
+
+
+def _instead(name: str) -> str:
+    """Say what is wrong with a path, and what lies beside it by nearly that name."""
+    if os.path.isfile(name):
+        return ", which is a file."
+    folder, last = os.path.split(os.path.abspath(name))
+    beside = [one.name for one in os.scandir(folder) if one.is_dir()] if os.path.isdir(folder) else []
+    close = difflib.get_close_matches(last, beside, n=1)
+    remedy = f"; did you mean {os.path.join(os.path.dirname(name), close[0])!r}?" if close else "."
+    return f", which does not exist{remedy}"
+
+
+def _new_folder(images: str, *, resuming: bool) -> Path:
+    """Return `runs/NAME-DATE` for a run on these images, a folder that does not exist yet."""
+    if resuming:
+        runs = sorted(RUNS.glob(f"*/{RECIPE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        newest = ", ".join(str(path.parent) for path in runs[:NUM_LISTED])
+        remedy = f"the newest are {newest}" if newest else f"there is none below {RUNS}"
+        raise InputError(f"`output_dir`: expected the folder of the run to resume, got none; {remedy}.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "`output_dir`: expected a folder that all processes write to, got none; add --output_dir FOLDER."
+        )
+    name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(images))).strip("-.") or "images"
+    folder = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+def is_image_folder(name: str) -> bool:
+    """Return whether a path is a folder of image files; one with parquet or arrow files is a `datasets` folder."""
+    suffixes = {os.path.splitext(path)[1].lower() for path in files_below(name)}
+    return bool(suffixes & IMAGE_SUFFIXES) and not suffixes & {".parquet", ".arrow"}
+
+
+def files_below(folder: str) -> Iterator[str]:
+    """Yield every file below a folder; linked folders are followed, but none is entered twice."""
+    entered = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort()
+        yield from (os.path.join(where, name) for name in names)

@@ -1,0 +1,85 @@
+"""From a run's settings and the defaults to its configuration; unknown keys and wrong types fail."""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from hf_vicreg.modeling.configuration_vicreg import VicRegConfig, encoder_config
+from hf_vicreg.training.errors import InputError, as_input_error
+from hf_vicreg.training.run.arguments import RESERVED, PretrainArguments, ViewsConfig
+from hf_vicreg.training.run.checks import check_local_views, check_ranges
+from hf_vicreg.training.run.config import RunConfig
+from hf_vicreg.training.run.settings import explicit_settings, hint
+
+
+def resolve(given: dict[str, Any]) -> RunConfig:
+    """Return the run's configuration from its settings: what they leave open is at its default.
+
+    Args:
+        given: Nested dictionary of settings, of `explicit_settings` or what it takes.
+
+    Raises:
+        InputError: An unknown key or a value of the wrong type or range, in the recipe or among the settings.
+    """
+    settings = explicit_settings(given)
+    sections = {section: settings.pop(section, {}) for section in ("model", "second_model", "vicreg", "views")}
+    run = PretrainArguments(**settings)
+    check_ranges(run)
+    if not run.output_dir:
+        raise InputError("`output_dir`: expected a folder for the run, got none; add --output_dir FOLDER.")
+    views = ViewsConfig(**sections["views"])
+    encoder = _encoder(sections["model"], "model", views)
+    second = _encoder(sections["second_model"], "second_model", views) if sections["second_model"] else None
+    with as_input_error("vicreg"):
+        _check_keys(sections["vicreg"], VicRegConfig(), "vicreg")
+        vicreg = VicRegConfig(encoder=encoder, second_encoder=second, **sections["vicreg"])
+    config = RunConfig(run=run, views=views, vicreg=vicreg)
+    check_local_views(config)
+    return config
+
+
+def _encoder(settings: dict[str, Any], section: str, views: ViewsConfig) -> PreTrainedConfig:
+    """Return an encoder's configuration from its section of the settings; its image size is the views' if it has one.
+
+    Raises:
+        InputError: An unknown key or model type, or fields that make no encoder of RGB images of the views' size.
+    """
+    with as_input_error(section):
+        encoder = encoder_config({})
+        model_type = settings.get("model_type", encoder.model_type)
+        if model_type != encoder.model_type and model_type not in CONFIG_MAPPING:
+            raise InputError(
+                f"`{section}.model_type`: expected a model type transformers knows, got {model_type!r}"
+                f"{hint(model_type, list(CONFIG_MAPPING))}."
+            )
+        if model_type != encoder.model_type:
+            encoder = encoder_config({"model_type": model_type})
+        _check_keys(settings, encoder, section)
+        if views.image_size is not None and hasattr(encoder, "image_size"):
+            settings = {"image_size": views.image_size} | settings
+        encoder = encoder_config(settings)
+        if views.image_size is not None and _pair(getattr(encoder, "image_size", None)) not in (
+            None,
+            _pair(views.image_size),
+        ):
+            raise InputError(
+                f"`views.image_size`: expected `{section}.image_size`, {encoder.image_size}, or one of the two alone, "
+                f"got {views.image_size}."
+            )
+        if getattr(encoder, "num_channels", 3) != 3:
+            raise InputError(
+                f"`{section}.num_channels`: expected 3, got {encoder.num_channels}: every image is read as RGB, a "
+                f"grey one with three equal channels; leave `num_channels` out, or give --{section}.num_channels 3."
+            )
+    return encoder
+
+
+def _pair(size: Any) -> tuple[int, ...] | None:
+    return (size, size) if isinstance(size, int) else None if size is None else tuple(size)
+
+
+def _check_keys(settings: dict[str, Any], config: PreTrainedConfig, section: str) -> None:
+    known = [name for name in config.to_dict() if not name.startswith("_") and name not in RESERVED]
+    for key in settings:
+        if key not in known and key != "model_type":
+            raise InputError(f"`{section}.{key}`: unknown key{hint(key, known)}.")

@@ -1,0 +1,59 @@
+"""The folder that a run, or a fine-tuning, writes to: whose it is, and how it is begun."""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_vicreg.training.errors import InputError, room_in
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RECIPE = "recipe.yaml"  # by which the folder of a pretraining run is known again
+
+
+def refuse_foreign_folder(folder: Path, own_file: str, *, resuming: bool) -> None:
+    """Raise InputError for a folder that is neither new nor empty nor, with `resuming`, one that holds `own_file`."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"`output_dir`: expected a folder, got {folder}, which is a file.")
+    present = {path.name for path in folder.iterdir()} - {_unfinished(own_file)} if folder.is_dir() else set()
+    if present and not resuming:
+        remedy = "add --resume_from_checkpoint latest to continue it, or" if own_file in present else "please"
+        raise InputError(f"`output_dir`: expected a new or empty folder, {folder} is not; {remedy} choose another.")
+    if present and own_file not in present:
+        raise InputError(f"`output_dir`: expected the folder of a run to resume, {folder} holds something else.")
+
+
+def start_folder(folder: Path, own_file: str, text: str, accelerator: "Accelerator") -> None:
+    """Make a folder if need be, and write into it what the run is made of; every process must call.
+
+    Args:
+        folder: The run's.
+        own_file: Name of the file by which it is known again; it is written whole, or what was there stays.
+        text: What it holds.
+        accelerator: The run's processes.
+
+    Raises:
+        InputError: No room, or nothing can be written there.
+    """
+
+    from hf_vicreg.training.launch.distributed import run_on_main  # imports torch, and the check above is made without
+
+    def start() -> None:
+        temporary = folder / _unfinished(own_file)
+        try:
+            with room_in(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(text)
+                temporary.replace(folder / own_file)
+        except OSError as error:
+            raise InputError(f"`output_dir`: expected a folder to write to, {folder} is not: {error}.") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    run_on_main(start, accelerator)
+
+
+def _unfinished(own_file: str) -> str:
+    return f"{own_file}.tmp"

@@ -1,0 +1,1 @@
+"""What an encoder is used for: a command, a model and its data for each task."""

@@ -1,0 +1,115 @@
+"""Annotated images of a task: two splits, checked for what any task needs."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.encoder import public_name
+from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_splits
+from hf_vicreg.training.tasks.arguments import TaskArguments
+
+
+@dataclass(frozen=True)
+class AnnotatedImages:
+    """A split: images, and for each what the task says of it.
+
+    Attributes:
+        split: Its name.
+        source: The images.
+        annotations: One an image.
+        fingerprint: Changes with any byte of any image, their order and the annotations.
+        digests: One hash an image, of its encoded bytes.
+    """
+
+    split: str
+    source: ImageSource
+    annotations: list[Any]
+    fingerprint: str
+    digests: list[bytes]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def load_annotated(
+    arguments: TaskArguments, column: str, field: str
+) -> tuple[tuple[AnnotatedImages, Any], tuple[AnnotatedImages, Any]]:
+    """Return the training and the test split, each with the `datasets` feature of its annotations.
+
+    Args:
+        arguments: Which data.
+        column: Of the annotations.
+        field: The flag that names the column.
+
+    Raises:
+        InputError: No such split or column, or nothing in it, and what `load_splits` refuses.
+    """
+    name = arguments.dataset_name
+    splits = load_splits(name, arguments.dataset_config_name)
+    others = [one for one in ("test", "validation") if one in splits and one != arguments.train_split]
+    test_split = arguments.test_split or next(iter(others), None)
+    if test_split is None:
+        raise InputError(
+            f"`test_split`: expected a split `test` or `validation` beside {arguments.train_split!r} in {name}, found "
+            f"{sorted(splits)}; name the one to test on with --test_split."
+        )
+    both: list[tuple[AnnotatedImages, Any]] = []
+    for flag, split, limit in (
+        ("train_split", arguments.train_split, arguments.max_train_samples),
+        ("test_split", test_split, arguments.max_test_samples),
+    ):
+        if split not in splits:
+            raise InputError(f"`{flag}`: expected one of {sorted(splits)} in {name}, got {split!r}.")
+        if column not in splits[split].features:
+            raise InputError(
+                f"`{field}`: expected a column {column!r} in split {split!r} of {name}, found "
+                f"{sorted(splits[split].features)}; name it with --{field}."
+            )
+        rows = splits[split]
+        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        source = dataset_source(name, rows, arguments.image_column_name, None, said=bool(both))
+        annotations = list(rows.select_columns([column])[column])
+        digests = [_digest(source, split, index) for index in range(len(source))]
+        whole = hashlib.sha256(b"".join(digests) + repr(annotations).encode()).hexdigest()[:16]
+        both.append((AnnotatedImages(split, source, annotations, whole, digests), rows.features[column]))
+    return both[0], both[1]
+
+
+def describe_data(
+    arguments: TaskArguments, train: AnnotatedImages, test: AnnotatedImages, overlap: int, **more: Any
+) -> dict[str, Any]:
+    """Return the `data` of an entry of `results.json`."""
+    return {
+        "dataset": public_name(arguments.dataset_name),
+        "config": arguments.dataset_config_name,
+        "train_split": train.split,
+        "test_split": test.split,
+        "image_column": arguments.image_column_name,
+        **more,
+        "num_train": len(train),
+        "num_test": len(test),
+        "train_fingerprint": train.fingerprint,
+        "test_fingerprint": test.fingerprint,
+        "test_images_in_train": overlap,
+    }
+
+
+def first_readable(
+    source: ImageSource, wanted: int, draws: Callable[[int], int], attempts: int
+) -> tuple[int, Any] | None:
+    """Return index and image of the wanted row, or of the first readable one of those drawn in its place."""
+    for attempt in range(attempts):
+        index = draws(len(source)) if attempt else wanted
+        image = source.read(index)
+        if image is not None:
+            return index, image
+    return None
+
+
+def _digest(source: ImageSource, split: str, index: int) -> bytes:
+    try:
+        return hashlib.sha256(source.read_bytes(index)).digest()
+    except OSError as error:  # passed over later; its own, or two such images would count as the same one
+        return f"{type(error).__name__}/{split}/{index}".encode()
