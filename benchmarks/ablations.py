@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from benchmarks.measuring import machine
 from hf_vicreg import VicRegForPreTraining
+from hf_vicreg.training.building import attention_density
 from hf_vicreg.training.engine.optim import build_optimizer, learning_rate_at
 from hf_vicreg.training.evaluation.features import encode, model_encoder
 from hf_vicreg.training.evaluation.neighbours import knn_accuracy
@@ -33,8 +34,8 @@ from hf_vicreg.training.images.colour import finish_batch
 from hf_vicreg.training.images.order import StepSampler, ViewDataset, collate
 from hf_vicreg.training.images.sources import ImageSource, load_sources
 from hf_vicreg.training.images.views import ViewSampler
-from hf_vicreg.training.pretrain import attention_density, build_processor
 from hf_vicreg.training.run.config import RunConfig
+from hf_vicreg.training.run.processors import build_processor
 from hf_vicreg.training.run.resolve import resolve
 
 TEMPERATURE = 0.5

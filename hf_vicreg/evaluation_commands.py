@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hf_vicreg.training.errors import place_for
+from hf_vicreg.training.errors import RunStopped, place_for
 from hf_vicreg.training.evaluation.arguments import (
     FewLabelsArguments,
     FinetuneArguments,
@@ -96,20 +96,24 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         runs[parsed.what](parsed.model, arguments_of(parsed))
 
 
-def _finetune_classification(parsed: argparse.Namespace) -> None:
+def _finetune_classification(parsed: argparse.Namespace) -> int:
     from hf_vicreg.training.tasks.classification.command import finetune_classification
 
-    run_task(finetune_classification, parsed)
+    return run_task(finetune_classification, parsed)
 
 
-def run_task(task: Any, parsed: argparse.Namespace) -> None:
-    """Run a fine-tuning with the flags of its command."""
+def run_task(task: Any, parsed: argparse.Namespace) -> int:
+    """Run a fine-tuning with the flags of its command; return the exit code, 75 for one that stopped when asked."""
     from hf_vicreg.training.launch.distributed import leave_processes
+    from hf_vicreg.training.launch.signals import stop_exit_code
 
     log_to_stderr()
     try:
         with place_for("output_dir", parsed.output_dir):
             task(parsed.model, arguments_of(parsed))
+        return 0
+    except RunStopped:
+        return stop_exit_code()
     finally:
         leave_processes()
 

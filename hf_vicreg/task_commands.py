@@ -46,16 +46,16 @@ def add_tasks(verbs: Any, tasks: Any) -> None:
     detect.set_defaults(run=_detect)
 
 
-def _finetune_detection(parsed: argparse.Namespace) -> None:
+def _finetune_detection(parsed: argparse.Namespace) -> int:
     from hf_vicreg.training.tasks.detection.command import finetune_detection
 
-    run_task(finetune_detection, parsed)
+    return run_task(finetune_detection, parsed)
 
 
-def _finetune_captioning(parsed: argparse.Namespace) -> None:
+def _finetune_captioning(parsed: argparse.Namespace) -> int:
     from hf_vicreg.training.tasks.captioning.command import finetune_captioning
 
-    run_task(finetune_captioning, parsed)
+    return run_task(finetune_captioning, parsed)
 
 
 def _detect(parsed: argparse.Namespace) -> None:

@@ -19,13 +19,10 @@ import torch
 import torch.distributed as dist
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput, has_batch_norm
+from hf_vicreg.training.engine.step import DeviceFull
 from hf_vicreg.training.launch.distributed import restore_rng, rng_states
 
 Result = TypeVar("Result")
-
-
-class DeviceFull(Exception):  # noqa: N818 - the step is taken again in smaller pieces
-    """A process ran out of its device's memory; raised on all of them."""
 
 
 def two_pass_backward(

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Generator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +71,29 @@ class Stopwatch:
 class RunLog:
     """The log of a run on its main process; the others have none, and what is written there goes nowhere."""
 
-    def __init__(self, folder: Path, step: int, accelerator: Accelerator, gamma: float):
+    def __init__(self, folder: Path | None, step: int, accelerator: Accelerator, gamma: float | None = None):
         """Continue the log at a step, or begin it; every process must call.
 
         Args:
-            folder: The run's.
+            folder: The run's; None keeps no log.
             step: Steps done; lines of later ones, which will be done again, are dropped.
             accelerator: Its trackers get every line.
-            gamma: Target of the embeddings' standard deviation.
+            gamma: Target of the embeddings' standard deviation where a log of pretraining is to be watched.
 
         Raises:
             InputError: The disk is full.
         """
-        self.path, self.accelerator = folder / LOG_FILE, accelerator
-        self.watch = Watch(gamma)
+        self.accelerator = accelerator
+        self.watch = None if gamma is None else Watch(gamma)
+        self.path = None if folder is None else folder / LOG_FILE
 
-        def begin() -> None:
-            with room_in(folder):
-                for record in truncate_log(self.path, step):
-                    self.watch.follow(record)
+        def begin(path: Path) -> None:
+            with room_in(path.parent):
+                for record in truncate_log(path, step):
+                    self._follow(record)
 
-        run_on_main(begin, accelerator)
+        if self.path is not None:
+            run_on_main(partial(begin, self.path), accelerator)
 
     def write(self, record: dict[str, Any]) -> list[Verdict]:
         """Append a line, send it to the trackers, and return what is found wrong for the first time.
@@ -103,12 +106,16 @@ class RunLog:
         figures = {key: value for key, value in record.items() if key != "step"}
         self.accelerator.log(figures, step=record["step"])
 
-        def append() -> None:
-            with room_in(self.path.parent), self.path.open("a") as file:
+        def append(path: Path) -> None:
+            with room_in(path.parent), path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
-        run_on_main(append, self.accelerator)
-        return self.watch.follow(record) if self.accelerator.is_main_process else []
+        if self.path is not None:
+            run_on_main(partial(append, self.path), self.accelerator)
+        return self._follow(record) if self.accelerator.is_main_process else []
+
+    def _follow(self, record: dict[str, Any]) -> list[Verdict]:
+        return [] if self.watch is None else self.watch.follow(record)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from transformers import BaseImageProcessor
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
-from hf_vicreg.training.engine.loop import Trainer
+from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.evaluation.features import BATCH_SIZE, encoded_batches, model_encoder
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.launch.signals import StopRequest
@@ -82,12 +82,12 @@ def try_steps(
     model = VicRegForPreTraining(config.vicreg)
     stop = StopRequest(Path(run.output_dir), None)
     with _quietly():
-        trainer = Trainer(replace(config, run=run), source, model, accelerator, None, stop)
+        loop = pretraining_loop(replace(config, run=run), source, model, accelerator, None, stop)
     if machine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         reset_peak()
-    step_seconds, waits = trainer.rehearse(seconds)
+    step_seconds, waits = loop.rehearse(seconds)
     peak = torch.cuda.max_memory_reserved() if machine.device == "cuda" else peak_memory()
     shown = source.first(min(BATCH_SIZE, len(source)))
     reading = time.perf_counter()
@@ -97,11 +97,11 @@ def try_steps(
             processor([image], return_tensors="pt")
     read_seconds = (time.perf_counter() - reading) / len(shown)
     encoding = time.perf_counter()
-    for _ in encoded_batches(shown, processor, model_encoder(trainer.unwrapped.encoder)):
+    for _ in encoded_batches(shown, processor, model_encoder(model.encoder)):
         pass
     encode_seconds = (time.perf_counter() - encoding) / len(shown) - read_seconds
-    parameters = sum(one.numel() for one in trainer.unwrapped.encoder.parameters())
-    del trainer, model
+    parameters = sum(one.numel() for one in model.encoder.parameters())
+    del loop, model
     accelerator.free_memory()
     give_back_memory()
     return Trial(

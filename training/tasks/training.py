@@ -1,35 +1,116 @@
-"""Fine-tuning of a task model, detector or captioner: one step is batch, loss, backward, guard, update."""
+"""The step that fine-tunes a task's model, and the flow that every fine-tuning follows around the engine's loop."""
 
 import json
 import logging
-import math
 import time
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import BaseImageProcessor, PreTrainedModel
 
-from hf_vicreg.training.engine.checkpoint import RunState
-from hf_vicreg.training.engine.guard import MAX_SKIPPED_IN_A_ROW, StepGuard, Verdict
-from hf_vicreg.training.engine.optim import learning_rate_at, parameter_groups
-from hf_vicreg.training.engine.resume import checkpoint_together, resume_from
+from hf_vicreg.training.engine.loop import TrainingLoop
+from hf_vicreg.training.engine.optim import parameter_groups
+from hf_vicreg.training.engine.resume import checkpoint_to_resume
+from hf_vicreg.training.engine.step import TrainingStep
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.encoder import public_name, quiet_transformers, weights_digest
+from hf_vicreg.training.evaluation.results import add_evaluation, evaluation_record
 from hf_vicreg.training.images.order import StepSampler
-from hf_vicreg.training.launch.distributed import largest
-from hf_vicreg.training.monitor.progress import Progress
-from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log, truncate_log
-from hf_vicreg.training.tasks.arguments import TaskArguments
+from hf_vicreg.training.launch.signals import outlive_signals
+from hf_vicreg.training.run.run_folder import start_folder
+from hf_vicreg.training.tasks.arguments import OWN_FILE, TaskArguments
 
 logger = logging.getLogger(__name__)
 
+UNREADABLE = "`train_split`: expected readable images, found too many corrupt ones in a row; check them."
 
-class TaskTrainer:
-    """Fine-tunes one model whose forward pass returns the loss, from wherever its checkpoint left it."""
+
+def fitting_batch(wanted: int, num_images: int, num_processes: int, kind: str = "") -> int:
+    """Return the batch size, smaller where there are few images, a multiple of the processes.
+
+    Raises:
+        InputError: Fewer images than processes.
+    """
+    size = min(wanted, num_images) // num_processes * num_processes
+    if size == 0:
+        raise InputError(f"`batch_size`: expected a {kind}image for each of {num_processes} processes, got fewer.")
+    if size < wanted:
+        logger.info("batch of %d instead of %d %simages: there are %d", size, wanted, kind, num_images)
+    return size
+
+
+class TaskStep(TrainingStep[dict[str, float]]):
+    """Fine-tuning by AdamW; what comes of a step is what the log says of it, its `loss` among it.
+
+    Attributes:
+        wrapped: The model as accelerate prepared it, which averages gradients over the processes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: list[dict[str, Any]],
+        settings: Any,
+        accelerator: Accelerator,
+        *,
+        num_images: int,
+        batch_size: int,
+    ):
+        """Set up the optimiser.
+
+        Args:
+            model: To fine-tune.
+            groups: Of its parameters, each with a `scale`.
+            settings: Flags with `learning_rate`, `max_steps`, `num_train_epochs` and `dataloader_num_workers`.
+            accelerator: Processes and device.
+            num_images: Of an epoch.
+            batch_size: Over all processes.
+        """
+        self.settings, self.accelerator = settings, accelerator
+        self.images_per_step, self.steps_per_epoch = batch_size, num_images // batch_size
+        self.num_steps = settings.max_steps or settings.num_train_epochs * self.steps_per_epoch
+        self.wrapped, self.optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=settings.learning_rate))
+        self.model: PreTrainedModel = accelerator.unwrap_model(self.wrapped)
+
+    @abstractmethod
+    def backward(self, batches: Sequence[Any], step: int) -> dict[str, float]:
+        """See `TrainingStep`."""
+
+    def loss_of(self, outcome: dict[str, float]) -> float:
+        """Return the loss."""
+        return outcome["loss"]
+
+    def record(self, outcome: dict[str, float]) -> dict[str, float]:
+        """Return all that came of the step."""
+        return outcome
+
+    def loader(self, dataset: Dataset, sampler: Iterable[Any] | Sampler, collate: Callable, seed: int) -> DataLoader:
+        """Return a loader of the sampler's batches."""
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=self.settings.dataloader_num_workers,
+            collate_fn=collate,
+            # its own generator: the loader draws a seed when it starts, which would shift a resumed run's randomness
+            generator=torch.Generator().manual_seed(seed),
+            worker_init_fn=outlive_signals,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def sampler(self, num_images: int, batch_size: int, seed: int, first_step: int) -> StepSampler:
+        """Return this process's share of every step's images."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return StepSampler(num_images, batch_size, seed, first_step, self.num_steps, rank, processes)
+
+
+class ModelLossStep(TaskStep):
+    """Fine-tuning of a model whose forward pass returns its loss, a detector or a captioner."""
 
     def __init__(
         self,
@@ -41,8 +122,6 @@ class TaskTrainer:
         scale_of: Callable[[str], float],
         settings: TaskArguments,
         accelerator: Accelerator,
-        state: RunState,
-        measure: Callable[[], dict[str, float]],
         loss_scale: float = 1.0,
     ):
         """Set up optimiser and data order.
@@ -56,144 +135,124 @@ class TaskTrainer:
             scale_of: Factor on the learning rate of a parameter, by its name; 0 freezes it.
             settings: The flags.
             accelerator: Processes and device.
-            state: With the configuration and the data's fingerprint, at step 0.
-            measure: Called on every process every `eval_steps`; what it returns is logged.
             loss_scale: Factor on the model's loss.
 
         Raises:
             InputError: A batch that the processes cannot share.
         """
         self.dataset, self.num_images, self.collate, self.inputs_of = dataset, num_images, collate, inputs_of
-        self.settings, self.accelerator, self.state, self.measure = settings, accelerator, state, measure
-        self.folder, self.loss_scale = Path(settings.output_dir), loss_scale
-        processes = accelerator.num_processes
-        self.batch_size = min(settings.batch_size, num_images) // processes * processes
-        if self.batch_size == 0:
-            raise InputError(f"`batch_size`: expected an image for each of {processes} processes, got fewer.")
-        if self.batch_size < settings.batch_size:
-            logger.info(
-                "batch of %d instead of %d images: there are %d", self.batch_size, settings.batch_size, num_images
-            )
-        self.steps_per_epoch = num_images // self.batch_size
-        self.num_steps = settings.max_steps or settings.num_train_epochs * self.steps_per_epoch
-        optimizer = torch.optim.AdamW(scaled_groups(model, settings.weight_decay, scale_of), lr=settings.learning_rate)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.unwrapped: PreTrainedModel = accelerator.unwrap_model(self.model)
-        self.guard = StepGuard(self.unwrapped, MAX_SKIPPED_IN_A_ROW)
+        self.loss_scale = loss_scale
+        batch_size = fitting_batch(settings.batch_size, num_images, accelerator.num_processes)
+        groups = scaled_groups(model, settings.weight_decay, scale_of)
+        super().__init__(model, groups, settings, accelerator, num_images=num_images, batch_size=batch_size)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint.
+    def batches(self, first_step: int) -> DataLoader:
+        """Return batches of training images."""
+        seed = self.settings.seed
+        sampler = self.sampler(self.num_images, self.images_per_step, seed, first_step)
+        return self.loader(self.dataset, sampler, self.collate, seed)
 
-        Raises:
-            InputError: It belongs to another configuration or other data.
-        """
-        self.state = resume_from(
-            checkpoint, self.state, self.unwrapped, self.optimizer.optimizer, self.accelerator, self.num_steps
-        )
-
-    def fit(self) -> None:
-        """Train to the last step; every process must call.
-
-        Raises:
-            InputError: No readable image where one was needed, or a gradient that is not finite many times in a row.
-        """
-        state, settings = self.state, self.settings
-        if self.accelerator.is_main_process:
-            truncate_log(self.folder / LOG_FILE, state.step)
-        self._train_mode()
-        progress = Progress(self.num_steps, state.step, shown=self.accelerator.is_local_main_process)
-        seconds_before, started = state.training_seconds, time.perf_counter()
-        for batch in self._loader(state.step):
-            if batch is None:
-                raise InputError(
-                    "`train_split`: expected readable images, found too many corrupt ones in a row; check them."
-                )
-            record = self._step(batch)
-            state.step += 1
-            last = state.step == self.num_steps
-            progress.describe(f"loss {record['loss']:.3f}")
-            progress.update(state.step)
-            if state.step % settings.logging_steps == 0 or last:
-                self.log(record)
-            if settings.eval_steps and state.step % settings.eval_steps == 0 and not last:
-                pause = time.perf_counter()
-                found = self.measure()
-                self._train_mode()
-                self.log(found)
-                progress.write(f"step {state.step}: " + ", ".join(f"{key} {one:.3f}" for key, one in found.items()))
-                started += time.perf_counter() - pause
-            state.training_seconds = seconds_before + time.perf_counter() - started
-            if state.step % settings.checkpointing_steps == 0 or last:
-                self._checkpoint()
-        progress.close()
-
-    def _train_mode(self) -> None:
-        """Put the model into training mode, but not what is frozen: that neither drops paths nor moves statistics."""
-        self.model.train()
-        for module in self.unwrapped.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(one.requires_grad for one in parameters):
-                module.eval()
-
-    def log(self, record: dict[str, float]) -> None:
-        """Add a line about the present step to the log."""
-        if self.accelerator.is_main_process:
-            where = {"step": self.state.step, "epoch": self.state.step / self.steps_per_epoch}
-            with (self.folder / LOG_FILE).open("a") as file:
-                file.write(json.dumps(where | record) + "\n")
-
-    def curve(self, key: str) -> list[tuple[int, float]]:
-        """Return (step, value) for each line of the log that has `key`."""
-        return [(record["step"], record[key]) for record in read_log(self.folder / LOG_FILE) if key in record]
-
-    def _loader(self, first_step: int) -> DataLoader:
-        accelerator, seed = self.accelerator, self.settings.seed
-        return DataLoader(
-            self.dataset,
-            batch_sampler=StepSampler(
-                self.num_images,
-                self.batch_size,
-                seed,
-                first_step,
-                self.num_steps,
-                accelerator.process_index,
-                accelerator.num_processes,
-            ),
-            num_workers=self.settings.dataloader_num_workers,
-            collate_fn=self.collate,
-            # its own generator: the loader draws a seed when it starts, which would shift a resumed run's randomness
-            generator=torch.Generator().manual_seed(seed),
-            pin_memory=accelerator.device.type == "cuda",
-        )
-
-    def _step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """One optimiser step; returns what the log says of it."""
-        settings = self.settings
-        learning_rate = learning_rate_at(
-            self.state.step, self.num_steps, settings.learning_rate, settings.warmup_ratio
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["scale"]
-        self.guard.begin()
-        loss = self.loss_scale * self.model(**self.inputs_of(batch, self.accelerator.device)).loss
+    def backward(self, batches: Sequence[dict[str, Any] | None], step: int) -> dict[str, float]:
+        """The gradient of the model's own loss; see `TrainingStep`."""
+        (batch,) = batches
+        if batch is None:
+            raise InputError(UNREADABLE)
+        loss = self.loss_scale * self.wrapped(**self.inputs_of(batch, self.accelerator.device)).loss
         self.accelerator.backward(loss)
-        limit = settings.max_grad_norm or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit).item()
-        (verdict,) = largest([self.guard.judge(loss.item(), grad_norm)], self.accelerator)
-        if self.guard.allows(Verdict(verdict), self.state, settings.learning_rate):
-            self.optimizer.step()
-        self.model.zero_grad()
-        return {"loss": loss.item(), "grad_norm": grad_norm, "learning_rate": learning_rate}
+        return {"loss": loss.item()}
 
-    def _checkpoint(self) -> None:
-        checkpoint_together(
-            self.folder / "checkpoints",
-            self.state,
-            self.unwrapped,
-            self.optimizer.optimizer,
-            self.settings.checkpoints_total_limit,
-            self.accelerator,
-        )
+
+def fine_tune(loop: TrainingLoop, settings: Any, model_name: str, recipe: dict[str, Any], images: str) -> None:
+    """Train from wherever the folder's checkpoint left it to the end; every process must call.
+
+    Args:
+        loop: At its first step, with a folder and a request to stop.
+        settings: Flags with `seed` and `resume_from_checkpoint`.
+        model_name: What is fine-tuned.
+        recipe: What a resumed run has to agree with.
+        images: For the log, what is trained on.
+
+    Raises:
+        InputError: A checkpoint of another configuration, and what `TrainingLoop.fit` refuses.
+        RunStopped: It was asked to stop and has written a checkpoint.
+    """
+    assert loop.folder is not None
+    assert loop.stop is not None
+    accelerator = loop.accelerator
+    set_seed(settings.seed + accelerator.process_index)  # every process drops paths of its own
+    checkpoint = checkpoint_to_resume(settings, accelerator)
+    if checkpoint is not None:
+        loop.resume(checkpoint)
+    described = {"model": public_name(model_name)} | recipe
+    start_folder(loop.folder, OWN_FILE, json.dumps(described, indent=1) + "\n", accelerator)
+    logger.info("%s, %d steps", images, loop.step.num_steps)
+    with loop.stop:
+        loop.fit()
+
+
+def tuned_record(
+    task: str,
+    loop: TrainingLoop,
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    *,
+    feature: str,
+    data: dict[str, Any],
+    settings: dict[str, Any],
+    metrics: dict[str, float],
+    details: dict[str, Any],
+    pictures: Sequence[str],
+    started: float,
+) -> dict[str, Any]:
+    """Return the entry of `results.json` for a fine-tuned model.
+
+    Args:
+        task: `finetune_...`.
+        loop: At its end.
+        model: The fine-tuned one.
+        processor: Its image processor.
+        feature: What the model gives.
+        data: Of `describe_data`.
+        settings: The flags that change a figure.
+        metrics: What was measured.
+        details: What stands behind it; what every fine-tuning says of its training is added.
+        pictures: Files in the folder.
+        started: When, by `time.perf_counter`.
+    """
+    assert loop.folder is not None
+    state = loop.state
+    return evaluation_record(
+        task,
+        {
+            "name": loop.folder.resolve().name,
+            "model_type": model.config.model_type,
+            "parameters": sum(one.numel() for one in model.parameters()),
+            "weights": weights_digest(model),
+            "feature": feature,
+            "preprocessing": json.loads(json.dumps(processor.to_dict(), sort_keys=True, default=str)),
+        },
+        data,
+        settings,
+        metrics,
+        details=details
+        | {
+            "steps": state.step,
+            "skipped_steps": state.skipped_steps,
+            "training_seconds": round(state.training_seconds, 1),
+            "processes": loop.accelerator.num_processes,
+        },
+        pictures=pictures,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def save_tuned(folder: Path, record: dict[str, Any], model: PreTrainedModel, *companions: Any) -> None:
+    """Write a fine-tuned model, what goes with it, and its entry of `results.json`; on the main process."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    for companion in companions:
+        companion.save_pretrained(folder)
+    add_evaluation(folder, record)
 
 
 def scaled_groups(

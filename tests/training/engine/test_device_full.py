@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
-from hf_vicreg.training.engine.loop import Trainer
+from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.run_images import load_images
 from hf_vicreg.training.launch.distributed import build_accelerator
@@ -25,7 +25,7 @@ def _trainer(recipe, folder, images, **more):
     source, _, _ = load_images(config)
     assert build_processor(config).size["height"] == config.image_size[0]
     folder.mkdir()
-    return Trainer(config, source, model, accelerator, None, StopRequest(folder, None))
+    return pretraining_loop(config, source, model, accelerator, None, StopRequest(folder, None))
 
 
 def _full_above(trainer, most, calls):
@@ -37,7 +37,7 @@ def _full_above(trainer, most, calls):
         if len(pixels) > 2 * most:  # two views
             raise torch.OutOfMemoryError("tried to allocate more than there is")
 
-    trainer.unwrapped.encoder.register_forward_pre_hook(refuse, with_kwargs=True)
+    trainer.step.model.encoder.register_forward_pre_hook(refuse, with_kwargs=True)
 
 
 def _losses(trainer):
@@ -54,7 +54,7 @@ def test_a_full_device_changes_nothing_but_the_pieces(tiny_recipe, tmp_path, ima
     state = full.fit()
     assert state.step == 4
     assert state.skipped_steps == 0
-    assert full.splits == 4
+    assert full.step.splits == 4
     assert calls[:3] == [16, 8, 4], "halved until it fits"
     assert max(calls[3:]) == 4, "and not tried in vain again"
     assert sum("ran out of memory" in one.message for one in caplog.records) == 2
@@ -76,13 +76,13 @@ def test_memory_lost_on_the_way_back_is_no_loss_either(tiny_recipe, tmp_path, im
         if output.pooler_output.requires_grad:
             output.pooler_output.register_hook(once)
 
-    full.unwrapped.encoder.register_forward_hook(refuse)
+    full.step.model.encoder.register_forward_hook(refuse)
     full.fit()
-    assert full.splits == 2
+    assert full.step.splits == 2
     assert _losses(full) == pytest.approx(_losses(plain), rel=1e-5)
     # the step that was broken off had moved the expander's running statistics already
-    means = dict(plain.unwrapped.named_buffers())
-    for name, buffer in full.unwrapped.named_buffers():
+    means = dict(plain.step.model.named_buffers())
+    for name, buffer in full.step.model.named_buffers():
         torch.testing.assert_close(buffer, means[name], rtol=1e-4, atol=1e-6)
 
 

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from hf_vicreg import BigBirdViTConfig
+from hf_vicreg.training.building import attention_density
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.pretrain import attention_density
 from hf_vicreg.training.run.arguments import bytes_of, seconds_of
 from hf_vicreg.training.run.flags import parse_flags
 from hf_vicreg.training.run.resolve import resolve

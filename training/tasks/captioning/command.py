@@ -1,6 +1,5 @@
 """`hf-vicreg finetune captioning`: a pretrained encoder and images with captions in, a captioner's folder out."""
 
-import json
 import logging
 import time
 from collections import Counter
@@ -9,19 +8,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from transformers import BaseImageProcessor, PreTrainedTokenizerFast, VisionEncoderDecoderModel
 
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.training.engine.checkpoint import RunState
-from hf_vicreg.training.engine.resume import checkpoint_to_resume
+from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import load_config, public_name, quiet_transformers, weights_digest
+from hf_vicreg.training.evaluation.encoder import load_config, public_name, weights_digest
 from hf_vicreg.training.evaluation.labelled import count_overlap
-from hf_vicreg.training.evaluation.results import FILE, add_evaluation, evaluation_record
+from hf_vicreg.training.evaluation.results import FILE
 from hf_vicreg.training.launch.distributed import build_accelerator
-from hf_vicreg.training.run.run_folder import start_folder
-from hf_vicreg.training.tasks.arguments import OWN_FILE, CaptioningArguments, check_task, settings_of
+from hf_vicreg.training.launch.signals import StopRequest
+from hf_vicreg.training.tasks.arguments import CaptioningArguments, check_task, settings_of
 from hf_vicreg.training.tasks.captioning.data import (
     CaptionedViews,
     caption_tokens,
@@ -33,7 +32,7 @@ from hf_vicreg.training.tasks.captioning.data import (
 )
 from hf_vicreg.training.tasks.captioning.model import build_captioner, build_tokenizer, learning_rate_scale
 from hf_vicreg.training.tasks.data import AnnotatedImages, describe_data
-from hf_vicreg.training.tasks.training import TaskTrainer
+from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def finetune_captioning(model_name: str, arguments: CaptioningArguments) -> dict
     model, processor = build_captioner(model_name, tokenizer, arguments)
     recipe = settings_of(arguments) | {"weights": weights_digest(model)}
     tester = _Tester(model, processor, tokenizer, test, accelerator, arguments)
-    trainer = TaskTrainer(
+    step = ModelLossStep(
         model,
         CaptionedViews(train, tokenizer, processor, arguments),
         len(train),
@@ -82,33 +81,29 @@ def finetune_captioning(model_name: str, arguments: CaptioningArguments) -> dict
         lambda name: learning_rate_scale(name, arguments.encoder_learning_rate_ratio),
         arguments,
         accelerator,
-        RunState(recipe=recipe, data_fingerprint=train.fingerprint),
-        lambda: tester.measure()[0],
     )
-    set_seed(arguments.seed + accelerator.process_index)  # every process drops paths of its own
-    checkpoint = checkpoint_to_resume(arguments, accelerator)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    described = {"model": public_name(model_name)} | recipe
-    start_folder(folder, OWN_FILE, json.dumps(described, indent=1) + "\n", accelerator)
-    logger.info("%d captioned images, %d tokens, %d steps", len(train), len(tokenizer), trainer.num_steps)
-    trainer.fit()
+    loop = TrainingLoop(
+        step,
+        LoopSettings.of(arguments, measure_steps=arguments.eval_steps or 0),
+        accelerator,
+        RunState(recipe=recipe, data_fingerprint=train.fingerprint),
+        folder=folder,
+        measure=lambda: tester.measure()[0],
+        stop=StopRequest(folder, None),
+    )
+    fine_tune(loop, arguments, model_name, recipe, f"{len(train)} captioned images, {len(tokenizer)} tokens")
     metrics, captions = tester.measure()
-    trainer.log(metrics)
+    loop.note(metrics)
     most_frequent, count = Counter(test.annotations).most_common(1)[0]
-    record = evaluation_record(
+    record = tuned_record(
         "finetune_captioning",
-        {
-            "name": folder.resolve().name,
-            "model_type": model.config.model_type,
-            "parameters": sum(one.numel() for one in model.parameters()),
-            "weights": weights_digest(trainer.unwrapped),
-            "feature": "captions",
-            "preprocessing": json.loads(json.dumps(processor.to_dict(), sort_keys=True, default=str)),
-        },
-        describe_data(arguments, train, test, overlap, text_column=arguments.text_column_name),
-        settings_of(arguments),
-        metrics,
+        loop,
+        step.model,
+        processor,
+        feature="captions",
+        data=describe_data(arguments, train, test, overlap, text_column=arguments.text_column_name),
+        settings=settings_of(arguments),
+        metrics=metrics,
         details={
             "pretrained_model": None if arguments.from_scratch else public_name(model_name),
             "samples": [
@@ -117,20 +112,12 @@ def finetune_captioning(model_name: str, arguments: CaptioningArguments) -> dict
             ],
             "most_frequent_caption": {"text": most_frequent, "share": count / len(test)},
             "unreadable_test_images": len(test) - len(captions),
-            "steps": trainer.state.step,
-            "skipped_steps": trainer.state.skipped_steps,
-            "training_seconds": round(trainer.state.training_seconds, 1),
-            "processes": accelerator.num_processes,
         },
         pictures=[],
-        seconds=time.perf_counter() - started,
+        started=started,
     )
     if accelerator.is_main_process:
-        with quiet_transformers():
-            trainer.unwrapped.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        add_evaluation(folder, record)
+        save_tuned(folder, record, step.model, processor, tokenizer)
         print(f"\n{metrics['exact_match']:.3f} of {len(captions)} captions are word for word the given ones,")
         print(f"{count / len(test):.3f} would be with {most_frequent!r} for all; in {folder / FILE}.")
         for sample in record["details"]["samples"][:4]:

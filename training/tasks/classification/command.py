@@ -9,22 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import set_seed
-
 from hf_vicreg.training.engine.checkpoint import RunState
-from hf_vicreg.training.engine.resume import checkpoint_to_resume
+from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FinetuneArguments, TuningArguments, check_ranges
-from hf_vicreg.training.evaluation.encoder import load_processor, public_name, quiet_transformers, weights_digest
+from hf_vicreg.training.evaluation.encoder import load_processor, public_name, weights_digest
 from hf_vicreg.training.evaluation.evaluate import MAX_STORED_CLASSES, settings_of, share_right
 from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap, load_labelled
 from hf_vicreg.training.evaluation.pictures import can_draw, confusion_matrix, draw_confusion
-from hf_vicreg.training.evaluation.results import FILE, add_evaluation, describe_data, evaluation_record
+from hf_vicreg.training.evaluation.results import FILE, describe_data
 from hf_vicreg.training.images.sources import ImageSource, load_sources
-from hf_vicreg.training.run.run_folder import refuse_foreign_folder, start_folder
+from hf_vicreg.training.launch.signals import StopRequest
+from hf_vicreg.training.run.run_folder import refuse_foreign_folder
 from hf_vicreg.training.tasks.classification.data import LABELLED, UNLABELLED
 from hf_vicreg.training.tasks.classification.model import build_classifier, classifier_accelerator
-from hf_vicreg.training.tasks.classification.training import ClassifierTrainer, Keeping
+from hf_vicreg.training.tasks.classification.training import ClassifierStep
+from hf_vicreg.training.tasks.training import fine_tune, save_tuned, tuned_record
 
 logger = logging.getLogger(__name__)
 
@@ -64,37 +64,18 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
     processor = load_processor(model_name, model.config)
     encoder_weights = weights_digest(model.base_model)
     recipe = settings_of(arguments) | {"weights": weights_digest(model)}
-    keeping = Keeping(
-        folder, arguments.logging_steps, arguments.checkpointing_steps, arguments.checkpoints_total_limit
-    )
-    trainer = ClassifierTrainer(
-        model,
-        processor,
-        tuning_from(arguments),
-        sources,
+    step = ClassifierStep(model, processor, tuning_from(arguments), sources, accelerator, seed=arguments.seed)
+    loop = TrainingLoop(
+        step,
+        LoopSettings.of(arguments),
         accelerator,
         RunState(recipe=recipe, data_fingerprint=_fingerprint(sources)),
-        seed=arguments.seed,
-        keeping=keeping,
+        folder=folder,
+        stop=StopRequest(folder, None),
     )
-    set_seed(arguments.seed + accelerator.process_index)  # every process drops paths of its own
-    checkpoint = checkpoint_to_resume(arguments, accelerator)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    described = {"model": public_name(model_name)} | recipe
-    start_folder(folder, OWN_FILE, json.dumps(described, indent=1) + "\n", accelerator)
-    logger.info("%d labelled images, %d steps", len(sources[LABELLED]), trainer.num_steps)
-    trainer.fit()
-    predictions, labels = trainer.predict(test.source, arguments.per_device_eval_batch_size)
+    fine_tune(loop, arguments, model_name, recipe, f"{len(sources[LABELLED])} labelled images")
+    predictions, labels = step.predict(test.source, arguments.per_device_eval_batch_size)
     accuracy = share_right(predictions, labels)
-    tuned = {
-        "name": folder.resolve().name,
-        "model_type": model.config.model_type,
-        "parameters": sum(one.numel() for one in model.parameters()),
-        "weights": weights_digest(trainer.unwrapped),
-        "feature": "logits",
-        "preprocessing": json.loads(json.dumps(processor.to_dict(), sort_keys=True, default=str)),
-    }
     counts = confusion_matrix(labels, predictions, len(train.class_names))
     details: dict[str, Any] = {
         "pretrained_model": None if arguments.from_scratch else public_name(model_name),
@@ -102,31 +83,27 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
         "num_labelled": len(sources[LABELLED]),
         "unlabelled": sources[UNLABELLED].name if UNLABELLED in sources else None,
         "num_unlabelled": len(sources[UNLABELLED]) if UNLABELLED in sources else 0,
-        "steps": trainer.state.step,
-        "skipped_steps": trainer.state.skipped_steps,
-        "training_seconds": round(trainer.state.training_seconds, 1),
-        "processes": accelerator.num_processes,
     }
     if len(train.class_names) <= MAX_STORED_CLASSES:
         details["confusion"] = counts.tolist()
     pictures = [CONFUSION] if can_draw() else []
-    record = evaluation_record(
+    record = tuned_record(
         "finetune_classification",
-        tuned,
-        describe_data(arguments, train, test, overlap),
-        settings_of(arguments),
-        {"accuracy": accuracy},
+        loop,
+        step.model,
+        processor,
+        feature="logits",
+        data=describe_data(arguments, train, test, overlap),
+        settings=settings_of(arguments),
+        metrics={"accuracy": accuracy},
         details=details,
         pictures=pictures,
-        seconds=time.perf_counter() - started,
+        started=started,
     )
     if accelerator.is_main_process:
-        with quiet_transformers():
-            trainer.unwrapped.save_pretrained(folder)
-        processor.save_pretrained(folder)
         if pictures:
             draw_confusion(folder / CONFUSION, counts, train.class_names, f"{folder.resolve().name}: {accuracy:.3f}")
-        add_evaluation(folder, record)
+        save_tuned(folder, record, step.model, processor)
         print(f"\nAccuracy {accuracy:.3f} on {len(labels)} test images, in {folder / FILE}. To use the classifier:\n")
         print(LOADING_SNIPPET.format(folder=folder))
     accelerator.wait_for_everyone()

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from hf_vicreg.training.engine.checkpoint import RunState
+from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FewLabelsArguments
 from hf_vicreg.training.evaluation.evaluate import Evaluation, print_table, share_right, start_evaluation
@@ -19,7 +20,7 @@ from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.tasks.classification.command import tuning_from
 from hf_vicreg.training.tasks.classification.data import LABELLED, UNLABELLED
 from hf_vicreg.training.tasks.classification.model import build_classifier, classifier_accelerator, refuse_wrapper
-from hf_vicreg.training.tasks.classification.training import ClassifierTrainer
+from hf_vicreg.training.tasks.classification.training import ClassifierStep
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +128,9 @@ def _tuned(
     if method == "consistency":
         sources[UNLABELLED] = replace(train.source, labels=None)
     classifier = build_classifier(name, train.class_names, from_scratch=from_scratch, seed=seed)
-    trainer = ClassifierTrainer(
-        classifier, evaluation.encoder.processor, settings, sources, accelerator, RunState(), seed=seed
-    )
+    step = ClassifierStep(classifier, evaluation.encoder.processor, settings, sources, accelerator, seed=seed)
     set_seed(seed)
-    trainer.fit()
-    accuracy = share_right(*trainer.predict(evaluation.test.source, arguments.per_device_eval_batch_size))
+    TrainingLoop(step, LoopSettings.of(settings), accelerator, RunState(), folder=None).fit()
+    accuracy = share_right(*step.predict(evaluation.test.source, arguments.per_device_eval_batch_size))
     accelerator.free_memory()  # it would keep every model it ever prepared
     return accuracy

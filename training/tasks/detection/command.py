@@ -1,6 +1,5 @@
 """`hf-vicreg finetune detection`: a pretrained encoder and images with boxes in, a detector's folder out."""
 
-import json
 import logging
 import time
 from functools import partial
@@ -9,19 +8,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_vicreg.training.engine.checkpoint import RunState
-from hf_vicreg.training.engine.resume import checkpoint_to_resume
+from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import public_name, quiet_transformers, weights_digest
+from hf_vicreg.training.evaluation.encoder import public_name, weights_digest
 from hf_vicreg.training.evaluation.labelled import count_overlap
-from hf_vicreg.training.evaluation.results import FILE, add_evaluation, evaluation_record
+from hf_vicreg.training.evaluation.results import FILE
 from hf_vicreg.training.launch.distributed import build_accelerator
-from hf_vicreg.training.run.run_folder import start_folder
-from hf_vicreg.training.tasks.arguments import OWN_FILE, DetectionArguments, check_task, settings_of
+from hf_vicreg.training.launch.signals import StopRequest
+from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
+from hf_vicreg.training.tasks.arguments import DetectionArguments, check_task, settings_of
 from hf_vicreg.training.tasks.data import AnnotatedImages, describe_data
 from hf_vicreg.training.tasks.detection.box_drawing import draw_boxes, draw_found
 from hf_vicreg.training.tasks.detection.coco_map import check_extra, mean_average_precision
@@ -33,7 +33,7 @@ from hf_vicreg.training.tasks.detection.model import (
     find_boxes,
     learning_rate_scale,
 )
-from hf_vicreg.training.tasks.training import TaskTrainer
+from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
     recipe = settings_of(arguments) | {"weights": weights_digest(model)}  # before what another CPU rounds differently
     centre_features(model, model_inputs(processor, centring, model.device))
     tester = _Tester(model, processor, test, class_names, accelerator, arguments.per_device_eval_batch_size)
-    trainer = TaskTrainer(
+    step = ModelLossStep(
         model,
         DetectionViews(
             train, CanvasSampler(canvas, arguments.scale_jitter, arguments.flip_probability), arguments.seed
@@ -90,32 +90,29 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
         lambda name: learning_rate_scale(name, arguments.encoder_learning_rate_ratio),
         arguments,
         accelerator,
-        RunState(recipe=recipe, data_fingerprint=train.fingerprint),
-        lambda: tester.measure()[0],
         # transformers divides the number of boxes by that of processes though it has averaged it already
         loss_scale=1 / accelerator.num_processes,
     )
-    set_seed(arguments.seed + accelerator.process_index)  # every process drops paths of its own
-    checkpoint = checkpoint_to_resume(arguments, accelerator)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    described = {"model": public_name(model_name)} | recipe
-    start_folder(folder, OWN_FILE, json.dumps(described, indent=1) + "\n", accelerator)
-    logger.info("%d training images of %dx%d pixels, %d steps", len(train), *canvas, trainer.num_steps)
-    trainer.fit()
+    loop = TrainingLoop(
+        step,
+        LoopSettings.of(arguments, measure_steps=arguments.eval_steps or 0),
+        accelerator,
+        RunState(recipe=recipe, data_fingerprint=train.fingerprint),
+        folder=folder,
+        measure=lambda: tester.measure()[0],
+        stop=StopRequest(folder, None),
+    )
+    height, width = canvas
+    fine_tune(loop, arguments, model_name, recipe, f"{len(train)} training images of {height}x{width} pixels")
     metrics, by_class, predictions = tester.measure()
-    trainer.log(metrics)
-    record = evaluation_record(
+    loop.note(metrics)
+    record = tuned_record(
         "finetune_detection",
-        {
-            "name": folder.resolve().name,
-            "model_type": model.config.model_type,
-            "parameters": sum(one.numel() for one in model.parameters()),
-            "weights": weights_digest(trainer.unwrapped),
-            "feature": "boxes",
-            "preprocessing": json.loads(json.dumps(processor.to_dict(), sort_keys=True, default=str)),
-        },
-        describe_data(
+        loop,
+        step.model,
+        processor,
+        feature="boxes",
+        data=describe_data(
             arguments,
             train,
             test,
@@ -126,27 +123,20 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
             num_train_objects=sum(len(one.boxes) for one in train.annotations),
             num_test_objects=sum(len(one.boxes) for one in test.annotations),
         ),
-        settings_of(arguments),
-        metrics,
+        settings=settings_of(arguments),
+        metrics=metrics,
         details={
             "pretrained_model": None if arguments.from_scratch else public_name(model_name),
             "classes": by_class,
             "unreadable_test_images": len(test) - len(predictions),
-            "map_50_curve": trainer.curve("map_50") if accelerator.is_main_process else [],
-            "steps": trainer.state.step,
-            "skipped_steps": trainer.state.skipped_steps,
-            "training_seconds": round(trainer.state.training_seconds, 1),
-            "processes": accelerator.num_processes,
+            "map_50_curve": _curve(folder) if accelerator.is_main_process else [],
         },
         pictures=[PICTURE],
-        seconds=time.perf_counter() - started,
+        started=started,
     )
     if accelerator.is_main_process:
-        with quiet_transformers():
-            trainer.unwrapped.save_pretrained(folder)
-        processor.save_pretrained(folder)
         _draw(folder / PICTURE, test, predictions, class_names)
-        add_evaluation(folder, record)
+        save_tuned(folder, record, step.model, processor)
         print(f"\nmAP {metrics['map']:.3f}, mAP50 {metrics['map_50']:.3f} on {len(test)} images, in {folder / FILE}.")
         print(f"Boxes found are in {folder / PICTURE}. To use the detector:\n")
         print(LOADING_SNIPPET.format(folder=folder))
@@ -180,6 +170,11 @@ def model_inputs(processor: BaseImageProcessor, batch: dict[str, Any], device: t
         "pixel_mask": pixel_mask,
         "labels": [{key: one.to(device) for key, one in labels.items()} for labels in batch["labels"]],
     }
+
+
+def _curve(folder: Path) -> list[tuple[int, float]]:
+    """Return mAP50 over the steps that have a line of the log with it."""
+    return [(one["step"], one["map_50"]) for one in read_log(folder / LOG_FILE) if "map_50" in one]
 
 
 class _Tester:

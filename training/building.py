@@ -1,0 +1,191 @@
+"""The parts of a pretraining run: what is opened before there is a plan, and what is built from one."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import BaseImageProcessor
+
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.modeling.vicreg_statistics import covariance_form
+from hf_vicreg.training.engine.loop import TrainingLoop
+from hf_vicreg.training.engine.pretraining import pretraining_loop
+from hf_vicreg.training.engine.resume import checkpoint_to_resume
+from hf_vicreg.training.errors import InputError, as_input_error
+from hf_vicreg.training.evaluation.online_probe import OnlineProbe
+from hf_vicreg.training.hub_push import HubPush, check_account
+from hf_vicreg.training.images.run_images import load_images, usable_images
+from hf_vicreg.training.images.sources import ImageSource
+from hf_vicreg.training.images.streaming import ImageStream
+from hf_vicreg.training.launch.distributed import build_accelerator, check_device, run_on_main
+from hf_vicreg.training.launch.signals import StopRequest
+from hf_vicreg.training.monitor.tracking import TRACKERS_FOLDER, start_trackers, tracker_names
+from hf_vicreg.training.run.config import RunConfig
+from hf_vicreg.training.run.processors import build_processor
+from hf_vicreg.training.run.run_folder import RECIPE, refuse_foreign_folder, start_folder
+
+logger = logging.getLogger("hf_vicreg.training.pretrain")  # one voice for the whole command
+
+
+@dataclass
+class OpenRun:
+    """What a run has before its plan.
+
+    Attributes:
+        folder: Its own, or not there yet.
+        stop: What may ask it to stop; its clock is running.
+        source: Images to train on.
+        bank: Labelled ones for the k-NN, of the training images.
+        test: Labelled ones beside them.
+        accelerator: Processes and device.
+        push: To the Hub, on the main process of a run that asked for it.
+    """
+
+    folder: Path
+    stop: StopRequest
+    source: ImageSource | ImageStream
+    bank: ImageSource | None
+    test: ImageSource | None
+    accelerator: Accelerator
+    push: HubPush | None
+
+
+@dataclass
+class Run(OpenRun):
+    """What a planned run has.
+
+    Attributes:
+        config: The resolved configuration.
+        model: Encoders, expanders and loss.
+        processor: The image processor that goes with the encoder.
+        probe: What the encoders are worth, where there are labels.
+        loop: At the step where its checkpoint left it.
+        density: Of the encoder's attention at its image size.
+    """
+
+    config: RunConfig
+    model: VicRegForPreTraining
+    processor: BaseImageProcessor
+    probe: OnlineProbe
+    loop: TrainingLoop
+    density: float
+
+
+def open_run(config: RunConfig) -> OpenRun:
+    """Check folder, device and account, and read what images there are; nothing is written.
+
+    Raises:
+        InputError: One of them will not do.
+    """
+    run = config.run
+    check_device(run.device)
+    folder = Path(run.output_dir)
+    stop = StopRequest(folder, run.max_time)
+    refuse_foreign_folder(folder, RECIPE, resuming=run.resume_from_checkpoint is not None)
+    trackers = tracker_names(run.report_to) if run.with_tracking else []
+    logger.info("reading what images there are in %s", run.train_dir or run.dataset_name)
+    source, bank, test = load_images(config)
+    accelerator = build_accelerator(
+        run.mixed_precision, device=run.device, log_with=trackers, project_dir=folder / TRACKERS_FOLDER
+    )
+    push = None
+    if run.push_to_hub:
+        repo = run.hub_model_id or ""
+        run_on_main(lambda: check_account(repo), accelerator)
+        push = HubPush(folder, repo, private=run.hub_private_repo) if accelerator.is_main_process else None
+    return OpenRun(folder, stop, source, bank, test, accelerator, push)
+
+
+def build_run(config: RunConfig, opened: OpenRun) -> Run:
+    """Build model, probe and loop, and go on from a checkpoint where one is asked for; every process must call.
+
+    Raises:
+        InputError: No usable image, an encoder that takes none of this size, or a checkpoint of another run.
+    """
+    run, accelerator = config.run, opened.accelerator
+    if isinstance(opened.source, ImageSource):
+        opened.source = usable_images(opened.source, config)
+    set_seed(run.seed)
+    with as_input_error("model"):
+        density = attention_density(config)
+        model = VicRegForPreTraining(config.vicreg)
+    for section, encoder in zip(("model", "second_model"), model.encoders, strict=False):
+        if encoder.main_input_name != "pixel_values":
+            found = encoder.config.model_type
+            raise InputError(f"`{section}.model_type`: expected an encoder of images, got {found!r}.")
+    if config.views.num_local_views:
+        _refuse_size(model, config.views.local_image_size)
+    set_seed(run.seed + accelerator.process_index)  # one set of weights, but every process drops paths of its own
+    processor = build_processor(config)
+    probe = OnlineProbe(
+        opened.bank,
+        opened.test,
+        processor,
+        model,
+        accelerator,
+        neighbours=run.knn_neighbours,
+        num_queries=run.knn_test_samples,
+        linear=run.linear_probe,
+    )
+    measure = probe.logged if probe.possible else None
+    loop = pretraining_loop(config, opened.source, model, accelerator, measure, opened.stop)
+    checkpoint = checkpoint_to_resume(run, accelerator)
+    if checkpoint is not None:
+        loop.resume(checkpoint)
+    return Run(
+        **vars(opened), config=config, model=model, processor=processor, probe=probe, loop=loop, density=density
+    )
+
+
+def begin(run: Run) -> None:
+    """Make the folder, say what is trained, measure what there is before the first step; every process must call."""
+    config, loop = run.config, run.loop
+    recipe: dict[str, Any] = config.to_recipe()
+    start_folder(run.folder, RECIPE, yaml.safe_dump(recipe, sort_keys=False), run.accelerator)
+    sizes = [sum(one.numel() for one in encoder.parameters()) for encoder in run.model.encoders]
+    logger.info(
+        "%s images of %s, batch %d, %d steps; encoder of %s M parameters, attention density %.3f; covariance by %s",
+        f"{len(run.source):,}" if isinstance(run.source, ImageSource) else "streamed",
+        run.source.name,
+        config.step_size,
+        loop.step.num_steps,
+        " and ".join(f"{size / 1e6:.2f}" for size in sizes),
+        run.density,
+        covariance_form(config.step_size, config.vicreg.expander_sizes[-1]),
+    )
+    if run.probe.possible and "untrained" not in loop.state.knn:
+        loop.state.note(run.probe.of_pixels())
+        loop.state.note(run.probe.of_encoders("untrained"))
+    start_trackers(run.accelerator, run.folder, recipe, loop.state.step)
+
+
+def attention_density(config: RunConfig) -> float:
+    """Return the mean density of the encoder's attention at its own image size; 1 for encoders without a pattern.
+
+    Raises:
+        ValueError: The image is smaller than one patch.
+    """
+    encoder = config.vicreg.encoder
+    if encoder.model_type != BigBirdViTModel.config_class.model_type:
+        return 1.0
+    with torch.device("meta"):
+        patterns = BigBirdViTModel(encoder).attention_patterns(*encoder.image_size_hw)
+    return sum(pattern.density for pattern in patterns) / len(patterns)
+
+
+def _refuse_size(model: VicRegForPreTraining, side: int) -> None:
+    """Fail before anything is written when the encoder takes no images of a local view's size."""
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=torch.zeros(2, 2, 3, side, side), return_loss=False)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"`views.local_image_size`: the encoder {model.config.encoder.model_type!r} takes no images of {side} "
+            f"pixels: {' '.join(str(error).split())}"
+        ) from error

@@ -1,0 +1,249 @@
+"""A step of pretraining: views of each image, the loss of the whole batch, in pieces that fit the memory."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
+from hf_vicreg.training.engine.checkpoint import RunState
+from hf_vicreg.training.engine.encoders import set_up_encoders
+from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
+from hf_vicreg.training.engine.optim import build_optimizer
+from hf_vicreg.training.engine.step import TrainingStep
+from hf_vicreg.training.engine.two_pass import average_gradients, refuse_batch_norm, share_buffers, two_pass_backward
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.colour import finish_batch
+from hf_vicreg.training.images.order import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate, split_batch
+from hf_vicreg.training.images.sources import ImageSource
+from hf_vicreg.training.images.streaming import ImageStream, stream_batches
+from hf_vicreg.training.images.views import ViewSampler
+from hf_vicreg.training.launch.distributed import gather_sets
+from hf_vicreg.training.launch.signals import StopRequest, outlive_signals
+from hf_vicreg.training.monitor.health import measure_health
+from hf_vicreg.training.run.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+def pretraining_loop(
+    config: RunConfig,
+    source: ImageSource | ImageStream,
+    model: VicRegForPreTraining,
+    accelerator: Accelerator,
+    measure: Callable[[], dict[str, float]] | None,
+    stop: StopRequest,
+) -> TrainingLoop:
+    """Return the loop of one pretraining, at its first step.
+
+    Args:
+        config: The run's configuration.
+        source: Images to train on.
+        model: Encoder, expander and loss.
+        accelerator: Processes and device.
+        measure: Called on every process; returns accuracies by the names they have in the log.
+        stop: Asked after every step.
+
+    Raises:
+        InputError: The batch does not fit the data or the number of processes, or an encoder cannot recompute its
+            layers.
+    """
+    step = PretrainingStep(config, source, model, accelerator)
+    return TrainingLoop(
+        step,
+        LoopSettings.of(config.run, measure_steps=config.run.knn_every_epochs * step.steps_per_epoch),
+        accelerator,
+        RunState(recipe=config.to_recipe(), data_fingerprint=source.fingerprint),
+        folder=Path(config.run.output_dir),
+        measure=measure,
+        stop=stop,
+        gamma=config.vicreg.gamma,
+    )
+
+
+class PretrainingStep(TrainingStep[VicRegOutput]):
+    """Views, encoders, expanders and loss."""
+
+    model: VicRegForPreTraining
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: ImageSource | ImageStream,
+        model: VicRegForPreTraining,
+        accelerator: Accelerator,
+    ):
+        """Set up encoders, optimiser and data order; arguments and errors as for `pretraining_loop`."""
+        run = config.run
+        self.config, self.run, self.accelerator, self.source, self.model = config, run, accelerator, source, model
+        self.pieces, self.images_per_step = config.step_size // run.batch_size, config.step_size
+        if isinstance(source, ImageSource) and config.step_size > len(source):
+            raise InputError(
+                f"`{'batch_size' if self.pieces == 1 else 'statistics_batch_size'}`: expected at most the "
+                f"{len(source)} images of {source.name}, got {config.step_size}; lower it or give more images."
+            )
+        if self.pieces > 1:
+            try:
+                refuse_batch_norm(model)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        if run.batch_size % accelerator.num_processes:
+            raise InputError(
+                f"`batch_size`: expected a multiple of {accelerator.num_processes} processes, got {run.batch_size}."
+            )
+        if isinstance(source, ImageSource):
+            self.steps_per_epoch = len(source) // config.step_size
+            self.num_steps = run.max_steps or run.num_train_epochs * self.steps_per_epoch
+        else:  # nobody knows where a stream's epochs end: the run counts as one
+            assert run.max_steps is not None
+            self.steps_per_epoch = self.num_steps = run.max_steps
+        set_up_encoders(
+            model,
+            gradient_checkpointing=run.gradient_checkpointing,
+            torch_compile=run.torch_compile,
+            attn_implementation=run.attn_implementation,
+        )
+        betas = (run.adam_beta1, run.adam_beta2)
+        optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas)
+        # in evaluation mode, accelerate's word for no DistributedDataParallel: gradients are averaged in `backward`
+        self.model = accelerator.unwrap_model(accelerator.prepare_model(model, evaluation_mode=True))
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.unusable: set[int] = set()
+        self.splits = 1  # of what goes through the encoder at once, after a device has run out of memory
+        self.process_group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
+
+    def backward(self, batches: Sequence[dict[str, Any]], step: int) -> VicRegOutput:
+        """The gradient of the loss over all batches of a step; see `TrainingStep`."""
+        self._refuse_unusable(batches)
+        parts = [part for batch in batches for part in split_batch(batch, self.splits)]
+        pieces = [partial(finish_batch, part, self.accelerator.device) for part in parts]
+        outputs = two_pass_backward(self.model, pieces, self.accelerator.backward)
+        if self.accelerator.num_processes > 1:
+            average_gradients(self.model.parameters())
+            share_buffers(self.model)
+        return outputs
+
+    def loss_of(self, outcome: VicRegOutput) -> float:
+        """Return the loss over the whole batch."""
+        return outcome["loss"].item()
+
+    def record(self, outcome: VicRegOutput) -> dict[str, float]:
+        """Return the loss and its parts, and the health of embeddings and representations."""
+        parts = {part: outcome[part].item() for part in ("loss", "invariance", "variance", "covariance")}
+        return parts | measure_health(outcome, self.process_group)
+
+    def describe(self, record: dict[str, float]) -> str:
+        """Return loss, parts and speed."""
+        return (
+            "loss {loss:.2f} inv {invariance:.3f} var {variance:.3f} cov {covariance:.2f} "
+            "{images_per_second:.0f} img/s".format(**record)
+        )
+
+    def train_mode(self) -> None:
+        """Put all of the model into training mode."""
+        self.model.train()
+
+    def clip(self, max_norm: float) -> tuple[float, float]:
+        """Clip the encoders' gradient; return its norm from before, and that of the expanders'."""
+        encoders = [one for encoder in self.model.encoders for one in encoder.parameters()]
+        known = set(encoders)
+        others = [one.grad for one in self.model.parameters() if one not in known and one.grad is not None]
+        grad_norm = torch.nn.utils.clip_grad_norm_(encoders, max_norm)
+        return grad_norm.item(), torch.nn.utils.get_total_norm(others).item()
+
+    def shrink(self, reason: str, step: int) -> None:
+        """Let half as many images at once through the encoder from now on.
+
+        Raises:
+            InputError: A single image is too much, or the encoder has to see its batch at once.
+        """
+        share = self.run.batch_size // self.accelerator.num_processes
+        at_once = -(-share // self.splits)
+        if at_once == 1 or self.model.encoder_has_batch_norm:
+            raise InputError(
+                f"`batch_size`: expected {at_once} image(s) of one device to fit into its memory, they do not: "
+                f"{' '.join(reason.split())[:200]}; choose a smaller encoder, image or batch."
+            )
+        self.splits *= 2
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "step %d: the device ran out of memory with %d images at once; it is taken again with %d. The batch "
+                "of the loss stays %d.",
+                step,
+                at_once,
+                -(-share // self.splits),
+                self.config.step_size,
+            )
+
+    def resumed(self, state: RunState) -> None:
+        """Take over the images that could not be used."""
+        self.unusable = set(state.unusable)
+
+    def before_checkpoint(self, state: RunState) -> None:
+        """Note the images that could not be used, of all processes."""
+        self.unusable = gather_sets(self.unusable, self.accelerator)
+        state.unusable = sorted(self.unusable)
+
+    def batches(self, first_step: int) -> Iterable[dict[str, Any]]:
+        """Return batches of views, in an order that follows from the seed alone."""
+        run, accelerator = self.run, self.accelerator
+        samplers = ViewSampler.of_views(self.config.views, self.config.image_size)
+        workers = run.dataloader_num_workers
+        if workers is None:
+            workers = 0 if accelerator.device.type == "cpu" else min(8, max(1, torch.get_num_threads() - 1))
+            logger.info("dataloader_num_workers: %d chosen", workers)
+        if isinstance(self.source, ImageStream):
+            return stream_batches(
+                self.source,
+                samplers,
+                seed=run.seed,
+                first_step=first_step,
+                num_batches=(self.num_steps - first_step) * self.pieces,
+                batch_size=run.batch_size // accelerator.num_processes,
+                num_workers=workers,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+        # not prepared by accelerate: the sampler already knows each process's share of each step
+        return DataLoader(
+            ViewDataset(self.source, samplers, run.seed),
+            batch_sampler=StepSampler(
+                len(self.source),
+                self.config.step_size,
+                run.seed,
+                first_step,
+                self.num_steps,
+                accelerator.process_index,
+                accelerator.num_processes,
+                self.pieces,
+            ),
+            num_workers=workers,
+            collate_fn=collate,
+            # its own generator: the loader draws a seed when it starts, which would shift a resumed run's randomness
+            generator=torch.Generator().manual_seed(run.seed),
+            worker_init_fn=outlive_signals,
+            pin_memory=accelerator.device.type == "cuda",
+            persistent_workers=False,
+        )
+
+    def _refuse_unusable(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Note images that could not be used; InputError if no other could take one's place."""
+        self.unusable.update(index for batch in batches for index in batch["unusable"])
+        empty = next((batch for batch in batches if batch["views"] is None), None)
+        if empty is not None:
+            last_one = self.source.describe(empty["unusable"][-1])
+            message = (
+                f"`{self.source.name}`: expected usable images, found {MAX_SUBSTITUTES} drawn in "
+                f"a row that are corrupt or smaller than a patch, the last of them {last_one}; check the data."
+            )
+            if not self.accelerator.is_main_process:
+                logger.error(message)  # the others do not see this process's share
+            raise InputError(message)

@@ -1,0 +1,101 @@
+"""What a loop is given: the model, its batches, and how a step gets its gradient. Each kind of training is one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from hf_vicreg.training.engine.checkpoint import RunState
+from hf_vicreg.training.errors import InputError
+
+Outcome = TypeVar("Outcome")
+
+
+class DeviceFull(Exception):  # noqa: N818 - the step is taken again in smaller pieces
+    """A process ran out of its device's memory; raised on all of them."""
+
+
+class TrainingStep(ABC, Generic[Outcome]):
+    """One kind of training; what `backward` returns is its `Outcome`.
+
+    Attributes:
+        model: The model itself, not what accelerate wraps around it.
+        optimizer: As accelerate prepared it. A group's `scale`, if it has one, is a factor on its learning rate.
+        num_steps: Of the whole run.
+        steps_per_epoch: Of one pass over the images.
+        images_per_step: Over all processes.
+        pieces: Batches of the loader that make up a step.
+    """
+
+    model: nn.Module
+    optimizer: Any
+    num_steps: int
+    steps_per_epoch: int
+    images_per_step: int
+    pieces: int = 1
+
+    @abstractmethod
+    def batches(self, first_step: int) -> Iterable[Any]:
+        """Return this process's batches from a step on, `pieces` for each, to the end of the run."""
+
+    @abstractmethod
+    def backward(self, batches: Sequence[Any], step: int) -> Outcome:
+        """Leave the gradient of a step in the parameters, averaged over the processes, and return what came of it.
+
+        Args:
+            batches: `pieces` of those that `batches` yields.
+            step: Steps done before this one.
+
+        Raises:
+            DeviceFull: On all processes; the step is tried again after `shrink`.
+            InputError: No readable image where one was needed.
+        """
+
+    @abstractmethod
+    def loss_of(self, outcome: Outcome) -> float:
+        """Return the loss of a step."""
+
+    @abstractmethod
+    def record(self, outcome: Outcome) -> dict[str, float]:
+        """Return what the log says of a step beside what it says of every one; every process calls."""
+
+    def describe(self, record: dict[str, float]) -> str:
+        """Return what is shown beside the progress."""
+        return "loss {loss:.3f} {images_per_second:.0f} img/s".format(**record)
+
+    def clip(self, max_norm: float) -> tuple[float, float]:
+        """Clip the gradient; return its norm from before, and that of what is judged but not clipped."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item(), 0.0
+
+    def shrink(self, reason: str, step: int) -> None:
+        """Take less memory from now on, on every process.
+
+        Raises:
+            InputError: There is no smaller form.
+        """
+        raise InputError(
+            "`batch_size`: expected a step to fit into the device's memory, it does not: "
+            f"{' '.join(reason.split())[:200]}; lower it."
+        )
+
+    def train_mode(self) -> None:
+        """Put the model into training mode, but not what is frozen: that neither drops paths nor moves statistics."""
+        self.model.train()
+        for module in self.model.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(one.requires_grad for one in parameters):
+                module.eval()
+
+    def resumed(self, state: RunState) -> None:
+        """Take over from a checkpoint's state what the step counts itself."""
+
+    def before_checkpoint(self, state: RunState) -> None:
+        """Note in the state what the step counts itself; every process calls."""
+
+
+def learning_rates(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set every group's learning rate to its `scale`, 1 without one, times the given one."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("scale", 1.0)

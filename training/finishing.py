@@ -1,0 +1,115 @@
+"""The end of a pretraining run: its steps taken, what they came to, and the folder that is left."""
+
+import os
+import platform
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from hf_vicreg.training.building import Run
+from hf_vicreg.training.engine.checkpoint import RunState
+from hf_vicreg.training.errors import RunStopped, room_in
+from hf_vicreg.training.export import export_run, export_snapshot
+from hf_vicreg.training.images.sources import ImageSource
+from hf_vicreg.training.images.unusable import write_unusable
+from hf_vicreg.training.launch.distributed import run_on_main
+from hf_vicreg.training.monitor.curves import CURVES_FILE, draw_curves, with_ends
+from hf_vicreg.training.monitor.doctor import health_of
+from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
+from hf_vicreg.training.monitor.summary import summary
+from hf_vicreg.training.monitor.tracking import finish_trackers
+
+
+def fit(run: Run) -> None:
+    """Take the steps, pushing snapshots on the way where that is asked for; every process must call.
+
+    Raises:
+        InputError: What `TrainingLoop.fit` refuses.
+        RunStopped: The run was asked to stop; it has a checkpoint and a list of the images it passed over.
+    """
+    if run.push is not None and run.config.run.hub_strategy == "checkpoint":
+        run.loop.on_checkpoint = lambda state: _push_snapshot(run, state)
+    try:
+        with run.stop:
+            run.loop.fit()
+    except BaseException as error:
+        if run.push is not None:
+            run.push.abandon()
+        if isinstance(error, RunStopped):
+            finish_trackers(run.accelerator)
+            if run.accelerator.is_main_process:
+                with room_in(run.folder):
+                    write_unusable(run.folder, run.source, run.loop.state.unusable)
+        raise
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Measure, draw and export, and return what `results.json` holds; every process must call.
+
+    Raises:
+        InputError: The disk is full.
+    """
+    state = run.loop.state
+    if run.probe.possible:
+        state.note(run.probe.of_encoders("trained"))
+    finish_trackers(run.accelerator)
+    results = results_of(run, state)
+    run.model.encoder.eval()
+
+    def write() -> None:
+        records = read_log(run.folder / LOG_FILE)
+        results.update(health_of(records, run.config.vicreg.gamma))
+        with room_in(run.folder):
+            write_unusable(run.folder, run.source, state.unusable)
+            draw_curves(with_ends(records, results), run.folder / CURVES_FILE)
+            export_run(run.folder, run.model, run.processor, run.config.to_recipe(), results)
+        print(summary(run.folder, results, records))
+
+    run_on_main(write, run.accelerator)
+    run.accelerator.wait_for_everyone()  # or the main process would leave while others still listen to it
+    if run.push is not None:
+        run.push.finish()
+    return results
+
+
+def results_of(run: Run, state: RunState) -> dict[str, Any]:
+    """Return what `results.json` says of a run at a step."""
+    flags, step_size = run.config.run, run.config.step_size
+    name = flags.dataset_name
+    return {
+        "dataset": run.source.name,
+        # what others can load it by; a folder of this machine they cannot
+        "hub_dataset": name if name and name != "digits" and not os.path.exists(name) else None,
+        "num_images": len(run.source) if isinstance(run.source, ImageSource) else state.step * step_size,
+        "unusable_images": len(state.unusable),
+        "steps": state.step,
+        "planned_steps": run.loop.step.num_steps,
+        "skipped_steps": state.skipped_steps,
+        "training_seconds": round(state.training_seconds, 1),
+        "hardware": _hardware(run.accelerator),
+        "encoder_parameters": sum(one.numel() for one in run.model.encoder.parameters()),
+        "features": run.model.expander.in_features,
+        "attention_density": run.density,
+        "knn_neighbours": flags.knn_neighbours,
+        "knn_train_samples": len(run.bank) if run.bank is not None and run.probe.possible else 0,
+        "knn_test_samples": run.probe.num_queries,
+        "knn_accuracy": state.knn,
+        "linear_accuracy": state.linear,
+    }
+
+
+def _push_snapshot(run: Run, state: RunState) -> None:
+    assert run.push is not None
+    results, recipe = results_of(run, state), run.config.to_recipe()
+    run.push.offer(
+        f"step {state.step}",
+        lambda into: export_snapshot(into, run.folder, run.model, run.processor, recipe, results),
+    )
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name()}"
+    cores = torch.get_num_threads() * accelerator.num_processes
+    return f"{cores} CPU cores ({platform.machine()})"
