@@ -78,6 +78,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
+    export = verbs.add_parser("export", help="a model as a program that runs without this package")
+    export.add_argument("model", metavar="MODEL", help="folder or Hub id of any vision model of transformers")
+    export.add_argument("out", metavar="OUT", help="file to write, NAME.onnx or NAME.pt2")
+    export.add_argument("--format", required=True, help="onnx (onnxruntime) or torch (torch.export)")
+    export.add_argument("--task", default="features", help="features, classification or detection (default: features)")
+    export.add_argument("--height", type=int, help="image height in pixels; default: the model's")
+    export.add_argument("--width", type=int, help="image width in pixels; default: the model's")
+    export.add_argument("--int8", action="store_true", help="weights of linear layers as 8-bit integers; onnx alone")
+    export.add_argument("--images", help="folder with images to compare on; default: noise")
+    export.set_defaults(run=_export)
+
     publish = verbs.add_parser("publish", help="a run's folder, or a fine-tuned one, onto the Hub")
     publish.add_argument("folder", metavar="RUN", help="folder of a finished run or fine-tuned BigBirdViT; only read")
     publish.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository on the Hub; made if new")
@@ -173,6 +184,19 @@ def _convert(arguments: argparse.Namespace) -> None:
     config = BigBirdViTConfig.from_pretrained(arguments.out)
     print(report(found, config))
     print(f"\nwritten to {arguments.out}, attention_type={config.attention_type!r}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    import logging
+
+    from hf_vicreg.export import export
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_vicreg").setLevel(logging.INFO)
+    flags = ("format", "task", "height", "width", "int8", "images")
+    with place_for("OUT", arguments.out):
+        done = export(arguments.model, arguments.out, **{name: getattr(arguments, name) for name in flags})
+    print(done)
 
 
 def _publish(arguments: argparse.Namespace) -> None:

@@ -129,8 +129,8 @@ def convert(
     dense.float()
     sizes = _sizes(dense.config, image_sizes)
     processor = _processor(source)
-    pictures, described = _pictures(images, dense.config.num_channels)
-    pixels = [_pixels(pictures, processor, dense.config.num_channels, *size) for size in sizes]
+    pictures, described = pictures_of(images, dense.config.num_channels)
+    pixels = [pixels_of(pictures, processor, dense.config.num_channels, *size) for size in sizes]
     difference = max(_difference(original.float(), dense, one) for one in pixels)
     if not difference <= TOLERANCE:
         raise InputError(
@@ -263,7 +263,7 @@ def _processor(source: str | os.PathLike) -> BigBirdViTImageProcessor | None:
     return BigBirdViTImageProcessor(**{name: value for name, value in settings.items() if value is not None})
 
 
-def _pictures(folder: str | os.PathLike | None, channels: int) -> tuple[list[Image.Image] | None, str]:
+def pictures_of(folder: str | os.PathLike | None, channels: int) -> tuple[list[Image.Image] | None, str]:
     """Images to compare on, and what to call them; None stands for noise."""
     if folder is None:
         return None, "4 images of noise"
@@ -277,7 +277,7 @@ def _pictures(folder: str | os.PathLike | None, channels: int) -> tuple[list[Ima
         return [Image.open(one).convert("RGB") for one in paths], f"{len(paths)} images"
 
 
-def _pixels(
+def pixels_of(
     pictures: list[Image.Image] | None,
     processor: BigBirdViTImageProcessor | None,
     channels: int,

@@ -1,0 +1,140 @@
+"""`hf-vicreg export`: programs that run where the package does not exist, and give what the model gives."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_vicreg import BigBirdViTConfig, BigBirdViTForImageClassification, BigBirdViTModel
+from hf_vicreg.cli import main
+from hf_vicreg.export import TOLERANCE, export
+from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+MODELS = {
+    # 7x5 patches, tiles that do not divide them: a mask over a dense grid
+    "masked": {"image_size": (56, 40), "patch_size": 8, "tile_size": 2, "num_register_tokens": 2, "pooling": "mean"},
+    "overlapping": {"image_size": 36, "patch_size": 8, "patch_stride": 4, "tile_size": 3, "num_random_blocks": 1},
+    "blocks": {"image_size": 160, "patch_size": 4, "tile_size": 8, "num_random_blocks": 1, "num_global_tiles": 1},
+    "learned": {
+        "image_size": 32,
+        "patch_size": 8,
+        "position_embedding_type": "absolute",
+        "attention_type": "original_full",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Returns a function from the name of a model to its folder; the same model is made once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(name, kind=BigBirdViTModel):
+        folder = root / f"{name}_{kind.__name__}"
+        if not folder.exists():
+            torch.manual_seed(0)
+            config = BigBirdViTConfig(**SMALL, **MODELS[name], initializer_range=0.3, num_labels=5)
+            kind(config).save_pretrained(folder)
+            height, width = config.image_size_hw
+            BigBirdViTImageProcessor(size={"height": height, "width": width}).save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_program_gives_what_the_model_gives(saved, tmp_path, name, format):
+    # `export` itself runs the program in a process that cannot import the package, for batches of 1, 2 and 7
+    path = tmp_path / f"model{'.onnx' if format == 'onnx' else '.pt2'}"
+    done = export(saved(name), path, format=format)
+    assert done.difference <= TOLERANCE
+    assert done.cosine > 1 - 1e-6
+    assert list(tmp_path.iterdir()) == [path]
+    if format == "onnx":
+        import onnx
+
+        assert {one.domain for one in onnx.load(path).graph.node} <= {"", "pkg.onnxscript.torch_lib"}
+    else:
+        nodes = {str(node.target) for node in torch.export.load(path).graph.nodes}
+        assert not [one for one in nodes if "bigbird" in one]
+
+
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_a_classifier_at_another_size(saved, tmp_path, format):
+    folder = saved("masked", BigBirdViTForImageClassification)
+    path = tmp_path / f"classes{'.onnx' if format == 'onnx' else '.pt2'}"
+    done = export(folder, path, format=format, task="classification", height=24, width=64)
+    assert (done.height, done.width) == (24, 64)
+    assert done.difference <= TOLERANCE
+
+
+def test_an_onnx_program_from_the_command_line_runs_here_as_well(saved, tmp_path, capsys):
+    import onnxruntime
+
+    folder, path = saved("masked"), tmp_path / "new" / "model.onnx"
+    assert main(["export", folder, str(path), "--format", "onnx"]) == 0
+    printed = capsys.readouterr().out
+    assert "PyTorch" in printed
+    assert "ms per image" in printed
+    pixels = torch.randn(3, 3, 56, 40)
+    session = onnxruntime.InferenceSession(path)
+    assert [one.name for one in session.get_outputs()] == ["pooler_output", "last_hidden_state"]
+    (pooled, states) = session.run(None, {"pixel_values": pixels.numpy()})
+    with torch.no_grad():
+        expected = BigBirdViTModel.from_pretrained(folder).eval()(pixels)
+    np.testing.assert_allclose(pooled, expected.pooler_output.numpy(), atol=1e-4)
+    np.testing.assert_allclose(states, expected.last_hidden_state.numpy(), atol=1e-4)
+
+
+def test_eight_bits_cost_something_and_it_is_said(saved, tmp_path):
+    whole = export(saved("masked"), tmp_path / "whole.onnx", format="onnx")
+    small = export(saved("masked"), tmp_path / "small.onnx", format="onnx", int8=True)
+    assert whole.difference < small.difference < 1
+    assert 0.9 < small.cosine < whole.cosine
+
+
+def test_a_program_that_gives_something_else_is_not_written(saved, tmp_path, monkeypatch):
+    import hf_vicreg.export as module
+
+    run = module._run_program
+
+    def wrong(path, pixels):
+        found, seconds = run(path, pixels)
+        found["7/0"] = found["7/0"] + 2 * TOLERANCE
+        return found, seconds
+
+    monkeypatch.setattr(module, "_run_program", wrong)
+    with pytest.raises(ValueError, match="`format`: expected a program equal to the model"):
+        export(saved("masked"), tmp_path / "model.pt2", format="torch")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("MODEL out.onnx --format tflite", "`format`: expected one of onnx, torch"),
+        ("MODEL out.pt2 --format onnx", "`OUT`: expected a file ending in .onnx"),
+        ("MODEL out.onnx --format onnx --height 50", "`height`: expected a multiple of the patch of 8 pixels, got 50"),
+        ("MODEL out.pt2 --format torch --int8", "`int8`: expected --format onnx beside it"),
+        ("MODEL out.pt2 --format torch --task words", "`task`: expected one of features"),
+        ("MODEL out.pt2 --format torch --images nothing", "`images`: expected a folder with images"),
+        ("nowhere out.pt2 --format torch", "`MODEL`: expected the folder or Hub id"),
+    ],
+)
+def test_bad_input_is_one_line(saved, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    given = arguments.replace("MODEL", saved("masked")).split()
+    assert main(["export", *given]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_library_is_named(saved, tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    with pytest.raises(ValueError, match=r"expected onnxruntime to be installed for 'onnx'; pip install"):
+        export(saved("masked"), tmp_path / "model.onnx", format="onnx")
