@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from hf_vicreg._version import __version__
-from hf_vicreg.training.errors import InputError, blamed_on, place_for, tell
+from hf_vicreg.training.errors import InputError, blamed_on, log_to_stderr, place_for, tell
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,12 +187,9 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    import logging
-
     from hf_vicreg.export import export
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("hf_vicreg").setLevel(logging.INFO)
+    log_to_stderr()
     flags = ("format", "task", "height", "width", "int8", "images")
     with place_for("OUT", arguments.out):
         done = export(arguments.model, arguments.out, **{name: getattr(arguments, name) for name in flags})
@@ -200,12 +197,9 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> None:
-    import logging
-
     from hf_vicreg.publishing.publish import publish, report
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("hf_vicreg").setLevel(logging.INFO)
+    log_to_stderr()
     with place_for("RUN", arguments.folder):
         done = publish(
             arguments.folder,
@@ -231,12 +225,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    import logging
-
     from hf_vicreg.training.prepare.store import prepare
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("hf_vicreg").setLevel(logging.INFO)
+    log_to_stderr()
     columns = ("dataset_config_name", "train_split", "test_split", "image_column_name", "label_column_name")
     with place_for("OUT", arguments.out):
         done = prepare(

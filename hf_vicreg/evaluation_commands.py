@@ -2,12 +2,10 @@
 
 import argparse
 import dataclasses
-import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
-from hf_vicreg.training.errors import RunStopped, place_for
+from hf_vicreg.training.errors import RunStopped, log_to_stderr, place_for
 from hf_vicreg.training.evaluation.arguments import (
     FewLabelsArguments,
     FinetuneArguments,
@@ -116,10 +114,3 @@ def run_task(task: Any, parsed: argparse.Namespace) -> int:
         return stop_exit_code()
     finally:
         leave_processes()
-
-
-def log_to_stderr() -> None:
-    """Show what the package logs, from one process."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    main_process = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("hf_vicreg").setLevel(logging.INFO if main_process else logging.ERROR)

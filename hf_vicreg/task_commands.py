@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from hf_vicreg.evaluation_commands import add_command, log_to_stderr, run_task
-from hf_vicreg.training.errors import place_for
+from hf_vicreg.evaluation_commands import add_command, run_task
+from hf_vicreg.training.errors import log_to_stderr, place_for
 from hf_vicreg.training.tasks.arguments import CaptioningArguments, DetectionArguments
 
 DETECTION_EXAMPLE = (

@@ -1,11 +1,10 @@
 """`hf-vicreg pretrain`: what can be refused is refused before torch is imported."""
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
-from hf_vicreg.training.errors import InputError, RunStopped, tell
+from hf_vicreg.training.errors import InputError, RunStopped, log_to_stderr, tell
 from hf_vicreg.training.run.flags import parse_flags
 from hf_vicreg.training.run.places import with_places
 from hf_vicreg.training.run.settings import explicit_settings
@@ -22,9 +21,7 @@ def main(arguments: list[str], run: Callable[[dict[str, Any]], Any] | None = Non
         arguments: Flags.
         run: What to do with the settings; default: `training.pretrain.run_settings`, imported when they are good.
     """
-    main_process = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("hf_vicreg").setLevel(logging.INFO if main_process else logging.ERROR)
+    log_to_stderr()
     try:
         given = parse_flags(arguments)
         count = _num_processes(given.pop("num_processes", None))

@@ -1,6 +1,7 @@
 """The errors that have a meaning of their own: bad input, a full disk, a run that was asked to stop."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -118,6 +119,17 @@ def _is_of(error: Exception, module: str, name: str) -> bool:
     """Return whether an error is of a class of another package, without importing it: if it is, it was imported."""
     found = sys.modules.get(module)
     return found is not None and isinstance(error, getattr(found, name))
+
+
+def log_to_stderr() -> None:
+    """Show what the package logs, from one process, with nothing in it that steers a terminal."""
+    from hf_vicreg.model_cards.escaping import PrintableFormatter  # names of files are text of others
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("hf_vicreg").setLevel(logging.INFO if main_process else logging.ERROR)
 
 
 def tell(error: InputError) -> None:

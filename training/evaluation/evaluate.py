@@ -85,7 +85,15 @@ class Evaluation:
         record = evaluation_record(
             task,
             self.encoder.describe(),
-            describe_data(self.arguments, self.train, self.test, self.overlap),
+            describe_data(
+                self.arguments,
+                self.train,
+                self.test,
+                self.overlap,
+                label_column=self.arguments.label_column_name,
+                num_classes=len(set(self.train.labels)),
+                class_names=self.train.class_names,
+            ),
             settings_of(self.arguments),
             metrics,
             details=details,

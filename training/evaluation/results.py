@@ -23,20 +23,35 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from hf_vicreg.model_cards.schema import FileError, check_results
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.arguments import LabelledDataArguments
 from hf_vicreg.training.evaluation.encoder import public_name
-from hf_vicreg.training.evaluation.labelled import LabelledImages
+from hf_vicreg.training.images.sources import ImageSource
 
 FILE = "results.json"
 EVALUATIONS = "evaluations"
 SAME = ("task", "model", "data", "settings")  # an evaluation that agrees in these takes the place of an earlier one
 PACKAGES = ("torch", "torchvision", "transformers", "datasets", "scikit-learn", "pillow")
+
+
+class Split(Protocol):
+    """Images of a split, as `LabelledImages` and the annotated ones of a task have them."""
+
+    @property
+    def split(self) -> str:
+        """Its name."""
+
+    @property
+    def source(self) -> ImageSource:
+        """The images."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any byte of any image, their order and what is said of them."""
 
 
 def evaluation_record(
@@ -65,21 +80,17 @@ def evaluation_record(
     }
 
 
-def describe_data(
-    arguments: LabelledDataArguments, train: LabelledImages, test: LabelledImages, overlap: int
-) -> dict[str, Any]:
-    """Return the `data` of an entry."""
+def describe_data(arguments: Any, train: Split, test: Split, overlap: int, **more: Any) -> dict[str, Any]:
+    """Return the `data` of an entry; `more` is what a task says of it beside."""
     return {
         "dataset": public_name(arguments.dataset_name),
         "config": arguments.dataset_config_name,
         "train_split": train.split,
         "test_split": test.split,
         "image_column": arguments.image_column_name,
-        "label_column": arguments.label_column_name,
+        **more,
         "num_train": len(train.source),
         "num_test": len(test.source),
-        "num_classes": len(set(train.labels)),
-        "class_names": train.class_names,
         "train_fingerprint": train.fingerprint,
         "test_fingerprint": test.fingerprint,
         "test_images_in_train": overlap,

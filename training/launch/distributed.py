@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,8 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, bro
 from hf_vicreg.training.errors import InputError, RelayedError
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 def build_accelerator(
@@ -132,25 +135,26 @@ def largest(values: Sequence[int], accelerator: Accelerator) -> list[int]:
     return shared.tolist()
 
 
-def run_on_main(action: Callable[[], object], accelerator: Accelerator) -> None:
-    """Run an action on the main process while the others wait; every process must call.
+def run_on_main(action: Callable[[], Result], accelerator: Accelerator) -> Result:
+    """Run an action on the main process while the others wait, and return its result on all; every process must call.
 
     Raises:
         Exception: That of the action. The other processes raise its message as a RelayedError: none is left waiting
             for one that has gone.
     """
     failure: Exception | None = None
+    told: list[Any] = [None, None]  # what went wrong, and the result
     if accelerator.is_main_process:
         try:
-            action()
+            told = [None, action()]
         except Exception as error:
-            failure = error
-    told = [None if failure is None else str(failure)]
+            failure, told = error, [str(error), None]
     broadcast_object_list(told)
     if failure is not None:
         raise failure
     if told[0] is not None:
         raise RelayedError(told[0])
+    return told[1]
 
 
 def leave_processes() -> None:

@@ -3,14 +3,12 @@
 import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.image_source import ImageSource
@@ -43,8 +41,6 @@ from hf_vicreg.training.run.run_folder import RECIPE
 from hf_vicreg.training.run.settings import explicit_settings
 
 logger = logging.getLogger(__name__)
-
-Decision = TypeVar("Decision")
 
 TRIAL_RATIO = 0.03  # of the time that is left, for each trial
 TRIAL_SECONDS = (2.0, 20.0)
@@ -107,7 +103,7 @@ def configure(
         check_statistics_batch(config.run)
     if not resuming and config.run.batch_size % processes == 0:
         wanted = config.run.batch_size
-        config = _agreed(partial(_fitted, config, machine), accelerator)
+        config = run_on_main(partial(_fitted, config, machine), accelerator)
         if config.run.batch_size != wanted:
             logger.warning(
                 "batch_size: %d instead of %d images go through the encoder at once, for want of memory (%.1f GB); "
@@ -163,21 +159,21 @@ def plan_run(
     budget = seconds_of(settings["time_budget"]) if settings.get("time_budget") else EVENING_SECONDS
     images = survey(source, held_out)
     # whatever a decision hangs on is the main process's: they would wait for each other for ever if they differed
-    left = _agreed(lambda: budget - (time.monotonic() - began), accelerator)
-    made, config, peak = _agreed(partial(_choose_fitting, settings, images, machine, left, None), accelerator)
+    left = run_on_main(lambda: budget - (time.monotonic() - began), accelerator)
+    made, config, peak = run_on_main(partial(_choose_fitting, settings, images, machine, left, None), accelerator)
     trial = _try(made, config, source, accelerator, machine, left)
     while _too_slow(made, config, trial, images, left):
         # slower than was thought: a smaller encoder sees images enough
         assert made.rung is not None  # it has a smaller one
         smaller = partial(_choose_fitting, settings, images, machine, left, made.rung - 1)
-        made, config, peak = _agreed(smaller, accelerator)
+        made, config, peak = run_on_main(smaller, accelerator)
         trial = _try(made, config, source, accelerator, machine, left)
     left = budget - (time.monotonic() - began)
 
     def fit() -> Plan:
         return _fit_schedule(made, config, images, machine, trial, held_out, peak=peak, left=left, budget=budget)
 
-    return _agreed(fit, accelerator)
+    return run_on_main(fit, accelerator)
 
 
 def survey(source: ImageSource, held_out: ImageSource | None) -> Images:
@@ -224,13 +220,13 @@ def _try(
     given = config.run.dataloader_num_workers
     first = 0 if machine.device == "cpu" else min(8, machine.cores)
     trial = try_steps(*arguments, seconds=seconds, num_workers=first if given is None else given)
-    trial = _agreed(lambda: trial, accelerator)
+    trial = run_on_main(lambda: trial, accelerator)
     if given is not None:
         return trial
     workers, why = first, f"images take {trial.wait_ratio:.0%} of a step"
     if machine.device == "cpu" and trial.wait_ratio > SLOW_DATA_RATIO and machine.cores > 1:
         other = try_steps(*arguments, seconds=seconds, num_workers=machine.cores)
-        other = _agreed(lambda: other, accelerator)
+        other = run_on_main(lambda: other, accelerator)
         if other.rate.step_seconds < 0.95 * trial.rate.step_seconds:
             why = f"{trial.rate.step_seconds / other.rate.step_seconds:.1f} times as fast as none"
             workers, trial = machine.cores, other
@@ -296,15 +292,3 @@ def _too_slow(made: Choices, config: RunConfig, trial: Trial, images: Images, le
         return False
     wanted = min(LADDER[made.rung].images_seen, MAX_EPOCHS * images.count)
     return left / trial.rate.step_seconds * config.step_size < wanted / 2
-
-
-def _agreed(decide: Callable[[], Decision], accelerator: Accelerator) -> Decision:
-    """Return what the main process decides, on every process; its errors are raised on all, as by `run_on_main`."""
-    found: list[Any] = [None]
-
-    def decide_it() -> None:
-        found[0] = decide()
-
-    run_on_main(decide_it, accelerator)
-    broadcast_object_list(found)
-    return found[0]

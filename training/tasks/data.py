@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import public_name
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_splits
 from hf_vicreg.training.tasks.arguments import TaskArguments
 
@@ -75,25 +74,6 @@ def load_annotated(
         whole = hashlib.sha256(b"".join(digests) + repr(annotations).encode()).hexdigest()[:16]
         both.append((AnnotatedImages(split, source, annotations, whole, digests), rows.features[column]))
     return both[0], both[1]
-
-
-def describe_data(
-    arguments: TaskArguments, train: AnnotatedImages, test: AnnotatedImages, overlap: int, **more: Any
-) -> dict[str, Any]:
-    """Return the `data` of an entry of `results.json`."""
-    return {
-        "dataset": public_name(arguments.dataset_name),
-        "config": arguments.dataset_config_name,
-        "train_split": train.split,
-        "test_split": test.split,
-        "image_column": arguments.image_column_name,
-        **more,
-        "num_train": len(train),
-        "num_test": len(test),
-        "train_fingerprint": train.fingerprint,
-        "test_fingerprint": test.fingerprint,
-        "test_images_in_train": overlap,
-    }
 
 
 def first_readable(

@@ -17,7 +17,7 @@ from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import load_config, public_name, weights_digest
 from hf_vicreg.training.evaluation.labelled import count_overlap
-from hf_vicreg.training.evaluation.results import FILE
+from hf_vicreg.training.evaluation.results import FILE, describe_data
 from hf_vicreg.training.launch.distributed import build_accelerator
 from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.tasks.arguments import CaptioningArguments, check_task, settings_of
@@ -31,7 +31,7 @@ from hf_vicreg.training.tasks.captioning.data import (
     padded,
 )
 from hf_vicreg.training.tasks.captioning.model import build_captioner, build_tokenizer, learning_rate_scale
-from hf_vicreg.training.tasks.data import AnnotatedImages, describe_data
+from hf_vicreg.training.tasks.data import AnnotatedImages
 from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record
 
 logger = logging.getLogger(__name__)

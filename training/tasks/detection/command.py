@@ -17,12 +17,12 @@ from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import public_name, weights_digest
 from hf_vicreg.training.evaluation.labelled import count_overlap
-from hf_vicreg.training.evaluation.results import FILE
+from hf_vicreg.training.evaluation.results import FILE, describe_data
 from hf_vicreg.training.launch.distributed import build_accelerator
 from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
 from hf_vicreg.training.tasks.arguments import DetectionArguments, check_task, settings_of
-from hf_vicreg.training.tasks.data import AnnotatedImages, describe_data
+from hf_vicreg.training.tasks.data import AnnotatedImages
 from hf_vicreg.training.tasks.detection.box_drawing import draw_boxes, draw_found
 from hf_vicreg.training.tasks.detection.coco_map import check_extra, mean_average_precision
 from hf_vicreg.training.tasks.detection.data import CanvasSampler, DetectionViews, load_detection
