@@ -91,14 +91,71 @@ def test_commands_in_recipes_have_known_flags(name):
     resolve(parse_flags(arguments))
 
 
-def test_the_tree_in_the_readme_exists():
-    tree = re.search(r"^```\n(hf_vicreg/.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
-    folder = ""
-    for line in tree.splitlines():
-        if not line.startswith(" "):
-            folder = line.split()[0]
-            assert (REPOSITORY / folder).is_dir(), folder
-        else:
-            names = re.findall(r"[\w/]+\.py|\b[a-z]+/", line)
+LINKING = [*PAGES, *(REPOSITORY / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md"))]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.stem)
+def test_relative_links_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).is_file(), target
+
+
+ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text()
+PLACE = re.compile(r"\[`([^`]+)`\]\(([^)]+)\)")  # [`dir/file.py`](../dir/file.py)
+# the modules of modeling/ that a reader looks for first
+MAIN_MODULES = (
+    "bigbird_attention",
+    "bigbird_pattern",
+    "bigbird_positions",
+    "configuration_bigbird_vit",
+    "configuration_vicreg",
+    "dense_weights",
+    "global_batch_norm",
+    "image_processing_bigbird_vit",
+    "modeling_bigbird_vit",
+    "modeling_vicreg",
+    "vicreg_loss",
+    "vicreg_statistics",
+    "vicreg_weights",
+)
+
+
+def test_every_path_of_the_architecture_exists():
+    named = [code for code in re.findall(r"`([^`\n]+)`", ARCHITECTURE) if "/" in code]
+    assert len(named) > 50
+    for path in named:
+        assert (REPOSITORY / path).exists(), path
+        assert not path.endswith("/") or (REPOSITORY / path).is_dir(), path
+
+
+def test_every_link_of_the_architecture_leads_to_the_path_it_names():
+    for path, target in PLACE.findall(ARCHITECTURE):
+        assert target == f"../{path}"
+
+
+def test_every_name_beside_a_path_of_the_architecture_is_defined_there():
+    rows = re.findall(r"^\| [^|]+ \| ([^|]*\]\([^|]*) \| [^|]+ \|$", ARCHITECTURE, re.MULTILINE)
+    assert len(rows) > 30
+    for row in rows:
+        _, *places = re.split(r"\[`", row)
+        for place in places:
+            path, *names = re.findall(r"([\w./]+)`", place)
+            assert names or not path.endswith(".py"), path
+            source = (REPOSITORY / path).read_text()
             for name in names:
-                assert (REPOSITORY / folder / name).exists(), f"{folder}{name}"
+                *owner, last = name.split(".")
+                for defined in (*owner, last):
+                    assert re.search(rf"^\s*(def|class) {defined}\b|^{defined}\b", source, re.MULTILINE), (path, name)
+
+
+def test_the_architecture_names_every_module_and_every_room():
+    named = set(re.findall(r"`([^`\n]+)`", ARCHITECTURE))
+    package = REPOSITORY / "hf_vicreg"
+    folders = [path.parent for path in package.glob("*/__init__.py") if not path.parent.is_symlink()]
+    folders += [package, REPOSITORY / "model_cards", REPOSITORY / "training"]
+    modules = [path for folder in folders for path in folder.glob("*.py")]
+    own = {str(path.relative_to(REPOSITORY)) for path in modules if path.name != "__init__.py"}
+    rooms = {f"training/{path.parent.name}/" for path in (REPOSITORY / "training").glob("*/__init__.py")}
+    # the other modules of modeling/ may go unnamed for now
+    main = {f"modeling/{name}.py" for name in MAIN_MODULES}
+    assert own | rooms | main <= named, sorted((own | rooms | main) - named)
