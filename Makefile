@@ -1,4 +1,4 @@
-# Everything a fresh machine with Python >= 3.11 and make needs: `make demo`, `make test`.
+# Everything a fresh machine with Python >= 3.11 and make needs: `make demo`, `make test`, `make docs`.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -12,7 +12,7 @@ SHELL   := /bin/bash
 WORKERS ?= 2
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-rounding test-package test-upstream check format clean
+.PHONY: demo test test-rounding test-package test-upstream check docs format clean
 
 # One stamp for all targets: the environment is made again only when the project's own requirements change.
 $(VENV)/.installed: pyproject.toml setup.py
@@ -60,6 +60,11 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, from guides and docstrings, into build/site. Nothing is fetched; a link or a name that leads nowhere fails.
+# Not with --quiet: strict mode counts only the warnings that are shown.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

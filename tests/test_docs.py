@@ -1,5 +1,6 @@
 """The README and the guides are run as written: Python blocks are executed, commands are parsed."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hf_vicreg
 from hf_vicreg import pretrain
 from hf_vicreg.cli import build_parser
 from hf_vicreg.training.run.flags import parse_flags
@@ -89,6 +91,14 @@ def test_commands_in_recipes_have_known_flags(name):
     (command,) = (line for line in text.splitlines() if "hf_vicreg.training.pretrain" in line)
     arguments = shlex.split(command.split("hf_vicreg.training.pretrain", 1)[1])
     resolve(parse_flags(arguments))
+
+
+def test_the_api_page_has_every_public_name():
+    described = re.findall(r"^::: (\S+)$", (REPOSITORY / "docs" / "api.md").read_text(), re.MULTILINE)
+    homes = [one.rpartition(".") for one in described]
+    objects = [getattr(importlib.import_module(module), name) for module, _, name in homes]
+    for name in set(hf_vicreg.__all__) - {"__version__"}:
+        assert getattr(hf_vicreg, name) in objects, name
 
 
 LINKING = [*PAGES, *(REPOSITORY / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md"))]
