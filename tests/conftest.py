@@ -10,9 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import contextlib
+import fcntl
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,26 @@ def child_environment(**extra: str) -> dict[str, str]:
         "COLUMNS": "200",
         **extra,
     }
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Returns a function that has a file made by the first worker that asks for it, and gives its path to all."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "made_once"
+    folder.mkdir(exist_ok=True)
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        path = folder / name
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed, or its process killed
+            if not path.exists():
+                temporary = path.with_name(f"{name}.tmp")
+                make(temporary)
+                temporary.rename(path)
+        return path
+
+    return get
 
 
 @pytest.fixture

@@ -41,7 +41,12 @@ def run(code, *arguments, cwd=REPOSITORY):
     return finished
 
 
-@pytest.mark.parametrize("order", ORDERS)
+QUICK = ("package-first", "transformers-first", "name-first")  # the others are in the slow run
+
+
+@pytest.mark.parametrize(
+    "order", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in ORDERS]
+)
 def test_models_are_registered_in_any_order_of_imports(order):
     assert run(f"import sys\n{ORDERS[order]}\n{USE}").stderr == ""
 

@@ -9,6 +9,7 @@ import yaml
 MODULE = "hf_vicreg.training.pretrain"
 
 
+@pytest.mark.slow  # `make test-rounding` runs it
 @pytest.mark.rounding
 @pytest.mark.distributed
 def test_two_processes_measure_what_one_does(tmp_path, tiny_recipe, run_process, free_port):

@@ -55,6 +55,7 @@ def test_one_and_two_processes_train_alike(tmp_path, tiny_recipe, command, run_p
     assert len(losses(tmp_path / "two")) == 6
 
 
+@pytest.mark.slow  # test_lifecycle.py kills in the default run
 def test_killed_and_resumed_run_ends_with_the_same_weights(tmp_path, command, run_process):
     settings = {"num_train_epochs": 30, "checkpointing_steps": 5, "knn_every_epochs": 0}
     whole = run_process([sys.executable, "-m", MODULE, *command("whole", **settings)])

@@ -1,6 +1,8 @@
 """Several real processes against one with the joined batch."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,25 +20,25 @@ specification.loader.exec_module(worker)
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids=lambda count: f"{count}-processes")
-def results(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), 4], ids="{}-processes".format)
+def results(request, made_once):
     """What the worker measured with that many processes, its world size asserted first."""
-    import subprocess
-    import sys
-
     from_conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).parents[1] / "conftest.py"))
-    output = tmp_path_factory.mktemp("worker") / "results.safetensors"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
-    finished = subprocess.run(
-        [*command, str(WORKER), str(request.param), str(output)],
-        env=from_conftest.child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    loaded = load_file(output)
+    count = str(request.param)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, str(WORKER)]
+
+    def measure(output):
+        finished = subprocess.run(
+            [*command, count, str(output)],
+            env=from_conftest.child_environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr[-3000:]
+
+    loaded = load_file(made_once(f"global_batch_{count}", measure))
     assert loaded["world_size"] == request.param
     return loaded
 
