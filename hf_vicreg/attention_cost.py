@@ -148,7 +148,10 @@ def _kept(config: BigBirdViTConfig, pattern: BlockPattern, attend: Callable | No
     with_sdpa.attention_probs_dropout_prob = 0.0
     with_sdpa._attn_implementation = "sdpa"
     alive: list[torch.Tensor] = []  # a freed storage's address would be used again
-    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         if attend is not None:
             tensors = [torch.empty(1, heads, tokens, config.head_dim, requires_grad=True) for _ in range(3)]
             attend(*tensors, None, pattern=pattern, scaling=1.0)

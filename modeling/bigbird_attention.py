@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .bigbird_pattern import BlockPattern, named_pattern
+from .bigbird_pattern import BlockPattern, constant
 from .block_sparse_attention import block_sparse_attention
 from .dense_attention import combined_bias, dense_attention
 from .flex_block_attention import flex_block_attention
 from .gathered_attention import gathered_attention
-from .token_order import reorder
+from .grid_plan import reorder
 
 # Costs in units of one (query, key) pair of dense attention, measured on 2 CPU cores, forward and backward, with grids
 # of 14x14 to 64x64 patches in tiles of 2x2 to 16x16 (docs/decisions/0003-cpu-kernel.md).
@@ -35,12 +35,6 @@ def prefers_blocks(pattern: BlockPattern) -> bool:
     The rule: N^2 pairs of dense attention against `PAIR_COST` for each pair left and `TILE_COST` for each tile.
     On square grids, with 3 random tiles, blocks win from 1,089 patches on with tiles of 8x8 and from 961 with 4x4.
     """
-    return _prefers_blocks(pattern.name)
-
-
-@torch.compiler.assume_constant_result
-def _prefers_blocks(name: str) -> bool:
-    pattern = named_pattern(name)
     dense = pattern.num_tokens**2
     return PAIR_COST * pattern.density * dense + TILE_COST * pattern.num_tiles < dense
 
@@ -113,13 +107,14 @@ def sdpa_attention(
 
     - Where `prefers_blocks` says no: `dense_attention`.
     - Else, on a CPU: `block_sparse_attention`. With dropout and on other devices: `gathered_attention`, whose copies
-      of keys and values are made again in the backward pass.
+      of keys and values are made again in the backward pass. Exported programs have it too: its operators are torch's.
     """
     _check_inputs(query, attention_mask, pattern)
     inputs = query, key, value, attention_mask
+    pattern = constant(pattern)
     if not prefers_blocks(pattern):
         output = dense_attention(*inputs, pattern=pattern, scaling=scaling, dropout=dropout)
-    elif query.device.type == "cpu" and dropout == 0:
+    elif query.device.type == "cpu" and dropout == 0 and not torch.compiler.is_exporting():
         output = block_sparse_attention(*inputs, pattern=pattern, scaling=scaling)
     elif torch.compiler.is_compiling():
         output = gathered_attention(*inputs, pattern=pattern, scaling=scaling, dropout=dropout)
@@ -159,7 +154,7 @@ def flex_attention(
 
 
 def _check_inputs(query: torch.Tensor, attention_mask: torch.Tensor | None, pattern: BlockPattern) -> None:
-    heads = _num_tables(pattern.name)
+    heads = len(pattern.neighbours)
     if heads not in (1, query.shape[1]):
         raise ValueError(f"`pattern`: expected a table for all heads or {query.shape[1]}, one for each, got {heads}.")
     expected = query.shape[0], query.shape[2]
@@ -168,11 +163,6 @@ def _check_inputs(query: torch.Tensor, attention_mask: torch.Tensor | None, patt
             f"`attention_mask`: expected bool (batch, tokens) {expected}, "
             f"got {attention_mask.dtype} {tuple(attention_mask.shape)}."
         )
-
-
-@torch.compiler.assume_constant_result
-def _num_tables(name: str) -> int:
-    return len(named_pattern(name).neighbours)
 
 
 __all__ = ["eager_attention", "flex_attention", "prefers_blocks", "sdpa_attention"]

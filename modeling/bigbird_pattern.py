@@ -22,20 +22,40 @@ import hashlib
 import heapq
 import math
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import count, pairwise
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .pattern_picture import svg_picture, text_picture
-from .table_store import STORE, cached_tables, outside_modes
 
 LAYOUTS = ("tiles", "raster")
-# Compiled graphs hold names, and names follow from contents: patterns that are alive, and how to make others again.
-_BY_NAME: WeakValueDictionary[str, "BlockPattern"] = WeakValueDictionary()
-_ARGUMENTS: dict[str, tuple] = {}
+# A compiler hands tensors and literals alone to what it runs while tracing: a tensor with a number stands for a pattern
+# there. Weakly: nothing is kept alive here.
+_NUMBERS = count()
+_ALIVE: WeakValueDictionary[int, "BlockPattern"] = WeakValueDictionary()
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that serve training, inference and tracing alike, whatever mode of torch's is on meanwhile.
+
+    Tables are kept, and may be asked for first under inference, a default device, a trace or on fake tensors.
+    """
+    with (
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+        torch.inference_mode(False),
+    ):
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +72,16 @@ class BlockPattern:
             rows of global tiles are not used: they see every tile.
         global_tiles: Tiles that see and are seen by all, ascending; each is in every row of `neighbours`.
         window_size: Side of the local window in tiles; for pictures alone.
+        num_tiles: Number of tiles.
+        num_tokens: Number of tokens, global ones included.
         tile_sizes: `(tiles,)` int64, patches in each tile.
         largest_tile: Patches in the largest tile.
         num_see_all: Tokens that see and are seen by all: global ones, and those in global tiles.
         density: Share of (query, key) pairs of tokens that attend, in (0, 1], global tokens included.
         is_full: Whether every token sees every token.
         is_raster: Whether tile-major order and raster order are the same.
-        name: A digest of grid and tables, see `named_pattern`.
+        order_name: A digest of grid and order: of patterns that are alike in it, tokens are held alike.
+        name: A digest of grid and tables: patterns of one name are equal.
     """
 
     grid: tuple[int, int]
@@ -70,58 +93,66 @@ class BlockPattern:
     global_tiles: tuple[int, ...] = ()
     window_size: int = 1
     tile_sizes: torch.Tensor = field(init=False, repr=False)
-    # numbers, not tensors: they are read while a graph is traced, when no tensor has a value
+    # attributes, and no tensors: they are read while a graph is traced, of a constant, and no tensor has a value then
+    num_tiles: int = field(init=False)
+    num_tokens: int = field(init=False)
     largest_tile: int = field(init=False)
     num_see_all: int = field(init=False)
     density: float = field(init=False)
     is_full: bool = field(init=False)
     is_raster: bool = field(init=False)
+    order_name: str = field(init=False)
     name: str = field(init=False)
+    _kept: dict[tuple, Any] = field(init=False, repr=False)
+    _handle: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self):
-        sizes = torch.bincount(self.tile_of_patch, minlength=self.num_tiles)
-        seen = torch.nn.functional.pad(sizes, (0, 1))[self.neighbours].sum(-1)  # -1 is the column of zeros
-        seen[:, list(self.global_tiles)] = len(self.order)
         patches, num_global = len(self.order), self.num_global_tokens
+        num_tiles, num_tokens = self.tile_grid[0] * self.tile_grid[1], num_global + patches
+        sizes = torch.bincount(self.tile_of_patch, minlength=num_tiles)
+        seen = torch.nn.functional.pad(sizes, (0, 1))[self.neighbours].sum(-1)  # -1 is the column of zeros
+        seen[:, list(self.global_tiles)] = patches
         pairs = (seen * sizes).sum(-1).to(torch.float64).mean().item()
+        sizes_of = self.tile_grid, num_global, self.global_tiles, tuple(self.neighbours.shape)
+        order_name = _digest(repr(self.grid), self.order)
         facts = {
             "tile_sizes": sizes,
+            "num_tiles": num_tiles,
+            "num_tokens": num_tokens,
             "largest_tile": int(sizes.max()),
             "num_see_all": num_global + int(sizes[list(self.global_tiles)].sum()),
-            "density": (pairs + 2 * num_global * patches + num_global**2) / self.num_tokens**2,
+            "density": (pairs + 2 * num_global * patches + num_global**2) / num_tokens**2,
             "is_full": bool((seen == patches).all()),
-            "is_raster": bool((self.order == torch.arange(patches)).all()),
-            "name": self._digest(),
+            "is_raster": bool((self.order == torch.arange(patches, device="cpu")).all()),
+            "order_name": order_name,
+            "name": _digest(f"{order_name} {sizes_of}", self.tile_of_patch, self.neighbours),
         }
         for name, fact in facts.items():
             object.__setattr__(self, name, fact)
-        _BY_NAME[self.name] = self
 
-    def __setstate__(self, state: dict):
-        self.__dict__.update(state)  # unpickled and copied patterns have names too
-        self._keep()
+        self._open_store()
 
-    def _keep(self) -> "BlockPattern":
-        """Let a pattern that no arguments make again be found by its name for as long as the store holds it."""
-        _BY_NAME[self.name] = self
-        STORE.put(("pattern", self.name), self)
-        return self
+    def _open_store(self) -> None:
+        number = next(_NUMBERS)
+        _ALIVE[number] = self
+        object.__setattr__(self, "_handle", torch.tensor(number, device="cpu"))
+        object.__setattr__(self, "_kept", {})
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_kept")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        with ordinary_tensors():
+            self._open_store()  # a copy makes its own tables
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables, and about those of what is derived from them."""
-        tables = self.order, self.tile_of_patch, self.neighbours, self.tile_sizes
-        derived = len(self.neighbours) * self.num_tiles * (self.num_tiles + 1000)  # `tile_mask` and `runs`
-        return sum(one.nbytes for one in tables) + derived
+        """Bytes of the tables and of what is derived from them."""
+        tables = self.order, self.tile_of_patch, self.neighbours, self.tile_sizes, *self._kept.values()
+        return sum(map(_size_of, tables))
 
-    def _digest(self) -> str:
-        sizes = self.grid, self.tile_grid, self.num_global_tokens, self.global_tiles, tuple(self.neighbours.shape)
-        digest = hashlib.sha256(repr(sizes).encode())
-        for table in (self.order, self.tile_of_patch, self.neighbours):
-            digest.update(struct.pack(f"<{table.numel()}q", *table.flatten().tolist()))
-        return digest.hexdigest()[:32]
-
-    @outside_modes
+    @ordinary_tensors()
     def with_neighbours(self, neighbours: torch.Tensor) -> "BlockPattern":
         """Return this pattern with another table, for example a plan for each head.
 
@@ -145,20 +176,10 @@ class BlockPattern:
             if len(set(row)) < len(row) or not set(row) <= set(range(self.num_tiles)):
                 raise ValueError(f"`neighbours`: expected different tiles below {self.num_tiles}, got {row}.")
         table = _table([[{*row, *self.global_tiles} for row in head] for head in rows])
-        return replace(self, neighbours=table)._keep()
-
-    @property
-    def num_tiles(self) -> int:
-        """Number of tiles."""
-        return self.tile_grid[0] * self.tile_grid[1]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens, global ones included."""
-        return self.num_global_tokens + self.grid[0] * self.grid[1]
+        return replace(self, neighbours=table)
 
     @cached_property
-    @outside_modes
+    @ordinary_tensors()
     def tile_mask(self) -> torch.Tensor:
         """`(heads or 1, tiles, tiles)` bool, true where the row's tile sees the column's."""
         heads, tiles, _ = self.neighbours.shape
@@ -167,31 +188,6 @@ class BlockPattern:
         mask.scatter_(2, self.neighbours.where(self.neighbours >= 0, tiles), True)
         mask[:, list(self.global_tiles)] = True
         return mask[..., :tiles]
-
-    @cached_property
-    @outside_modes
-    def runs(self) -> list[list[tuple[int, int, list[tuple[int, int]]]]]:
-        """For each head of the table, rows of queries and the keys they see as intervals of token positions.
-
-        A row is (first query, end, [(first key, end), ...]). Neighbouring tiles lie one behind the other in memory, so
-        a window of 3x3 tiles is three intervals. The first row is that of the global tokens, if there are any.
-        """
-        ends = (self.num_global_tokens + self.tile_sizes.cumsum(0)).tolist()
-        bounds = list(zip([self.num_global_tokens, *ends[:-1]], ends, strict=True))
-        everything = [(0, self.num_tokens)]
-        heads = []
-        for table in self.neighbours.tolist():
-            rows = [(0, self.num_global_tokens, everything)] if self.num_global_tokens else []
-            for tile, seen in enumerate(table):
-                intervals = [(0, self.num_global_tokens)] if self.num_global_tokens else []
-                for start, end in (bounds[other] for other in seen if other >= 0):
-                    if intervals and intervals[-1][1] == start:
-                        intervals[-1] = (intervals[-1][0], end)
-                    else:
-                        intervals.append((start, end))
-                rows.append((*bounds[tile], everything if tile in self.global_tiles else intervals))
-            heads.append(rows)
-        return heads
 
     def levels(self, tile: int, head: int = 0) -> list[str]:
         """Return how a tile sees each: `"query"` itself, `"global"`, `"local"`, `"random"`, or `""` not at all."""
@@ -254,6 +250,38 @@ class BlockPattern:
         return torch.nn.functional.pad(patches, (self.num_global_tokens, 0, self.num_global_tokens, 0), value=True)
 
 
+def derived(pattern: BlockPattern, make: Callable, *arguments) -> Any:
+    """Return `make(pattern, *arguments)`, made once and kept with the pattern: tables for a device, for example.
+
+    Args:
+        pattern: To `torch.compile` it and the result are constants, and the pattern's name is guarded.
+        make: A pure function that returns a tensor or a tuple.
+        arguments: Hashable ones.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return _made(pattern._handle, pattern.name, make, *arguments)[0]
+    if (key := (make, *arguments)) not in pattern._kept:
+        with ordinary_tensors():
+            pattern._kept[key] = make(pattern, *arguments)
+    return pattern._kept[key]
+
+
+def constant(pattern: BlockPattern) -> BlockPattern:
+    """Return the pattern; to `torch.compile` it is a constant from here on, and its name is guarded."""
+    return _itself(pattern._handle, pattern.name) if torch.compiler.is_dynamo_compiling() else pattern
+
+
+@torch.compiler.assume_constant_result
+def _made(handle: torch.Tensor, name: str, make: Callable, *arguments) -> tuple[Any]:
+    # in a tuple: constants that are tensors would all have one name in a graph
+    return (derived(_ALIVE[int(handle)], make, *arguments),)
+
+
+@torch.compiler.assume_constant_result
+def _itself(handle: torch.Tensor, name: str) -> BlockPattern:
+    return _ALIVE[int(handle)]
+
+
 def random_tiles(
     seed: int, layer: int, head: int, row: int, excluded: set[int], num_tiles: int, count: int
 ) -> list[int]:
@@ -299,26 +327,7 @@ def spread_tiles(count: int, rows: int, columns: int) -> list[int]:
     ]
 
 
-def named_pattern(name: str) -> BlockPattern:
-    """Return the pattern of that name.
-
-    Functions that `torch.compile` is to run once, while tracing, take a pattern's name: a string is a constant to it.
-
-    Raises:
-        ValueError: No such pattern has been made in this process, or one with a table of its own too long ago.
-    """
-    found = _BY_NAME.get(name)
-    if found is None and name in _ARGUMENTS:
-        found = _build_pattern(*_ARGUMENTS[name])
-    if found is None:
-        raise ValueError(
-            f"`pattern`: expected one that this process has made, got {name!r}; call the model's `attention_patterns` "
-            "for the image size that the graph was exported with."
-        )
-    return found
-
-
-@torch.compiler.assume_constant_result
+@ordinary_tensors()
 def block_pattern(
     height: int,
     width: int,
@@ -333,7 +342,7 @@ def block_pattern(
     seed: int = 0,
     layer: int = 0,
 ) -> BlockPattern:
-    """Return the pattern of one layer, cached.
+    """Return the pattern of one layer.
 
     Args:
         height: Rows of patches.
@@ -369,36 +378,7 @@ def block_pattern(
     if layout not in LAYOUTS:
         raise ValueError(f"`layout`: expected one of {LAYOUTS}, got {layout!r}.")
 
-    return _build_pattern(
-        height,
-        width,
-        layout,
-        tile_size,
-        block_size,
-        window_size,
-        num_random_blocks,
-        num_global_tiles,
-        num_global_tokens,
-        seed,
-        layer,
-    )
-
-
-@cached_tables
-def _build_pattern(
-    height: int,
-    width: int,
-    layout: str,
-    tile_size: tuple[int, int],
-    block_size: int,
-    window_size: int,
-    num_random_blocks: int,
-    num_global_tiles: int,
-    num_global_tokens: int,
-    seed: int,
-    layer: int,
-) -> BlockPattern:
-    raster = torch.arange(height * width)
+    raster = torch.arange(height * width, device="cpu")
     if layout == "raster":
         rows, columns = 1, -(-height * width // block_size)
         tile_of_raster = raster.div(block_size, rounding_mode="floor")
@@ -423,7 +403,7 @@ def _build_pattern(
         seen.update(global_tiles)
         seen.update(random_tiles(seed, layer, 0, tile, seen, num_tiles, num_random_blocks))
         table.append(seen)
-    pattern = BlockPattern(
+    return BlockPattern(
         grid=(height, width),
         tile_grid=(rows, columns),
         num_global_tokens=num_global_tokens,
@@ -433,20 +413,6 @@ def _build_pattern(
         global_tiles=tuple(global_tiles),
         window_size=window_size,
     )
-    _ARGUMENTS[pattern.name] = (
-        height,
-        width,
-        layout,
-        tile_size,
-        block_size,
-        window_size,
-        num_random_blocks,
-        num_global_tiles,
-        num_global_tokens,
-        seed,
-        layer,
-    )
-    return pattern
 
 
 def _table(heads: list[list[set[int]]]) -> torch.Tensor:
@@ -456,4 +422,18 @@ def _table(heads: list[list[set[int]]]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
-__all__ = ["LAYOUTS", "BlockPattern", "block_pattern", "named_pattern", "random_tiles"]
+def _digest(words: str, *tables: torch.Tensor) -> str:
+    digest = hashlib.sha256(words.encode())
+    for table in tables:
+        digest.update(struct.pack(f"<{table.numel()}q", *table.flatten().tolist()))
+    return digest.hexdigest()[:32]
+
+
+def _size_of(value: Any) -> int:
+    """Bytes of a tensor, of a tuple of them, or of FlexAttention's mask."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    return sum(map(_size_of, value if isinstance(value, tuple) else getattr(value, "as_tuple", tuple)()))
+
+
+__all__ = ["LAYOUTS", "BlockPattern", "block_pattern", "constant", "derived", "ordinary_tensors", "random_tiles"]

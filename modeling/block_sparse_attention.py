@@ -12,12 +12,13 @@ called below torch's public function: docs/decisions/0003-cpu-kernel.md.
 """
 
 import hashlib
+from itertools import pairwise
 
 import torch
 
-from .bigbird_pattern import BlockPattern, named_pattern
+from .bigbird_pattern import BlockPattern, derived
 
-# Copies of this file (in the package, in a model's folder) each have their own operators, for their own patterns.
+# Copies of this file (in the package, in a model's folder) each have their own operators.
 NAMESPACE = f"bigbird_vit_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
 
 
@@ -42,7 +43,37 @@ def block_sparse_attention(
         pattern: Which token sees which.
         scaling: Factor on the scores.
     """
-    return _forward(query, key, value, key_valid, pattern.name, scaling)[0].to(query.dtype)
+    return _forward(query, key, value, key_valid, derived(pattern, visible_spans), scaling)[0].to(query.dtype)
+
+
+def visible_spans(pattern: BlockPattern) -> torch.Tensor:
+    """Return which tokens see which, as intervals of positions.
+
+    Neighbouring tiles lie one behind the other in memory, so a window of 3x3 tiles is three intervals. The first row
+    is that of the global tokens, if there are any; the others are the tiles'.
+
+    Returns:
+        `(heads or 1, rows, 1 + intervals, 2)` int64, first position and end: first the row's queries, then the keys
+        they see; unused ones are empty, 0 to 0.
+    """
+    ends = (pattern.num_global_tokens + pattern.tile_sizes.cumsum(0)).tolist()
+    bounds = list(pairwise([pattern.num_global_tokens, *ends]))
+    front = [(0, pattern.num_global_tokens)] if pattern.num_global_tokens else []
+    heads = []
+    for table in pattern.neighbours.tolist():
+        rows = [[*front, (0, pattern.num_tokens)]] if front else []
+        for tile, seen in enumerate(table):
+            spans = [*front]
+            for start, end in (bounds[other] for other in seen if other >= 0):
+                if spans and spans[-1][1] == start:
+                    spans[-1] = (spans[-1][0], end)
+                else:
+                    spans.append((start, end))
+            rows.append([bounds[tile], *([(0, pattern.num_tokens)] if tile in pattern.global_tiles else spans)])
+        heads.append(rows)
+    longest = max(len(row) for rows in heads for row in rows)
+    filled = [[row + [(0, 0)] * (longest - len(row)) for row in rows] for rows in heads]
+    return torch.tensor(filled, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::block_sparse_attention", mutates_args=(), device_types="cpu")
@@ -51,14 +82,14 @@ def _forward(
     key: torch.Tensor,
     value: torch.Tensor,
     key_valid: torch.Tensor | None,
-    pattern: str,
+    spans: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention `(B, H, N, D)` and the logarithm of each query's denominator `(B, H, N)`, at least in fp32."""
     output = _empty_output(query)
     log_sums = output.new_empty(query.shape[:3])
     padding = _padding(query, key_valid)
-    for rows, (q, k, v), (out, sums) in _by_head(pattern, (query, key, value), (output, log_sums)):
+    for rows, (q, k, v), (out, sums) in _by_head(spans, (query, key, value), (output, log_sums)):
         for start, end, intervals in rows:
             mask, visible = _mask(padding, intervals)
             row, row_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -78,14 +109,14 @@ def _backward(
     key_valid: torch.Tensor | None,
     output: torch.Tensor,
     log_sums: torch.Tensor,
-    pattern: str,
+    spans: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype, padding = _work_dtype(query), _padding(query, key_valid)
     d_query = query.new_empty(query.shape, dtype=dtype)
     d_key, d_value = (query.new_zeros(query.shape, dtype=dtype) for _ in range(2))
     read, written = (grad_output, query, key, value, output, log_sums), (d_query, d_key, d_value)
-    for rows, (d_out, q, k, v, out, sums), (dq, dk, dv) in _by_head(pattern, read, written):
+    for rows, (d_out, q, k, v, out, sums), (dq, dk, dv) in _by_head(spans, read, written):
         for start, end, intervals in rows:
             mask, visible = _mask(padding, intervals)
             d_row = d_out[:, :, start:end] if visible is None else d_out[:, :, start:end] * visible
@@ -110,24 +141,24 @@ def _backward(
 
 
 @_forward.register_fake
-def _forward_fake(query, key, value, key_valid, pattern, scaling):
+def _forward_fake(query, key, value, key_valid, spans, scaling):
     output = _empty_output(query)
     return output, output.new_empty(query.shape[:3])
 
 
 @_backward.register_fake
-def _backward_fake(grad_output, query, key, value, key_valid, output, log_sums, pattern, scaling):
+def _backward_fake(grad_output, query, key, value, key_valid, output, log_sums, spans, scaling):
     return tuple(one.new_empty(one.shape) for one in (query, key, value))
 
 
 def _keep(ctx, inputs, output):
-    *tensors, pattern, scaling = inputs
+    *tensors, spans, scaling = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.pattern, ctx.scaling = pattern, scaling
+    ctx.spans, ctx.scaling = spans, scaling  # the pattern keeps them anyway
 
 
 def _gradients(ctx, grad_output, _):
-    return *_backward(grad_output, *ctx.saved_tensors, ctx.pattern, ctx.scaling), None, None, None
+    return *_backward(grad_output, *ctx.saved_tensors, ctx.spans, ctx.scaling), None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
@@ -143,16 +174,16 @@ def _empty_output(query: torch.Tensor) -> torch.Tensor:
     return query.new_empty(batch, num_tokens, num_heads, head_dim, dtype=_work_dtype(query)).transpose(1, 2)
 
 
-def _by_head(name: str, read: tuple[torch.Tensor, ...], written: tuple[torch.Tensor, ...]):
+def _by_head(spans: torch.Tensor, read: tuple[torch.Tensor, ...], written: tuple[torch.Tensor, ...]):
     """Yield the rows of a head and that head's part of each tensor; all heads at once if they share a table.
 
     What is read comes in the work dtype and with a head's numbers side by side, as the kernel wants it.
     """
     dtype = _work_dtype(read[0])
     read = tuple(one.to(dtype) if one.stride(-1) == 1 else one.to(dtype).contiguous() for one in read)
-    tables = named_pattern(name).runs
-    for head, rows in enumerate(tables):
-        heads = slice(None) if len(tables) == 1 else slice(head, head + 1)
+    for head, table in enumerate(spans.tolist()):
+        heads = slice(None) if len(spans) == 1 else slice(head, head + 1)
+        rows = [(start, end, [(first, last) for first, last in keys if last]) for (start, end), *keys in table]
         yield rows, [one[:, heads] for one in read], [one[:, heads] for one in written]
 
 
@@ -181,4 +212,4 @@ def _mask(
     return mask, (mask == 0).any(-1, keepdim=True)
 
 
-__all__ = ["block_sparse_attention"]
+__all__ = ["block_sparse_attention", "visible_spans"]

@@ -3,9 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .bigbird_pattern import BlockPattern, named_pattern
-from .block_sparse_attention import NAMESPACE
-from .table_store import cached_tables
+from .bigbird_pattern import BlockPattern, derived
 
 
 def dense_attention(
@@ -29,22 +27,8 @@ def attend(query, key, value, bias, sees_nothing, scaling: float, dropout: float
     return output if sees_nothing is None else output.masked_fill(sees_nothing, 0)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::dense_bias", mutates_args=())
-def _dense_bias(name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Additive mask `(1, H or 1, N, N)` of 0 and -inf."""
-    # a compiler may write over what an operator returns
-    return _cached_dense_bias(named_pattern(name), dtype, device).clone()
-
-
-@_dense_bias.register_fake
-def _dense_bias_fake(name, dtype, device):
-    pattern = named_pattern(name)
-    shape = (1, len(pattern.neighbours), pattern.num_tokens, pattern.num_tokens)
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-@cached_tables
-def _cached_dense_bias(pattern: BlockPattern, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def dense_bias(pattern: BlockPattern, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the pattern as an additive mask `(1, H or 1, N, N)` of 0 and -inf."""
     allowed = pattern.token_mask().to(device)
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))[None]
 
@@ -56,12 +40,7 @@ def combined_bias(
 
     The mask lets those queries see everything, so that neither they nor their gradients are NaN: zero their outputs.
     """
-    if _is_full(pattern.name):
-        bias = None
-    elif torch.compiler.is_compiling():
-        bias = _dense_bias(pattern.name, dtype, device)
-    else:
-        bias = _cached_dense_bias(pattern, dtype, device)
+    bias = None if pattern.is_full else derived(pattern, dense_bias, dtype, device)
     if key_valid is None:
         return bias, None
     return with_padding(bias, key_valid, dtype)
@@ -78,9 +57,4 @@ def with_padding(
     return bias.masked_fill(sees_nothing, 0), sees_nothing
 
 
-@torch.compiler.assume_constant_result
-def _is_full(name: str) -> bool:
-    return named_pattern(name).is_full
-
-
-__all__ = ["attend", "combined_bias", "dense_attention", "with_padding"]
+__all__ = ["attend", "combined_bias", "dense_attention", "dense_bias", "with_padding"]

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .bigbird_pattern import BlockPattern, named_pattern
-from .block_sparse_attention import NAMESPACE
-from .table_store import cached_tables
+from .bigbird_pattern import BlockPattern, constant, derived
 
 MAX_SHAPES = 4096  # graphs of one process; one more is an error
 
@@ -39,6 +37,7 @@ def flex_block_attention(
             "`attn_implementation`: expected 'sdpa' or 'eager' for training on a CPU, got 'flex_attention', which has "
             "no backward pass there; call `model.set_attn_implementation('sdpa')`."
         )
+    pattern = constant(pattern)
     block, num_global, num_tokens = flex_block_size(pattern), pattern.num_global_tokens, query.shape[2]
     filled, length = _lengths(num_global, num_tokens, block)
     patches_end = filled + num_tokens - num_global
@@ -47,7 +46,12 @@ def flex_block_attention(
         front = F.pad(tokens[:, :, :num_global], (0, 0, 0, filled - num_global))
         return torch.cat([front, F.pad(tokens[:, :, num_global:], (0, 0, 0, length - patches_end))], dim=2)
 
-    mask = _block_mask(pattern, block, length, query.device)
+    if torch.compiler.is_compiling():
+        # views: torch's transposition of tables cannot be traced on constants
+        tables = tuple(one.view(one.shape) for one in derived(pattern, flex_tables, block, query.device))
+        mask = _mask_from_tables(tables, block, length)
+    else:
+        mask = derived(pattern, _block_mask, block, length, query.device)
     if key_valid is not None:
         mask = _with_padding(mask, lay_out(key_valid[:, None, :, None])[:, 0, :, 0])
     attend = flex_attention if on_cpu or torch.compiler.is_compiling() else _compiled()
@@ -61,12 +65,7 @@ def flex_block_attention(
 
 def flex_block_size(pattern: BlockPattern) -> int:
     """Return tokens in a block: 128 where whole tiles fill it, else 64."""
-    return 128 if _largest_tile(pattern.name) % 128 == 0 else 64
-
-
-@torch.compiler.assume_constant_result
-def _largest_tile(name: str) -> int:
-    return named_pattern(name).largest_tile
+    return 128 if pattern.largest_tile % 128 == 0 else 64
 
 
 @cache
@@ -96,18 +95,10 @@ def _lengths(num_global: int, num_tokens: int, block: int) -> tuple[int, int]:
 
 
 def _block_mask(pattern: BlockPattern, block: int, length: int, device: torch.device) -> BlockMask:
-    """Return the mask of blocks, made from tiles, never from pairs of tokens."""
-    if torch.compiler.is_compiling():
-        return _mask_from_tables(_flex_tables(pattern.name, block, device), block, length)
-    return _cached_block_mask(pattern, block, length, device)
+    return _mask_from_tables(flex_tables(pattern, block, device), block, length)
 
 
-@cached_tables
-def _cached_block_mask(pattern: BlockPattern, block: int, length: int, device: torch.device) -> BlockMask:
-    return _mask_from_tables(_tables(pattern, block, device), block, length)
-
-
-def _mask_from_tables(tables: list[torch.Tensor], block: int, length: int) -> BlockMask:
+def _mask_from_tables(tables: tuple[torch.Tensor, ...], block: int, length: int) -> BlockMask:
     some, some_at, whole, whole_at, tile_of, sees = tables
 
     def mask_mod(_batch, head, query_at, key_at):
@@ -118,20 +109,7 @@ def _mask_from_tables(tables: list[torch.Tensor], block: int, length: int) -> Bl
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::flex_tables", mutates_args=())
-def _flex_tables(name: str, block: int, device: torch.device) -> list[torch.Tensor]:
-    # a compiler may write over what an operator returns
-    return [table.clone() for table in _tables(named_pattern(name), block, device)]
-
-
-@_flex_tables.register_fake
-def _flex_tables_fake(name, block, device):
-    tables = _tables(named_pattern(name), block, torch.device("cpu"))
-    return [torch.empty(table.shape, dtype=table.dtype, device=device) for table in tables]
-
-
-@cached_tables
-def _tables(pattern: BlockPattern, block: int, device: torch.device) -> list[torch.Tensor]:
+def flex_tables(pattern: BlockPattern, block: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Return how many blocks each block sees in part, and which; the same of those seen whole; and for the function
     of two positions the tile of each, and which tile sees which, `(heads or 1, tiles + 2, tiles + 2)` bool.
     """
@@ -139,21 +117,18 @@ def _tables(pattern: BlockPattern, block: int, device: torch.device) -> list[tor
     filled, length = _lengths(num_global, pattern.num_tokens, block)
     blocks = length // block
     # tile of each position: `num_tiles` for global tokens, `num_tiles + 1` where there is no token
-    tile_of = torch.full((length,), num_tiles + 1)
+    tile_of = torch.full((length,), num_tiles + 1, device="cpu")
     tile_of[:num_global] = num_tiles
     tile_of[filled : filled + len(pattern.order)] = pattern.tile_of_patch
     sees = F.pad(pattern.tile_mask, (0, 1, 0, 1), value=True)
     sees = F.pad(sees, (0, 1, 0, 1))
-    tokens = torch.zeros(blocks, num_tiles + 2, dtype=torch.float64)
-    tokens.view(-1).index_add_(
-        0,
-        torch.arange(length).div(block, rounding_mode="floor") * (num_tiles + 2) + tile_of,
-        torch.ones(length, dtype=torch.float64),
-    )
+    # tokens of each tile in each block
+    tokens = torch.zeros(blocks, num_tiles + 2, dtype=torch.float64, device="cpu")
+    tokens.scatter_add_(1, tile_of.view(blocks, block), torch.ones(blocks, block, dtype=torch.float64, device="cpu"))
     pairs = tokens @ sees.to(torch.float64) @ tokens.T
     full = pairs == block * block
     tables = [*_kv_table((pairs > 0) & ~full), *_kv_table(full), tile_of, sees]
-    return [table.to(device) for table in tables]
+    return tuple(table.to(device) for table in tables)
 
 
 def _kv_table(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,4 +162,4 @@ def _with_padding(mask: BlockMask, valid: torch.Tensor) -> BlockMask:
     )
 
 
-__all__ = ["flex_block_attention", "flex_block_size"]
+__all__ = ["flex_block_attention", "flex_block_size", "flex_tables"]

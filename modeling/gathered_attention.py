@@ -6,91 +6,60 @@ patches in a full tile, K tiles that a tile sees, G global tokens.
 Source: Zaheer et al. 2020 (arXiv 2007.14062), appendix D, for gathering blocks of keys.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from .bigbird_pattern import BlockPattern, named_pattern
-from .block_sparse_attention import NAMESPACE
+from .bigbird_pattern import BlockPattern, constant, derived
 from .dense_attention import attend, with_padding
-from .table_store import cached_tables
 
 
-@torch.library.custom_op(f"{NAMESPACE}::block_tables", mutates_args=())
-def _block_tables(name: str, num_heads: int, device: torch.device) -> list[torch.Tensor]:
-    """Index tables of the gathered form, on the device.
+class GatheredTables(NamedTuple):
+    """Index tables of the gathered form, on one device.
 
-    Returns:
-        `patch_at_slot` `(T * S,)`: position of the patch in each slot of the padded tiles, 0 in empty slots.
-        `slot_of_patch` `(patches,)`: where each patch sits among the slots.
-        `blocks` `(H * T * K,)`: the tiles that each head's tile sees, as indices into `H * T`; any tile in unused
+    Attributes:
+        patch_at_slot: `(T * S,)`, position of the patch in each slot of the padded tiles, 0 in empty slots; None where
+            no slot is empty.
+        slot_of_patch: `(patches,)`, where each patch sits among the slots.
+        blocks: `(H * T * K,)`, the tiles that each head's tile sees, as indices into `H * T`; any tile in unused
             places.
-        `key_exists` `(H or 1, T, K, S)` bool: false for unused places and empty slots.
-        `see_all` `(tokens,)`: positions of the global tokens and of those in global tiles.
+        key_exists: `(H or 1, T, K, S)` bool: false for unused places and empty slots; None where there are none.
+        see_all: `(tokens,)`, positions of the global tokens and of those in global tiles.
     """
-    # a compiler may write over what an operator returns
-    return [table.clone() for table in _cached_block_tables(named_pattern(name), num_heads, device)]
+
+    patch_at_slot: torch.Tensor | None
+    slot_of_patch: torch.Tensor
+    blocks: torch.Tensor
+    key_exists: torch.Tensor | None
+    see_all: torch.Tensor
 
 
-@_block_tables.register_fake
-def _block_tables_fake(name, num_heads, device):
-    pattern = named_pattern(name)
-    slots = pattern.num_tiles * pattern.largest_tile
-    shapes = [
-        (slots,),
-        (len(pattern.order),),
-        (num_heads * pattern.num_tiles * pattern.neighbours.shape[2],),
-        (*pattern.neighbours.shape, slots // pattern.num_tiles),
-        (pattern.num_see_all,),
-    ]
-    dtypes = [torch.int64, torch.int64, torch.int64, torch.bool, torch.int64]
-    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
-
-
-@cached_tables
-def _cached_block_tables(pattern: BlockPattern, num_heads: int, device: torch.device) -> list[torch.Tensor]:
+def gathered_tables(pattern: BlockPattern, num_heads: int, device: torch.device) -> GatheredTables:
+    """Return the tables for so many heads; those of a pattern with a plan for each head have as many."""
     sizes, neighbours = pattern.tile_sizes, pattern.neighbours
-    num_tiles, largest = pattern.num_tiles, pattern.largest_tile
+    num_tiles, largest, patches = pattern.num_tiles, pattern.largest_tile, len(pattern.order)
+    position, tiles = torch.arange(patches, device="cpu"), torch.arange(num_heads * num_tiles, device="cpu")
     starts = sizes.cumsum(0) - sizes
-    within = torch.arange(len(pattern.order)) - starts[pattern.tile_of_patch]
-    slot_of_patch = pattern.tile_of_patch * largest + within
-    patch_at_slot = torch.zeros(num_tiles * largest, dtype=torch.int64)
-    patch_at_slot[slot_of_patch] = torch.arange(len(pattern.order))
-    slot_exists = torch.arange(largest) < sizes[:, None]
+    slot_of_patch = pattern.tile_of_patch * largest + position - starts[pattern.tile_of_patch]
+    patch_at_slot = torch.zeros(num_tiles * largest, dtype=torch.int64, device="cpu")
+    patch_at_slot[slot_of_patch] = position
+    slot_exists = torch.arange(largest, device="cpu") < sizes[:, None]
     used = neighbours >= 0
     blocks = neighbours.where(used, 0)
-    heads = torch.arange(num_heads)[:, None, None]
-    in_global_tile = torch.isin(pattern.tile_of_patch, torch.tensor(pattern.global_tiles, dtype=torch.int64))
-    tables = (
-        patch_at_slot,
-        slot_of_patch,
-        (heads * num_tiles + blocks).flatten(),
-        used[..., None] & slot_exists[blocks],
-        torch.cat(
-            [torch.arange(pattern.num_global_tokens), in_global_tile.nonzero()[:, 0] + pattern.num_global_tokens]
-        ),
+    first_tile = tiles[::num_tiles, None, None]  # of each head
+    is_global = torch.zeros(num_tiles, dtype=torch.bool, device="cpu")
+    is_global[list(pattern.global_tiles)] = True
+    see_all = torch.ones(pattern.num_global_tokens + patches, dtype=torch.bool, device="cpu")
+    see_all[pattern.num_global_tokens :] = is_global[pattern.tile_of_patch]
+    even = bool(slot_exists.all())  # tiles are a view
+    return GatheredTables(
+        None if even else patch_at_slot.to(device),
+        slot_of_patch.to(device),
+        (first_tile + blocks).flatten().to(device),
+        None if even and bool(used.all()) else (used[..., None] & slot_exists[blocks]).to(device),
+        see_all.nonzero()[:, 0].to(device),
     )
-    return [table.to(device) for table in tables]
-
-
-@torch.compiler.assume_constant_result
-def _tiles_are_even(name: str) -> bool:
-    sizes = named_pattern(name).tile_sizes
-    return bool((sizes == sizes[0]).all())
-
-
-@torch.compiler.assume_constant_result
-def _rows_are_even(name: str) -> bool:
-    return bool((named_pattern(name).neighbours >= 0).all())
-
-
-@torch.compiler.assume_constant_result
-def _num_see_all(name: str) -> int:
-    return named_pattern(name).num_see_all
-
-
-@torch.compiler.assume_constant_result
-def _num_tiles(name: str) -> int:
-    return named_pattern(name).num_tiles
 
 
 class _Gather(torch.autograd.Function):
@@ -126,15 +95,10 @@ def gathered_attention(
     tokens and tiles meet all keys.
     """
     batch, num_heads, _, head_dim = query.shape
-    num_global, num_tiles = pattern.num_global_tokens, _num_tiles(pattern.name)
-    if torch.compiler.is_compiling():
-        tables = _block_tables(pattern.name, num_heads, query.device)
-    else:
-        tables = _cached_block_tables(pattern, num_heads, query.device)
+    pattern = constant(pattern)
+    num_global, num_tiles = pattern.num_global_tokens, pattern.num_tiles
+    tables = derived(pattern, gathered_tables, num_heads, query.device)
     patch_at_slot, slot_of_patch, blocks, key_exists, see_all = tables
-    if _tiles_are_even(pattern.name):
-        patch_at_slot = None  # tiles are a view
-        key_exists = None if _rows_are_even(pattern.name) else key_exists
 
     def to_tiles(tokens: torch.Tensor) -> torch.Tensor:  # (B, H, patches, D) -> (B, H * T, S, D)
         if patch_at_slot is not None:
@@ -167,7 +131,7 @@ def gathered_attention(
         output = output.index_select(2, slot_of_patch)
     output = torch.cat([output.new_zeros(batch, num_heads, num_global, head_dim), output], dim=2)
 
-    if _num_see_all(pattern.name) == 0:
+    if pattern.num_see_all == 0:
         return output
     bias, sees_nothing = (None, None) if key_valid is None else with_padding(None, key_valid, query.dtype)
     dense = attend(query.index_select(2, see_all), key, value, bias, sees_nothing, scaling, dropout)
@@ -200,4 +164,4 @@ def _visible_keys(
     return visible[:, :, None, :]
 
 
-__all__ = ["gathered_attention"]
+__all__ = ["gathered_attention", "gathered_tables"]

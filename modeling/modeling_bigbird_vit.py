@@ -6,7 +6,7 @@ layer and put back once after the last: everything a caller sees is in raster or
 
 import operator
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .bigbird_attention import eager_attention, flex_attention, sdpa_attention
 from .bigbird_blocks import BigBirdViTDropPath, BigBirdViTLayerScale, BigBirdViTMLP, BigBirdViTSwiGLU
-from .bigbird_pattern import BlockPattern, block_pattern
-from .bigbird_positions import resampled_positions, rotary_tables, rotate, with_global_tokens
+from .bigbird_pattern import BlockPattern, block_pattern, constant, derived
+from .bigbird_positions import resampled_positions, rotate
 from .call_checks import asks_for, check_inputs, check_keywords, warn_of_eager
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .dense_weights import load_dense
-from .token_order import is_raster, misfit, patch_order, reorder
+from .grid_plan import PatternCache, grid_plan, reorder, rotary_in_order
 
 # A registry of this module alone: the entries upstream know nothing of a block pattern and would attend densely.
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
@@ -62,10 +62,8 @@ class BigBirdViTEmbeddings(nn.Module):
             self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + rows * columns, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(
-        self, pixel_values: torch.Tensor, order: torch.Tensor | None, valid: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return tokens `(batch, 1 + registers + patches, hidden_size)`, patches in `order` (raster if None)."""
+    def forward(self, pixel_values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Return tokens `(batch, 1 + registers + patches, hidden_size)`, patches in raster order."""
         projected = self.projection(pixel_values.to(self.projection.weight.dtype))
         rows, columns = projected.shape[-2:]
         patches: torch.Tensor = projected.flatten(2).transpose(1, 2)
@@ -75,8 +73,6 @@ class BigBirdViTEmbeddings(nn.Module):
             table = self.position_embeddings[0, 1:].unflatten(0, native)
             patches = patches + resampled_positions(table, valid, rows, columns, self.config.interpolate_antialias)
             cls = cls + self.position_embeddings[:, :1]
-        if order is not None:
-            patches = patches.index_select(1, order)
         prefix = [token.expand(len(patches), -1, -1) for token in (cls, self.register_tokens) if token is not None]
         return self.dropout(torch.cat([*prefix, patches], dim=1))
 
@@ -96,21 +92,23 @@ def _without_empty_registers(module, state_dict, prefix, *_) -> None:
 
 
 def layer_pattern(config: BigBirdViTConfig, rows: int, columns: int, layer: int = 0) -> BlockPattern:
-    """Return the pattern that the configuration gives a layer on a grid of `rows` x `columns` patches, cached."""
+    """Return the pattern that the configuration gives a layer on a grid of `rows` x `columns` patches."""
+    return block_pattern(rows, columns, **_pattern_settings(config, rows, columns), layer=layer)
+
+
+def _pattern_settings(config: BigBirdViTConfig, rows: int, columns: int) -> dict[str, Any]:
+    """What `block_pattern` takes beside the grid and the layer."""
     full = config.attention_type == "original_full"
-    return block_pattern(
-        rows,
-        columns,
-        layout="tiles" if full else config.attention_layout,
-        tile_size=(rows, columns) if full else config.tile_size_hw,
-        block_size=config.block_size,
-        window_size=config.window_size,
-        num_random_blocks=0 if full else config.num_random_blocks,
-        num_global_tiles=0 if full else config.num_global_tiles,
-        num_global_tokens=1 + config.num_register_tokens,
-        seed=config.attention_seed,
-        layer=0 if full else layer,
-    )
+    return {
+        "layout": "tiles" if full else config.attention_layout,
+        "tile_size": (rows, columns) if full else config.tile_size_hw,
+        "block_size": config.block_size,
+        "window_size": config.window_size,
+        "num_random_blocks": 0 if full else config.num_random_blocks,
+        "num_global_tiles": 0 if full else config.num_global_tiles,
+        "num_global_tokens": 1 + config.num_register_tokens,
+        "seed": config.attention_seed,
+    }
 
 
 class BigBirdViTAttention(nn.Module):
@@ -257,7 +255,7 @@ class BigBirdViTEncoder(BigBirdViTPreTrainedModel):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        patterns: list[BlockPattern],
+        patterns: tuple[BlockPattern, ...],
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         orders: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
@@ -293,7 +291,12 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         self.encoder = BigBirdViTEncoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = BigBirdViTPooler(config) if add_pooling_layer and config.pooler_act is not None else None
+        self._patterns = PatternCache()
         self.post_init()
+
+    def _apply(self, *arguments, **keywords):
+        self._patterns.clear()  # their tables are on the device that the model leaves
+        return super()._apply(*arguments, **keywords)
 
     @classmethod
     def from_dense(cls, source: str | os.PathLike | PreTrainedModel, **changes) -> "BigBirdViTModel":
@@ -319,9 +322,20 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         Raises:
             ValueError: The image is smaller than one patch.
         """
+        return list(self._own_patterns(height, width))
+
+    def _own_patterns(self, height: int, width: int) -> tuple[BlockPattern, ...]:
         # `index`: the grid is a constant to torch.compile, whatever sizes came before
         rows, columns = (operator.index(side) for side in self.config.grid_size(height, width))
-        return [layer_pattern(self.config, rows, columns, layer) for layer in range(self.config.num_hidden_layers)]
+        settings = _pattern_settings(self.config, rows, columns)
+        return self._cached_patterns(rows, columns, self.config.num_hidden_layers, **settings)
+
+    @torch.compiler.assume_constant_result
+    def _cached_patterns(self, rows: int, columns: int, layers: int, **settings) -> tuple[BlockPattern, ...]:
+        def make() -> list[BlockPattern]:
+            return [block_pattern(rows, columns, **settings, layer=layer) for layer in range(layers)]
+
+        return self._patterns.get((rows, columns, layers, *settings.values()), make)
 
     def attention_pattern(self, height: int, width: int, layer: int = 0) -> BlockPattern:
         """Return the pattern of one layer for an image of `height` x `width` pixels; print it to see it.
@@ -331,8 +345,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         """
         if not 0 <= layer < self.config.num_hidden_layers:
             raise ValueError(f"`layer`: expected 0 to {self.config.num_hidden_layers - 1}, got {layer}.")
-        rows, columns = self.config.grid_size(height, width)
-        return layer_pattern(self.config, rows, columns, layer)
+        return self._own_patterns(height, width)[layer]
 
     @can_return_tuple
     def forward(
@@ -366,36 +379,24 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         asked = {name: asks_for(name, self.config, kwargs) for name in ("hidden_states", "attentions")}
         if asked["attentions"]:
             warn_of_eager(self.config._attn_implementation)
-        height, width = pixel_values.shape[-2:]
-        rows, columns = self.config.grid_size(height, width)
-        if attention_patterns is None:
-            patterns = self.attention_patterns(height, width)
-        else:
-            patterns = attention_patterns
-            self._check_patterns(patterns, (rows, columns))
-        # all layers of a grid share one order; a grid where it is raster order needs no permutation
-        order = None if is_raster(patterns[0].name) else patch_order(patterns[0], pixel_values.device)
-        num_global = patterns[0].num_global_tokens
+        own = self._own_patterns(*pixel_values.shape[-2:])
+        patterns = own if attention_patterns is None else self._fitting(attention_patterns, own[0])
+        theta = self.config.rope_theta if self.config.position_embedding_type == "rope" else None
+        positions = self.config.head_dim, theta, pixel_values.device
+        to_tiles, to_raster, rotary = derived(patterns[0], grid_plan, *positions)
+        num_global = 1 + self.config.num_register_tokens
 
-        valid = None if pixel_mask is None else self.embeddings.valid_patches(pixel_mask)
-        key_valid = None
-        if valid is not None:
-            key_valid = F.pad(reorder(valid.flatten(1), order, 1), (num_global, 0), value=True)
+        key_valid = valid = None
+        if pixel_mask is not None:
+            valid = self.embeddings.valid_patches(pixel_mask)
+            key_valid = reorder(F.pad(valid.flatten(1), (num_global, 0), value=True), to_tiles, 1)
+            rotary = rotary_in_order(patterns[0], to_tiles, valid, *positions)
+        tokens = self.embeddings(pixel_values, valid)
+        if rotary is not None:
+            rotary = rotary[0].to(tokens.dtype), rotary[1].to(tokens.dtype)
         # what is recorded is what the next layer reads, so that its gradient can be asked for: then layers permute
-        orders = to_raster = None
-        if order is not None:
-            first = torch.arange(num_global, device=order.device)
-            to_raster = torch.cat([first, order.argsort() + num_global])
-            if any(asked.values()):
-                orders = torch.cat([first, order + num_global]), to_raster
-        tokens = self.embeddings(pixel_values, order if orders is None else None, valid)
-        rotary = None
-        if self.config.position_embedding_type == "rope":
-            tables = rotary_tables(
-                self.config.head_dim, self.config.rope_theta, valid, rows, columns, pixel_values.device
-            )
-            cos, sin = (reorder(table, order, 2).to(tokens.dtype) for table in tables)
-            rotary = with_global_tokens((cos, sin), num_global)
+        orders = (to_tiles, to_raster) if any(asked.values()) and to_tiles is not None else None
+        tokens = reorder(tokens, None if orders else to_tiles, 1)
         flags = kwargs | {"return_dict": True, "output_attentions": asked["attentions"]}
         encoded = self.encoder(tokens, key_valid, patterns, rotary, orders, **flags)
 
@@ -425,12 +426,19 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         mean = (patches.to(dtype) * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
         return mean.to(patches.dtype)
 
-    def _check_patterns(self, patterns: list[BlockPattern], grid: tuple[int, int]) -> None:
-        rows, columns = (operator.index(side) for side in grid)
-        names = "/".join([one.name for one in patterns])
-        found = misfit(names, self.config.num_hidden_layers, rows, columns, 1 + self.config.num_register_tokens)
-        if found:
-            raise ValueError(f"`attention_patterns`: expected {found}.")
+    def _fitting(self, given: list[BlockPattern], own: BlockPattern) -> tuple[BlockPattern, ...]:
+        """Return the patterns that a call gives, if they fit where the model's own would stand."""
+        patterns = tuple([constant(one) for one in given])
+        layers, wanted = self.config.num_hidden_layers, (own.grid, own.num_global_tokens)
+        found = [(one.grid, one.num_global_tokens) for one in patterns]
+        if found != [wanted] * layers:
+            raise ValueError(
+                f"`attention_patterns`: expected {layers} patterns of grid {wanted[0]} with {wanted[1]} global "
+                f"tokens, got {found}."
+            )
+        if len({one.order_name for one in patterns}) > 1:
+            raise ValueError("`attention_patterns`: expected one order of patches in all layers, got different tiles.")
+        return patterns
 
 
 CLASSES = "single_label_classification"

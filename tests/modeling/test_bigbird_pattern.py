@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_vicreg.modeling.bigbird_pattern import LAYOUTS, block_pattern, named_pattern, random_tiles
+from hf_vicreg.modeling.bigbird_pattern import LAYOUTS, block_pattern, derived, random_tiles
+from hf_vicreg.modeling.block_sparse_attention import visible_spans
 from hf_vicreg.modeling.pattern_picture import COLOURS
 
 GRIDS = [
@@ -131,9 +132,9 @@ def test_names_follow_from_contents_and_survive_copies():
     assert pattern.name != block_pattern(6, 6, tile_size=(3, 2), num_random_blocks=0).name
     for made in (copy.deepcopy(pattern), pickle.loads(pickle.dumps(pattern))):
         assert made.name == pattern.name
-        assert torch.equal(named_pattern(made.name).neighbours, pattern.neighbours)
-    with pytest.raises(ValueError, match="`pattern`: expected one that this process has made"):
-        named_pattern("another")
+        assert torch.equal(made.neighbours, pattern.neighbours)
+        assert torch.equal(derived(made, visible_spans), derived(pattern, visible_spans))
+        assert derived(made, visible_spans) is not derived(pattern, visible_spans)  # a copy makes its own
 
 
 def test_picture_shows_what_a_tile_sees_and_at_which_level():
@@ -282,11 +283,13 @@ def test_tables_first_read_under_a_mode_are_ordinary_ones(mode):
     expected = block_pattern(6, 10, tile_size=(2, 2)).with_neighbours(torch.arange(15)[None, :, None])
     seen = torch.arange(15).flip(0)[None, :, None]
     with modes[mode]():
-        mask, runs = pattern.tile_mask, pattern.runs
+        mask, spans = pattern.tile_mask, derived(pattern, visible_spans)
         other = pattern.with_neighbours(seen)
     assert type(mask) is torch.Tensor
     assert torch.equal(mask, expected.tile_mask)
     assert not mask.is_inference()
-    assert runs == expected.runs
+    assert type(spans) is torch.Tensor
+    assert torch.equal(spans, derived(expected, visible_spans))
+    assert not spans.is_inference()
     assert other.neighbours[0, 0].tolist() == [14]
     assert other.tile_sizes.tolist() == pattern.tile_sizes.tolist()

@@ -1,5 +1,8 @@
 """torch.compile and torch.export of every class, cold, against eager execution."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -169,3 +172,67 @@ def test_every_sparse_path_compiles_cold_with_ragged_tiles(name, padded, fresh_c
     assert (found - expected).norm() <= 1e-5 * expected.norm()
     total = torch.stack([one.norm() for one in wanted]).norm()
     assert all((one - other).norm() <= 1e-5 * total for one, other in zip(gradients, wanted, strict=True))
+
+
+def test_compiled_patterns_are_never_stale_and_equal_ones_compile_once(fresh_compiler):
+    model = make_model(BigBirdViTModel, 3300).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    pixel_values, own = torch.randn(2, 3, 64, 64), model.attention_patterns(64, 64)
+
+    def check(shift, **keywords):
+        """Every tile sees itself and the one `shift` further."""
+        table = torch.stack([torch.arange(16), (torch.arange(16) + shift) % 16], dim=-1)[None]
+        given = [one.with_neighbours(table) for one in own]  # new ones every time
+        with torch.no_grad():
+            found = compiled(pixel_values, attention_patterns=given).last_hidden_state
+            expected = model(pixel_values, attention_patterns=given).last_hidden_state
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        return expected
+
+    first = check(1)
+    assert not torch.allclose(first, check(2))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for shift in (1, 2):
+            check(shift)
+    with torch.no_grad():
+        before = compiled(pixel_values).last_hidden_state
+        model.config.attention_seed += 1  # in place, as `set_attn_implementation` changes its field
+        found, expected = compiled(pixel_values).last_hidden_state, model(pixel_values).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, before)
+
+
+PROGRAMS = {
+    "dense-registers": ({"num_register_tokens": 2, "tile_size": 2}, (56, 104)),
+    "dense-absolute": ({"position_embedding_type": "absolute", "num_global_tiles": 1}, (64, 64)),
+    "blocks": ({"tile_size": 8, "patch_size": 4, "image_size": 160, "num_hidden_layers": 1}, (160, 160)),
+    "blocks-ragged": ({"tile_size": 8, "patch_size": 4, "num_hidden_layers": 1, "num_global_tiles": 1}, (148, 164)),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_exported_programs_run_where_this_package_is_not(name, tmp_path):
+    """Patterns are tensors of the program, operators are torch's own, and a batch has any size."""
+    changes, size = PROGRAMS[name]
+    model = make_model(BigBirdViTModel, 3400, **changes).eval()
+    assert bigbird_attention.prefers_blocks(model.attention_pattern(*size)) == name.startswith("blocks")
+    assert not model.attention_pattern(*size).is_full
+    program = torch.export.export(
+        model, (torch.randn(2, 3, *size),), dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}
+    )
+    assert "bigbird_vit" not in "".join(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    torch.export.save(program, tmp_path / "model.pt2")
+    with torch.no_grad():
+        images = [torch.randn(batch, 3, *size) for batch in (1, 2, 7)]
+        torch.save([(one, model(one).last_hidden_state) for one in images], tmp_path / "expected.pt")
+    code = """
+import sys
+sys.modules["hf_vicreg"] = sys.modules["transformers"] = None  # importing them fails
+import torch
+program = torch.export.load("model.pt2").module()
+for images, expected in torch.load("expected.pt"):
+    torch.testing.assert_close(program(images)[0], expected, atol=1e-4, rtol=1e-4)
+"""
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr

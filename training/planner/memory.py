@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, has_batch_norm
 from hf_vicreg.training.engine.encoders import set_up_encoders
 from hf_vicreg.training.errors import InputError
@@ -70,13 +69,6 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
     """
     height, width = config.image_size
     local, side = config.views.num_local_views, config.views.local_image_size
-    for encoder in (config.vicreg.encoder, config.vicreg.second_encoder):
-        # tables are real tensors; made inside the mode below they would be shapes for good
-        if encoder is not None and encoder.model_type == BigBirdViTModel.config_class.model_type:
-            with torch.device("meta"):
-                alone = BigBirdViTModel(encoder)
-            for size in {(height, width), *([(side, side)] if local else [])}:
-                alone.attention_patterns(*size)
     with torch.device("meta"):
         model = VicRegForPreTraining(config.vicreg).train()
     model._process_group = lambda: None  # these shapes are this process's own
