@@ -37,8 +37,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .pattern_picture import svg_picture, text_picture
 
 LAYOUTS = ("tiles", "raster")
-# A compiler hands tensors and literals alone to what it runs while tracing: a tensor with a number stands for a pattern
-# there. Weakly: nothing is kept alive here.
+# A compiler hands tensors and literals alone to what it runs while tracing: there a tensor with a number stands for a
+# pattern. Weakly: nothing is kept alive here.
 _NUMBERS = count()
 _ALIVE: WeakValueDictionary[int, "BlockPattern"] = WeakValueDictionary()
 

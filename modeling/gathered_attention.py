@@ -156,8 +156,8 @@ def _visible_keys(
         valid = key_valid[:, num_global:]
         if patch_at_slot is not None:
             valid = valid[:, patch_at_slot]
-        seen = valid.reshape(len(valid), num_tiles, -1)[:, blocks % num_tiles]
-        seen = seen.reshape(len(valid), num_heads * num_tiles, -1)
+        seen = valid.reshape(valid.shape[0], num_tiles, -1)[:, blocks % num_tiles]
+        seen = seen.reshape(valid.shape[0], num_heads * num_tiles, -1)
         shared = key_valid[:, None, :num_global].expand(-1, num_heads * num_tiles, -1)
         parts.append(torch.cat([shared, seen], dim=2))
     visible = parts[0] if len(parts) == 1 else parts[0] & parts[1]

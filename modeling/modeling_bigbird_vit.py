@@ -73,7 +73,7 @@ class BigBirdViTEmbeddings(nn.Module):
             table = self.position_embeddings[0, 1:].unflatten(0, native)
             patches = patches + resampled_positions(table, valid, rows, columns, self.config.interpolate_antialias)
             cls = cls + self.position_embeddings[:, :1]
-        prefix = [token.expand(len(patches), -1, -1) for token in (cls, self.register_tokens) if token is not None]
+        prefix = [token.expand(patches.shape[0], -1, -1) for token in (cls, self.register_tokens) if token is not None]
         return self.dropout(torch.cat([*prefix, patches], dim=1))
 
     def valid_patches(self, pixel_mask: torch.Tensor) -> torch.Tensor:
