@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .bigbird_pattern import BlockPattern, constant
 from .block_sparse_attention import block_sparse_attention
 from .dense_attention import combined_bias, dense_attention
 from .flex_block_attention import flex_block_attention
 from .gathered_attention import gathered_attention
 from .grid_plan import reorder
+from .pattern_tables import BlockPattern, constant
 
 # Costs in units of one (query, key) pair of dense attention, measured on 2 CPU cores, forward and backward, with grids
 # of 14x14 to 64x64 patches in tiles of 2x2 to 16x16 (docs/decisions/0003-cpu-kernel.md).

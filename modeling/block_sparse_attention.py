@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from .bigbird_pattern import BlockPattern, derived
+from .pattern_tables import BlockPattern, derived
 
 # Copies of this file (in the package, in a model's folder) each have their own operators.
 NAMESPACE = f"bigbird_vit_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"

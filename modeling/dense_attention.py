@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .bigbird_pattern import BlockPattern, derived
+from .pattern_tables import BlockPattern, derived
 
 
 def dense_attention(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .bigbird_pattern import BlockPattern, constant, derived
+from .pattern_tables import BlockPattern, constant, derived
 
 MAX_SHAPES = 4096  # graphs of one process; one more is an error
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .bigbird_pattern import BlockPattern, constant, derived
 from .dense_attention import attend, with_padding
+from .pattern_tables import BlockPattern, constant, derived
 
 
 class GatheredTables(NamedTuple):

@@ -10,10 +10,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .bigbird_pattern import BlockPattern
 from .bigbird_positions import rotary_tables, with_global_tokens
+from .configuration_bigbird_vit import BigBirdViTConfig
+from .pattern_tables import BlockPattern
 
 MAX_BYTES = 2**30
+
+
+def pattern_settings(config: BigBirdViTConfig, rows: int, columns: int) -> dict[str, Any]:
+    """Return what `block_pattern` takes beside the grid and the layer."""
+    full = config.attention_type == "original_full"
+    return {
+        "layout": "tiles" if full else config.attention_layout,
+        "tile_size": (rows, columns) if full else config.tile_size_hw,
+        "block_size": config.block_size,
+        "window_size": config.window_size,
+        "num_random_blocks": 0 if full else config.num_random_blocks,
+        "num_global_tiles": 0 if full else config.num_global_tiles,
+        "num_global_tokens": 1 + config.num_register_tokens,
+        "seed": config.attention_seed,
+    }
 
 
 class GridPlan(NamedTuple):
@@ -105,4 +121,4 @@ class PatternCache:
             self._patterns.clear()
 
 
-__all__ = ["GridPlan", "PatternCache", "grid_plan", "reorder", "rotary_in_order"]
+__all__ = ["GridPlan", "PatternCache", "grid_plan", "pattern_settings", "reorder", "rotary_in_order"]

@@ -6,16 +6,14 @@ layer and put back once after the last: everything a caller sees is in raster or
 
 import operator
 import os
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutput,
@@ -25,20 +23,15 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .bigbird_attention import eager_attention, flex_attention, sdpa_attention
-from .bigbird_blocks import BigBirdViTDropPath, BigBirdViTLayerScale, BigBirdViTMLP, BigBirdViTSwiGLU
-from .bigbird_pattern import BlockPattern, block_pattern, constant, derived
-from .bigbird_positions import resampled_positions, rotate
+from .bigbird_blocks import IMPLEMENTATIONS, BigBirdViTAttention, BigBirdViTLayer, BigBirdViTLayerScale
+from .bigbird_pattern import block_pattern
+from .bigbird_positions import resampled_positions
 from .call_checks import asks_for, check_inputs, check_keywords, warn_of_eager
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .dense_weights import load_dense
-from .grid_plan import PatternCache, grid_plan, reorder, rotary_in_order
-
-# A registry of this module alone: the entries upstream know nothing of a block pattern and would attend densely.
-IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
-ALL_ATTENTION_FUNCTIONS = AttentionInterface()
-ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
-ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_attention
+from .grid_plan import PatternCache, grid_plan, pattern_settings, reorder, rotary_in_order
+from .label_problem import CLASSES, label_problem
+from .pattern_tables import BlockPattern, constant, derived
 
 
 class BigBirdViTEmbeddings(nn.Module):
@@ -93,111 +86,7 @@ def _without_empty_registers(module, state_dict, prefix, *_) -> None:
 
 def layer_pattern(config: BigBirdViTConfig, rows: int, columns: int, layer: int = 0) -> BlockPattern:
     """Return the pattern that the configuration gives a layer on a grid of `rows` x `columns` patches."""
-    return block_pattern(rows, columns, **_pattern_settings(config, rows, columns), layer=layer)
-
-
-def _pattern_settings(config: BigBirdViTConfig, rows: int, columns: int) -> dict[str, Any]:
-    """What `block_pattern` takes beside the grid and the layer."""
-    full = config.attention_type == "original_full"
-    return {
-        "layout": "tiles" if full else config.attention_layout,
-        "tile_size": (rows, columns) if full else config.tile_size_hw,
-        "block_size": config.block_size,
-        "window_size": config.window_size,
-        "num_random_blocks": 0 if full else config.num_random_blocks,
-        "num_global_tiles": 0 if full else config.num_global_tiles,
-        "num_global_tokens": 1 + config.num_register_tokens,
-        "seed": config.attention_seed,
-    }
-
-
-class BigBirdViTAttention(nn.Module):
-    """Multi-head attention over a block pattern."""
-
-    def __init__(self, config: BigBirdViTConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        pattern: BlockPattern,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        orders: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return `(batch, tokens, hidden_size)` and probabilities `(batch, heads, tokens, tokens)`, or None.
-
-        Probabilities come from `eager`, which `output_attentions` asks for; with `orders`, to tiles and back, they are
-        in raster order. The rest is in tile-major order.
-        """
-        batch, tokens, _ = hidden_states.shape
-
-        def heads(projection: nn.Linear) -> torch.Tensor:
-            return projection(hidden_states).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
-
-        query, key, value = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if self.config._attn_implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"`attn_implementation`: expected one of {IMPLEMENTATIONS}, got {self.config._attn_implementation!r}; "
-                "other implementations would ignore the block pattern."
-            )
-        # only `eager` has probabilities
-        name = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
-        output, probabilities = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            pattern=pattern,
-            scaling=self.scaling,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            orders=orders,
-        )
-        return self.o_proj(output.reshape(batch, tokens, -1)), probabilities
-
-
-class BigBirdViTLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer."""
-
-    def __init__(self, config: BigBirdViTConfig, layer_index: int):
-        super().__init__()
-        scaled = config.layerscale_value is not None
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = BigBirdViTAttention(config)
-        self.layer_scale1 = BigBirdViTLayerScale(config) if scaled else nn.Identity()
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = (BigBirdViTSwiGLU if config.use_swiglu_ffn else BigBirdViTMLP)(config)
-        self.layer_scale2 = BigBirdViTLayerScale(config) if scaled else nn.Identity()
-        self.drop_path = BigBirdViTDropPath(config.drop_path_rate * layer_index / max(1, config.num_hidden_layers - 1))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        pattern: BlockPattern,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        orders: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """Return the next layer's states; with `orders`, to tiles and back, they come and go in raster order."""
-        to_tiles, to_raster = orders or (None, None)
-        hidden_states = reorder(hidden_states, to_tiles, 1)
-        attended, _ = self.attention(self.norm1(hidden_states), attention_mask, pattern, rotary, orders, **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
-        hidden_states = hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states))))
-        return reorder(hidden_states, to_raster, 1)
+    return block_pattern(rows, columns, **pattern_settings(config, rows, columns), layer=layer)
 
 
 class BigBirdViTPreTrainedModel(PreTrainedModel):
@@ -322,13 +211,25 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         Raises:
             ValueError: The image is smaller than one patch.
         """
-        return list(self._own_patterns(height, width))
+        return list(self._fitting(height, width))
 
-    def _own_patterns(self, height: int, width: int) -> tuple[BlockPattern, ...]:
+    def _fitting(self, height: int, width: int, given: list[BlockPattern] | None = None) -> tuple[BlockPattern, ...]:
+        """Return the model's own patterns for an image, or those of a call if they fit in their place."""
         # `index`: the grid is a constant to torch.compile, whatever sizes came before
         rows, columns = (operator.index(side) for side in self.config.grid_size(height, width))
-        settings = _pattern_settings(self.config, rows, columns)
-        return self._cached_patterns(rows, columns, self.config.num_hidden_layers, **settings)
+        settings, layers = pattern_settings(self.config, rows, columns), self.config.num_hidden_layers
+        if given is None:
+            return self._cached_patterns(rows, columns, layers, **settings)
+        patterns, num_global = tuple([constant(one) for one in given]), settings["num_global_tokens"]
+        found = [(one.grid, one.num_global_tokens) for one in patterns]
+        if found != [((rows, columns), num_global)] * layers:
+            raise ValueError(
+                f"`attention_patterns`: expected {layers} patterns of grid {(rows, columns)} with {num_global} global "
+                f"tokens, got {found}."
+            )
+        if len({one.order_name for one in patterns}) > 1:
+            raise ValueError("`attention_patterns`: expected one order of patches in all layers, got different tiles.")
+        return patterns
 
     @torch.compiler.assume_constant_result
     def _cached_patterns(self, rows: int, columns: int, layers: int, **settings) -> tuple[BlockPattern, ...]:
@@ -345,7 +246,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         """
         if not 0 <= layer < self.config.num_hidden_layers:
             raise ValueError(f"`layer`: expected 0 to {self.config.num_hidden_layers - 1}, got {layer}.")
-        return self._own_patterns(height, width)[layer]
+        return self._fitting(height, width)[layer]
 
     @can_return_tuple
     def forward(
@@ -379,8 +280,8 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         asked = {name: asks_for(name, self.config, kwargs) for name in ("hidden_states", "attentions")}
         if asked["attentions"]:
             warn_of_eager(self.config._attn_implementation)
-        own = self._own_patterns(*pixel_values.shape[-2:])
-        patterns = own if attention_patterns is None else self._fitting(attention_patterns, own[0])
+        height, width = pixel_values.shape[-2:]
+        patterns = self._fitting(height, width, attention_patterns)
         theta = self.config.rope_theta if self.config.position_embedding_type == "rope" else None
         positions = self.config.head_dim, theta, pixel_values.device
         to_tiles, to_raster, rotary = derived(patterns[0], grid_plan, *positions)
@@ -426,23 +327,6 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         mean = (patches.to(dtype) * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
         return mean.to(patches.dtype)
 
-    def _fitting(self, given: list[BlockPattern], own: BlockPattern) -> tuple[BlockPattern, ...]:
-        """Return the patterns that a call gives, if they fit where the model's own would stand."""
-        patterns = tuple([constant(one) for one in given])
-        layers, wanted = self.config.num_hidden_layers, (own.grid, own.num_global_tokens)
-        found = [(one.grid, one.num_global_tokens) for one in patterns]
-        if found != [wanted] * layers:
-            raise ValueError(
-                f"`attention_patterns`: expected {layers} patterns of grid {wanted[0]} with {wanted[1]} global "
-                f"tokens, got {found}."
-            )
-        if len({one.order_name for one in patterns}) > 1:
-            raise ValueError("`attention_patterns`: expected one order of patches in all layers, got different tiles.")
-        return patterns
-
-
-CLASSES = "single_label_classification"
-
 
 class BigBirdViTForImageClassification(BigBirdViTPreTrainedModel):
     """The encoder and a linear layer on its pooled feature."""
@@ -478,7 +362,7 @@ class BigBirdViTForImageClassification(BigBirdViTPreTrainedModel):
         Raises:
             ValueError: Labels of another shape or type, or out of range, and what `BigBirdViTModel` refuses.
         """
-        problem = None if labels is None else self._problem(labels, pixel_values)
+        problem = None if labels is None else label_problem(labels, pixel_values, self.config)
         outputs = self.bigbird_vit(pixel_values, pixel_mask, **kwargs | {"return_dict": True})
         logits = self.classifier(outputs.pooler_output)
         loss = None
@@ -496,46 +380,6 @@ class BigBirdViTForImageClassification(BigBirdViTPreTrainedModel):
         DINOv2's classifiers, which read the CLS token and the mean of the patches, do not fit.
         """
         return load_dense(cls, source, changes, AutoModelForImageClassification)
-
-    def _problem(self, labels: torch.Tensor, pixel_values: torch.Tensor | None) -> "_Problem":
-        """Return what kind of loss the labels ask for, and check that they fit.
-
-        transformers' loss would write the kind it infers into the configuration, and torch.compile compile again. Only
-        several labels an image are written, since pipelines read it, and not by a compiled model. Neither does that
-        compare labels with their number: a compiler cannot look at values.
-        """
-        if not isinstance(labels, torch.Tensor):
-            raise ValueError(f"`labels`: expected a tensor, got {type(labels).__name__}.")
-        given, batch = self.config.problem_type, len(labels) if pixel_values is None else len(pixel_values)
-        integers = CLASSES if not labels.is_floating_point() else "multi_label_classification"
-        kind = given or ("regression" if self.num_labels == 1 else integers)
-        wide = kind == "multi_label_classification" or (kind == "regression" and self.num_labels > 1)
-        shapes = [(batch, self.num_labels)] if wide else [(batch,), (batch, 1)]
-        if tuple(labels.shape) not in shapes or (kind == CLASSES and labels.is_floating_point()):
-            wanted = "integers (batch,)" if kind == CLASSES else f"numbers {shapes[0]}"
-            raise ValueError(
-                f"`labels`: expected {wanted} for problem type {kind!r}, got {labels.dtype} {tuple(labels.shape)} for "
-                f"{batch} images; integers (batch,) are classes, floats (batch, num_labels) several labels an image."
-            )
-        if torch.compiler.is_compiling():
-            return _Problem(self.num_labels, kind)
-        if kind == CLASSES:
-            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= self.num_labels)]
-            if len(wrong):
-                raise ValueError(
-                    f"`labels`: expected 0 to {self.num_labels - 1} (`num_labels` is {self.num_labels}), or -100 for "
-                    f"no label, got {wrong[0].item()}."
-                )
-        elif wide:
-            self.config.problem_type = kind
-        return _Problem(self.num_labels, kind)
-
-
-class _Problem(NamedTuple):
-    """What transformers' loss reads of a configuration."""
-
-    num_labels: int
-    problem_type: str
 
 
 class BigBirdViTBackbone(BackboneMixin, BigBirdViTModel):
@@ -590,6 +434,7 @@ class BigBirdViTBackbone(BackboneMixin, BigBirdViTModel):
 
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "BigBirdViTBackbone",
     "BigBirdViTForImageClassification",
     "BigBirdViTModel",

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_vicreg.modeling.bigbird_pattern import LAYOUTS, block_pattern, derived, random_tiles
+from hf_vicreg.modeling.bigbird_pattern import LAYOUTS, block_pattern, random_tiles
 from hf_vicreg.modeling.block_sparse_attention import visible_spans
 from hf_vicreg.modeling.pattern_picture import COLOURS
+from hf_vicreg.modeling.pattern_tables import derived
 
 GRIDS = [
     pytest.param(1, 1, (8, 8), id="1x1-t8"),

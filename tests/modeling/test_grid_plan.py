@@ -14,14 +14,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTModel
-from hf_vicreg.modeling import bigbird_pattern
-from hf_vicreg.modeling.bigbird_pattern import block_pattern, derived
+from hf_vicreg.modeling import pattern_tables
+from hf_vicreg.modeling.bigbird_pattern import block_pattern
 from hf_vicreg.modeling.bigbird_positions import rotary_tables
 from hf_vicreg.modeling.block_sparse_attention import visible_spans
 from hf_vicreg.modeling.dense_attention import dense_bias
 from hf_vicreg.modeling.flex_block_attention import flex_tables
 from hf_vicreg.modeling.gathered_attention import gathered_tables
 from hf_vicreg.modeling.grid_plan import PatternCache, grid_plan
+from hf_vicreg.modeling.pattern_tables import derived
 
 CPU = torch.device("cpu")
 MAKERS = {
@@ -102,15 +103,15 @@ def test_a_plan_goes_to_tiles_and_back_and_turns_patches_by_their_place():
 def test_a_grid_is_made_once_and_follows_the_configuration():
     model, images = make_model(), torch.zeros(1, 3, 32, 32)
     model(images)
-    made = model._own_patterns(32, 32)
+    made = model._fitting(32, 32)
     tables = [id(one) for pattern in made for one in tensors_of(tuple(pattern._kept.values()))]
     model(images)
-    assert all(one is other for one, other in zip(model._own_patterns(32, 32), made, strict=True))
+    assert all(one is other for one, other in zip(model._fitting(32, 32), made, strict=True))
     assert tables == [id(one) for pattern in made for one in tensors_of(tuple(pattern._kept.values()))]
     model.config.num_random_blocks = 2
     assert model.attention_patterns(32, 32)[0].density > made[0].density
     model.config.num_random_blocks = 1
-    assert model._own_patterns(32, 32)[0] is made[0]
+    assert model._fitting(32, 32)[0] is made[0]
 
 
 def test_layers_of_equal_patterns_share_their_tables():
@@ -183,7 +184,7 @@ def test_what_cannot_be_made_is_asked_for_again():
     assert len(cache.get("key", lambda: [block_pattern(2, 2)])) == 1
 
 
-def test_two_models_keep_their_own_patterns():
+def test_two_models_keep_their_fitting():
     one, other = make_model(attention_seed=1), make_model(attention_seed=2)
     other.load_state_dict(one.state_dict())
     images = torch.randn(1, 3, 32, 32)
@@ -198,14 +199,14 @@ def test_patterns_go_with_their_model():
     model(torch.zeros(1, 3, 32, 32))
     pattern = weakref.ref(model.attention_pattern(32, 32))
     number = int(pattern()._handle)
-    assert bigbird_pattern._ALIVE[number] is pattern()
+    assert pattern_tables._ALIVE[number] is pattern()
     gc.disable()
     try:
         model._patterns.clear()
         assert pattern() is None  # at once, not by the garbage collector
     finally:
         gc.enable()
-    assert number not in bigbird_pattern._ALIVE
+    assert number not in pattern_tables._ALIVE
 
 
 def test_a_thousand_models_leave_no_memory_behind():
