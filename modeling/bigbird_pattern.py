@@ -127,7 +127,7 @@ def block_pattern(
     if layout not in LAYOUTS:
         raise ValueError(f"`layout`: expected one of {LAYOUTS}, got {layout!r}.")
 
-    raster = torch.arange(height * width, device="cpu")
+    raster = torch.arange(height * width)
     if layout == "raster":
         rows, columns = 1, -(-height * width // block_size)
         tile_of_raster = raster.div(block_size, rounding_mode="floor")

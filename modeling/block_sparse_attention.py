@@ -73,7 +73,7 @@ def visible_spans(pattern: BlockPattern) -> torch.Tensor:
         heads.append(rows)
     longest = max(len(row) for rows in heads for row in rows)
     filled = [[row + [(0, 0)] * (longest - len(row)) for row in rows] for rows in heads]
-    return torch.tensor(filled, dtype=torch.int64, device="cpu")
+    return torch.tensor(filled, dtype=torch.int64)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::block_sparse_attention", mutates_args=(), device_types="cpu")

@@ -117,14 +117,14 @@ def flex_tables(pattern: BlockPattern, block: int, device: torch.device) -> tupl
     filled, length = _lengths(num_global, pattern.num_tokens, block)
     blocks = length // block
     # tile of each position: `num_tiles` for global tokens, `num_tiles + 1` where there is no token
-    tile_of = torch.full((length,), num_tiles + 1, device="cpu")
+    tile_of = torch.full((length,), num_tiles + 1)
     tile_of[:num_global] = num_tiles
     tile_of[filled : filled + len(pattern.order)] = pattern.tile_of_patch
     sees = F.pad(pattern.tile_mask, (0, 1, 0, 1), value=True)
     sees = F.pad(sees, (0, 1, 0, 1))
     # tokens of each tile in each block
-    tokens = torch.zeros(blocks, num_tiles + 2, dtype=torch.float64, device="cpu")
-    tokens.scatter_add_(1, tile_of.view(blocks, block), torch.ones(blocks, block, dtype=torch.float64, device="cpu"))
+    tokens = torch.zeros(blocks, num_tiles + 2, dtype=torch.float64)
+    tokens.scatter_add_(1, tile_of.view(blocks, block), torch.ones(blocks, block, dtype=torch.float64))
     pairs = tokens @ sees.to(torch.float64) @ tokens.T
     full = pairs == block * block
     tables = [*_kv_table((pairs > 0) & ~full), *_kv_table(full), tile_of, sees]

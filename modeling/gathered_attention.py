@@ -39,18 +39,18 @@ def gathered_tables(pattern: BlockPattern, num_heads: int, device: torch.device)
     """Return the tables for so many heads; those of a pattern with a plan for each head have as many."""
     sizes, neighbours = pattern.tile_sizes, pattern.neighbours
     num_tiles, largest, patches = pattern.num_tiles, pattern.largest_tile, len(pattern.order)
-    position, tiles = torch.arange(patches, device="cpu"), torch.arange(num_heads * num_tiles, device="cpu")
+    position, tiles = torch.arange(patches), torch.arange(num_heads * num_tiles)
     starts = sizes.cumsum(0) - sizes
     slot_of_patch = pattern.tile_of_patch * largest + position - starts[pattern.tile_of_patch]
-    patch_at_slot = torch.zeros(num_tiles * largest, dtype=torch.int64, device="cpu")
+    patch_at_slot = torch.zeros(num_tiles * largest, dtype=torch.int64)
     patch_at_slot[slot_of_patch] = position
-    slot_exists = torch.arange(largest, device="cpu") < sizes[:, None]
+    slot_exists = torch.arange(largest) < sizes[:, None]
     used = neighbours >= 0
     blocks = neighbours.where(used, 0)
     first_tile = tiles[::num_tiles, None, None]  # of each head
-    is_global = torch.zeros(num_tiles, dtype=torch.bool, device="cpu")
+    is_global = torch.zeros(num_tiles, dtype=torch.bool)
     is_global[list(pattern.global_tiles)] = True
-    see_all = torch.ones(pattern.num_global_tokens + patches, dtype=torch.bool, device="cpu")
+    see_all = torch.ones(pattern.num_global_tokens + patches, dtype=torch.bool)
     see_all[pattern.num_global_tokens :] = is_global[pattern.tile_of_patch]
     even = bool(slot_exists.all())  # tiles are a view
     return GatheredTables(

@@ -53,7 +53,7 @@ def grid_plan(pattern: BlockPattern, head_dim: int, theta: float | None, device:
     to_tiles = to_raster = None
     if not pattern.is_raster:
         num_global = pattern.num_global_tokens
-        order = torch.cat([torch.arange(num_global, device="cpu"), pattern.order + num_global])
+        order = torch.cat([torch.arange(num_global), pattern.order + num_global])
         to_tiles, to_raster = order.to(device), order.argsort().to(device)
     return GridPlan(to_tiles, to_raster, rotary_in_order(pattern, to_tiles, None, head_dim, theta, device))
 

@@ -268,7 +268,7 @@ def neighbour_table(heads: list[list[set[int]]]) -> torch.Tensor:
     """Return the tiles that each head's tiles see as `(heads, tiles, slots)` int64, ascending, -1 in unused slots."""
     slots = max(1, *(len(row) for head in heads for row in head))
     rows = [[sorted(row) + [-1] * (slots - len(row)) for row in head] for head in heads]
-    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def _digest(words: str, *tables: torch.Tensor) -> str:

@@ -86,6 +86,9 @@ def test_tables_first_made_for_gradients_of_samples_serve_others():
     for index, image in enumerate(images):
         expected = torch.autograd.grad(loss(parameters, image), parameters[name])[0]
         torch.testing.assert_close(found[name][index], expected, atol=1e-5, rtol=1e-4)
+    tables = [one for pattern in model._fitting(32, 32) for one in tensors_of(tuple(pattern._kept.values()))]
+    assert len(tables) == 6  # a mask for each layer, orders and rotary tables
+    assert not any(torch._C._functorch.is_functorch_wrapped_tensor(one) for one in tables)
 
 
 def test_a_plan_goes_to_tiles_and_back_and_turns_patches_by_their_place():
