@@ -98,7 +98,7 @@ def gathered_attention(
     pattern = constant(pattern)
     num_global, num_tiles = pattern.num_global_tokens, pattern.num_tiles
     tables = derived(pattern, gathered_tables, num_heads, query.device)
-    patch_at_slot, slot_of_patch, blocks, key_exists, see_all = tables
+    patch_at_slot, blocks, key_exists = tables.patch_at_slot, tables.blocks, tables.key_exists
 
     def to_tiles(tokens: torch.Tensor) -> torch.Tensor:  # (B, H, patches, D) -> (B, H * T, S, D)
         if patch_at_slot is not None:
@@ -128,14 +128,14 @@ def gathered_attention(
         dropout,
     ).reshape(batch, num_heads, -1, head_dim)
     if patch_at_slot is not None:
-        output = output.index_select(2, slot_of_patch)
+        output = output.index_select(2, tables.slot_of_patch)
     output = torch.cat([output.new_zeros(batch, num_heads, num_global, head_dim), output], dim=2)
 
     if pattern.num_see_all == 0:
         return output
     bias, sees_nothing = (None, None) if key_valid is None else with_padding(None, key_valid, query.dtype)
-    dense = attend(query.index_select(2, see_all), key, value, bias, sees_nothing, scaling, dropout)
-    return output.index_copy(2, see_all, dense.to(output.dtype))
+    dense = attend(query.index_select(2, tables.see_all), key, value, bias, sees_nothing, scaling, dropout)
+    return output.index_copy(2, tables.see_all, dense.to(output.dtype))
 
 
 def _visible_keys(

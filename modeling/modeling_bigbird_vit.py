@@ -284,7 +284,8 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         patterns = self._fitting(height, width, attention_patterns)
         theta = self.config.rope_theta if self.config.position_embedding_type == "rope" else None
         positions = self.config.head_dim, theta, pixel_values.device
-        to_tiles, to_raster, rotary = derived(patterns[0], grid_plan, *positions)
+        plan = derived(patterns[0], grid_plan, *positions)
+        to_tiles, to_raster, rotary = plan.to_tiles, plan.to_raster, plan.rotary
         num_global = 1 + self.config.num_register_tokens
 
         key_valid = valid = None

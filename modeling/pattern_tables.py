@@ -242,7 +242,12 @@ def derived(pattern: BlockPattern, make: Callable, *arguments) -> Any:
     """
     if torch.compiler.is_dynamo_compiling():
         return _made(pattern._handle, pattern.name, make, *arguments)[0]
-    if (key := (make, *arguments)) not in pattern._kept:
+    key = (
+        make.__module__,
+        make.__name__,
+        *arguments,
+    )  # no functions: torch 2.11 guards those in a constant's attributes
+    if key not in pattern._kept:
         with ordinary_tensors():
             pattern._kept[key] = make(pattern, *arguments)
     return pattern._kept[key]
