@@ -284,6 +284,7 @@ def _run_program(path: Path, pixels: torch.Tensor) -> tuple[dict[str, np.ndarray
     Raises:
         InputError: It does not run there.
     """
+    path = path.resolve()  # the process runs in its folder
     inputs, outputs = path.with_suffix(".in.npz"), path.with_suffix(".out.npz")
     np.savez(inputs, **{str(size): pixels[:size].numpy() for size in BATCHES})  # type: ignore[arg-type]
     script = resources.files("hf_vicreg") / "exported_program.py"
