@@ -36,6 +36,8 @@ def knn_table(results: dict[str, Any], dataset: str, *, second_encoder: bool) ->
     """Yield lines of the table of the run's own k-NN accuracies."""
     knn = results.get("knn_accuracy") or {}
     rows = [("raw pixels", "raw_pixels"), ("untrained encoder", "untrained"), ("**this encoder**", "trained")]
+    if "raw_trained" in (results.get("knn_accuracy") or {}):
+        rows.append(("its weights, not averaged", "raw_trained"))
     if second_encoder:
         rows += [("second encoder, untrained", "second_untrained"), ("**second encoder**", "second_trained")]
     yield f"| features | {results.get('knn_neighbours') or 'k'}-NN accuracy on held-out images |"

@@ -1,6 +1,7 @@
 """The parts of a pretraining run: what is opened before there is a plan, and what is built from one."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
@@ -75,6 +76,12 @@ class Run(OpenRun):
     probe: OnlineProbe
     loop: TrainingLoop
     density: float
+
+    @property
+    def encoders(self) -> Sequence[PreTrainedModel]:
+        """The encoders that are exported: the averages of their weights where they are averaged."""
+        average = self.loop.step.average
+        return self.model.encoders if average is None else average.averages
 
 
 def open_run(config: RunConfig) -> OpenRun:
@@ -162,6 +169,8 @@ def begin(run: Run) -> None:
     if run.probe.possible and "untrained" not in loop.state.knn:
         loop.state.note(run.probe.of_pixels())
         loop.state.note(run.probe.of_encoders("untrained"))
+    if loop.step.average is not None:
+        run.probe.averages = run.encoders
     start_trackers(run.accelerator, run.folder, recipe, loop.state.step)
 
 

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_vicreg.model_cards.card import CardFacts, model_card
@@ -21,21 +21,27 @@ SECOND = "second_encoder"  # where the second branch's encoder lies
 
 
 def export_run(
-    folder: Path, model: VicRegForPreTraining, processor: BaseImageProcessor, recipe: dict[str, Any], results: dict
+    folder: Path,
+    model: VicRegForPreTraining,
+    encoders: Sequence[PreTrainedModel],
+    processor: BaseImageProcessor,
+    recipe: dict[str, Any],
+    results: dict[str, Any],
 ) -> None:
     """Write the encoder, its processor, the wrapper, the card and the results into the run's folder.
 
     Args:
         folder: The run's `output_dir`.
-        model: The trained model; its encoder goes to the root, that of a second branch to `second_encoder/`, the
-            whole of it to `pretraining/`.
+        model: The trained model, as it is; it goes to `pretraining/`.
+        encoders: The encoder goes to the root, that of a second branch to `second_encoder/`: the model's own, or the
+            averages of their weights.
         processor: The image processor whose pixels the features were measured on.
         recipe: The resolved configuration.
         results: What was measured; stored as `results.json` and read by the card.
     """
     with _without_bars():
         model.save_pretrained(folder / "pretraining")
-    _save_encoders(folder, model, processor)
+    _save_encoders(folder, encoders, processor)
     # what `hf-vicreg evaluate` has added since stays: a finished run may be resumed
     kept = {key: one for key, one in read_results(folder).items() if key == EVALUATIONS}
     (folder / "README.md").write_text(
@@ -57,7 +63,7 @@ def export_run(
 def export_snapshot(
     folder: Path,
     run_folder: Path,
-    model: VicRegForPreTraining,
+    encoders: Sequence[PreTrainedModel],
     processor: BaseImageProcessor,
     recipe: dict[str, Any],
     results: dict[str, Any],
@@ -67,25 +73,23 @@ def export_snapshot(
     Args:
         folder: Where to; it exists.
         run_folder: The run's `output_dir`.
-        model: As it is now.
+        encoders: As they are now.
         processor: Its image processor.
         recipe: The resolved configuration.
         results: What has been measured so far.
     """
-    _save_encoders(folder, model, processor)
+    _save_encoders(folder, encoders, processor)
     (folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / FILE).write_text(json.dumps(results, indent=1) + "\n")
     if (run_folder / LOG_FILE).exists():
         shutil.copy(run_folder / LOG_FILE, folder / LOG_FILE)
 
 
-def _save_encoders(folder: Path, model: VicRegForPreTraining, processor: BaseImageProcessor) -> None:
+def _save_encoders(folder: Path, encoders: Sequence[PreTrainedModel], processor: BaseImageProcessor) -> None:
     with _without_bars():
-        model.encoder.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        if model.second_encoder is not None:
-            model.second_encoder.save_pretrained(folder / SECOND)
-            processor.save_pretrained(folder / SECOND)
+        for encoder, place in zip(encoders, (folder, folder / SECOND), strict=False):
+            encoder.save_pretrained(place)
+            processor.save_pretrained(place)
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def finish(run: Run) -> dict[str, Any]:
         state.note(run.probe.of_encoders("trained"))
     finish_trackers(run.accelerator)
     results = results_of(run, state)
-    run.model.encoder.eval()
+    for encoder in run.encoders:
+        encoder.eval()
 
     def write() -> None:
         records = read_log(run.folder / LOG_FILE)
@@ -63,7 +64,7 @@ def finish(run: Run) -> dict[str, Any]:
         with room_in(run.folder):
             write_unusable(run.folder, run.source, state.unusable)
             draw_curves(with_ends(records, results), run.folder / CURVES_FILE)
-            export_run(run.folder, run.model, run.processor, run.config.to_recipe(), results)
+            export_run(run.folder, run.model, run.encoders, run.processor, run.config.to_recipe(), results)
         print(summary(run.folder, results, records))
 
     run_on_main(write, run.accelerator)
@@ -104,7 +105,7 @@ def _push_snapshot(run: Run, state: RunState) -> None:
     results, recipe = results_of(run, state), run.config.to_recipe()
     run.push.offer(
         f"step {state.step}",
-        lambda into: export_snapshot(into, run.folder, run.model, run.processor, recipe, results),
+        lambda into: export_snapshot(into, run.folder, run.encoders, run.processor, recipe, results),
     )
 
 

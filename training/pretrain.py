@@ -97,7 +97,7 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
     begin(run)
     fit(run)
     results = finish(run)
-    return PretrainResult(run.folder, run.model.encoder, run.processor, results)
+    return PretrainResult(run.folder, run.encoders[0], run.processor, results)
 
 
 if __name__ == "__main__":

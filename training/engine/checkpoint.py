@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_vicreg.training.engine.average import AVERAGE_FILE, WeightAverage
 from hf_vicreg.training.errors import InputError, room_in
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def save_checkpoint(
     rng_states: dict[str, torch.Tensor],
     keep: int,
     keep_every_steps: int | None = None,
+    average: WeightAverage | None = None,
 ) -> Path:
     """Write a checkpoint below `folder` and prune older ones; called on one process.
 
@@ -78,6 +80,7 @@ def save_checkpoint(
         rng_states: Generator states of all processes, as `local_rng_states` names them.
         keep: How many checkpoints to keep, this one included.
         keep_every_steps: Checkpoints whose step is a multiple of it are kept for good, and not counted.
+        average: Of the weights, if there is one.
 
     Returns:
         The checkpoint's folder.
@@ -92,6 +95,8 @@ def save_checkpoint(
     try:
         with room_in(folder):
             temporary.mkdir(parents=True)
+            if average is not None:
+                save_file(average.tensors(), temporary / AVERAGE_FILE)
             _write(temporary, state, model, optimizer, rng_states)
         if final.exists():  # left damaged by another hand, or written twice at one step
             _remove(final)
@@ -118,7 +123,6 @@ def _write(
     optimizer: torch.optim.Optimizer,
     rng_states: dict[str, torch.Tensor],
 ) -> None:
-    """Write the files of a checkpoint and flush them to disk."""
     save_file(_flat_model(model), folder / "model.safetensors")
     save_file(_flat_optimizer(optimizer), folder / "optimizer.safetensors")
     save_file(rng_states, folder / "rng.safetensors")
@@ -138,7 +142,8 @@ def _prune(newest: Path, keep: int, keep_every_steps: int | None) -> None:
     earlier = [
         path
         for path in others
-        if path.name < newest.name and not (keep_every_steps and _step(path) % keep_every_steps == 0)
+        if path.name < newest.name
+        and not (keep_every_steps and int(path.name.removeprefix(PREFIX)) % keep_every_steps == 0)
     ]
     for old in later + earlier[: max(0, len(earlier) - (keep - 1))]:
         _remove(old)
@@ -150,10 +155,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix(PREFIX))
 
 
 def local_rng_states(rank: int) -> dict[str, torch.Tensor]:

@@ -113,6 +113,8 @@ class TrainingLoop:
         self.state = resume_from(
             checkpoint, self.state, self.step.model, optimizer, self.accelerator, self.step.num_steps
         )
+        if self.step.average is not None:
+            self.step.average.load(checkpoint)
         self.step.resumed(self.state)
 
     def fit(self) -> RunState:
@@ -212,6 +214,8 @@ class TrainingLoop:
         self.stopping = StopReason(common)
         if self.guard.allows(Verdict(verdict), state, settings.learning_rate):
             step.optimizer.step()
+            if step.average is not None:
+                step.average.update()
         step.model.zero_grad()  # also what the optimiser leaves alone
         return outcome, {
             "grad_norm": grad_norm,
@@ -262,6 +266,7 @@ class TrainingLoop:
             settings.checkpoints_total_limit,
             accelerator,
             settings.checkpoints_keep_every_steps,
+            self.step.average,
         )
 
     def _leave(self) -> None:

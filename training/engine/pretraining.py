@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
+from hf_vicreg.training.engine.average import WeightAverage
 from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.engine.encoders import set_up_encoders
 from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
@@ -113,6 +114,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         # in evaluation mode, accelerate's word for no DistributedDataParallel: gradients are averaged in `backward`
         self.model = accelerator.unwrap_model(accelerator.prepare_model(model, evaluation_mode=True))
         self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.average = WeightAverage(self.model.encoders, run.ema_decay) if run.ema_decay else None
         self.unusable: set[int] = set()
         self.splits = 1  # of what goes through the encoder at once, after a device has run out of memory
         self.process_group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from hf_vicreg.training.engine.average import WeightAverage
 from hf_vicreg.training.engine.checkpoint import (
     RunState,
     find_checkpoint,
@@ -124,9 +125,12 @@ def checkpoint_together(
     keep: int,
     accelerator: Accelerator,
     keep_every_steps: int | None = None,
+    average: WeightAverage | None = None,
 ) -> None:
     """Write one checkpoint of all processes; every process must call. See `save_checkpoint`."""
     states = local_rng_states(accelerator.process_index)
     if accelerator.num_processes > 1:
         states = {key: one for share in gather_object([states]) for key, one in share.items()}
-    run_on_main(lambda: save_checkpoint(folder, state, model, optimizer, states, keep, keep_every_steps), accelerator)
+    run_on_main(
+        lambda: save_checkpoint(folder, state, model, optimizer, states, keep, keep_every_steps, average), accelerator
+    )

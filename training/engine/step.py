@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from hf_vicreg.training.engine.average import WeightAverage
 from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.errors import InputError
 
@@ -27,6 +28,7 @@ class TrainingStep(ABC, Generic[Outcome]):
         steps_per_epoch: Of one pass over the images.
         images_per_step: Over all processes.
         pieces: Batches of the loader that make up a step.
+        average: Follows the weights after each step, where that is asked for.
     """
 
     model: nn.Module
@@ -35,6 +37,7 @@ class TrainingStep(ABC, Generic[Outcome]):
     steps_per_epoch: int
     images_per_step: int
     pieces: int = 1
+    average: WeightAverage | None = None
 
     @abstractmethod
     def batches(self, first_step: int) -> Iterable[Any]:

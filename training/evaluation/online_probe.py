@@ -1,10 +1,12 @@
 """What a run's encoders are worth while it lasts: k-NN and, if asked for, a linear probe on labels kept apart."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.errors import InputError
@@ -41,6 +43,7 @@ class OnlineProbe:
         self.bank, self.test = bank, None if test is None else test.first(num_queries)
         self.processor, self.model, self.accelerator = processor, model, accelerator
         self.neighbours, self.linear = neighbours, linear
+        self.averages: Sequence[PreTrainedModel] = ()  # of the encoders, once there are any
         self.possible = all(one is not None and one.labels is not None for one in (bank, self.test))
         self.num_queries = len(self.test) if self.test is not None and self.possible else 0
 
@@ -50,9 +53,16 @@ class OnlineProbe:
         return {kind: {"raw_pixels": value} for kind, value in found.items()}
 
     def of_encoders(self, name: str) -> Accuracies:
-        """Return the accuracies of each encoder under `name`, the second one's with `second_` before it."""
+        """Return the accuracies of each encoder under `name`, the second one's with `second_` before it.
+
+        Where their weights are averaged, these are the averages'; `raw_` stands before those of the weights.
+        """
         found: Accuracies = {}
-        for key, encoder in zip((name, f"second_{name}"), self.model.encoders, strict=False):
+        names = [name, f"second_{name}"]
+        measured = list(zip(names, self.averages or self.model.encoders, strict=False))
+        if self.averages:
+            measured += zip([f"raw_{one}" for one in names], self.model.encoders, strict=False)
+        for key, encoder in measured:
             said = f"the {key.replace('_', ', ')} encoder" if name else ""
             for kind, value in self._accuracies(model_encoder(encoder), said).items():
                 found.setdefault(kind, {})[key] = value

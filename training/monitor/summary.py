@@ -29,6 +29,7 @@ def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]
             ("raw_pixels", "raw pixels"),
             ("untrained", "untrained encoder"),
             ("trained", "trained encoder"),
+            ("raw_trained", "its weights, not averaged"),
             ("second_untrained", "second, untrained"),
             ("second_trained", "second, trained"),
         ):

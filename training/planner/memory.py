@@ -86,8 +86,11 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
             views = found.unbind(1) if isinstance(found, torch.Tensor) else found
             model(representations=[one.detach().requires_grad_() for one in views])
             expander_bytes = kept.total(without=pixels) - encoder_bytes
+    weights = sum(one.nbytes for one in model.parameters()) * (2 + OPTIMIZER_STATES[config.run.optim])
+    if config.run.ema_decay:
+        weights += sum(one.nbytes for encoder in model.encoders for one in encoder.parameters())
     return StepMemory(
-        weights=sum(one.nbytes for one in model.parameters()) * (2 + OPTIMIZER_STATES[config.run.optim]),
+        weights=weights,
         encoder=encoder_bytes,
         expander=expander_bytes,
         inputs=sum(one.nbytes for one in inputs.values()),

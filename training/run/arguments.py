@@ -152,6 +152,9 @@ class PretrainArguments:
     max_skipped_steps: int = _optimisation(
         20, "Stop after so many steps in a row whose loss or gradient is not finite."
     )
+    ema_decay: float = _optimisation(
+        0.0, "Decay of an exponential moving average of the encoder's weights, which is exported; 0 turns it off."
+    )
     mixed_precision: str = _optimisation("auto", "`auto` (bf16 where the device has it), `bf16`, `fp16` or `no`.")
     gradient_checkpointing: bool = _model(False, "Recompute the encoder's layers backward: less memory, more time.")
     attn_implementation: str = _model("sdpa", "Form of attention: `sdpa`, `eager` or, on GPUs, `flex_attention`.")

@@ -71,7 +71,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         raise InputError(f"`warmup_ratio`: expected a share of the steps from 0 to 1, got {run.warmup_ratio}.")
     if not 0 <= run.seed <= MAX_SEED:
         raise InputError(f"`seed`: expected an integer from 0 to {MAX_SEED}, got {run.seed}.")
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
         if not 0 <= getattr(run, name) < 1:
             raise InputError(f"`{name}`: expected a number in [0, 1), got {getattr(run, name)}.")
     if run.mixed_precision not in ("auto", "bf16", "fp16", "no"):

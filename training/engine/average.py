@@ -1,0 +1,54 @@
+"""An exponential moving average of the encoders' weights, which is evaluated and exported in their place."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+AVERAGE_FILE = "average.safetensors"
+
+
+class WeightAverage:
+    """Weights that follow the encoders': `average = d average + (1 - d) weights` after each step.
+
+    With n averages taken before, d is `min(decay, (1 + n) / (10 + n))`: an average of few steps does not remember the
+    random weights of the first. The very first one is a copy. Buffers (batch norms' statistics) are averaged alike,
+    whole numbers copied. A step that is left out is not averaged.
+
+    Source: Tarvainen and Valpola 2017, Mean teachers (arXiv 1703.01780); the warm-up is that of TensorFlow's
+    `ExponentialMovingAverage`.
+    """
+
+    def __init__(self, encoders: Sequence[nn.Module], decay: float):
+        """Begin with copies of the encoders, on their devices."""
+        self.decay = decay
+        self.encoders = encoders
+        self.averaged = AveragedModel(nn.ModuleList(encoders), avg_fn=self._follow, use_buffers=True)
+        self.averaged.requires_grad_(False).eval()
+
+    @property
+    def averages(self) -> list[nn.Module]:
+        """The averaged encoders, in evaluation mode."""
+        return list(self.averaged.module.children())
+
+    def update(self) -> None:
+        """Follow the encoders after a step."""
+        self.averaged.update_parameters(nn.ModuleList(self.encoders))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint holds of the average."""
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.averaged.state_dict().items()}
+
+    def load(self, checkpoint: Path) -> None:
+        """Take over a checkpoint's average."""
+        self.averaged.load_state_dict(load_file(checkpoint / AVERAGE_FILE))
+
+    def _follow(self, average: torch.Tensor, weights: torch.Tensor, before: torch.Tensor | int) -> torch.Tensor:
+        if not average.is_floating_point():
+            return weights
+        count = int(before)
+        decay = min(self.decay, (1 + count) / (10 + count))
+        return average.lerp(weights, 1 - decay)
