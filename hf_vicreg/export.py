@@ -241,17 +241,7 @@ def _write(
             if format == "torch":
                 torch.export.save(torch.export.export(program, (pixels,), dynamic_shapes=shapes), path)
                 return
-            graph = torch.onnx.export(
-                program,
-                (pixels,),
-                dynamo=True,
-                dynamic_shapes=shapes,
-                input_names=["pixel_values"],
-                output_names=list(outputs),
-                verbose=False,
-            )
-        assert graph is not None
-        graph.save(path, external_data=False)
+            _write_onnx(program, outputs, pixels, path, shapes)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"`format`: this model cannot be written as {format!r}: {reason}") from error
@@ -263,6 +253,34 @@ def _write(
         logging.getLogger().setLevel(logging.ERROR)  # it advises what its own command line could do
         quantize_dynamic(whole, path)
         whole.unlink()
+
+
+def _write_onnx(
+    program: nn.Module, outputs: Sequence[str], pixels: torch.Tensor, path: Path, shapes: dict[str, Any]
+) -> None:
+    import onnx
+
+    # the exporter's own optimisation loses a node of some detectors; onnxruntime optimises once more anyway
+    for optimize in (True, False):
+        graph = torch.onnx.export(
+            program,
+            (pixels,),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=["pixel_values"],
+            output_names=list(outputs),
+            verbose=False,
+            optimize=optimize,
+        )
+        assert graph is not None
+        graph.save(path, external_data=False)
+        try:
+            onnx.checker.check_model(path)
+        except onnx.checker.ValidationError:
+            if not optimize:
+                raise RuntimeError("the exporter wrote a graph that is not valid ONNX") from None
+        else:
+            return
 
 
 def _run_model(program: nn.Module, pixels: torch.Tensor) -> tuple[dict[str, np.ndarray], float]:

@@ -8,6 +8,8 @@ from hf_vicreg import BigBirdViTConfig, BigBirdViTForImageClassification, BigBir
 from hf_vicreg.cli import main
 from hf_vicreg.export import TOLERANCE, export
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
+from hf_vicreg.training.tasks.arguments import DetectionArguments
+from hf_vicreg.training.tasks.detection.model import build_detector, build_detector_processor
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 MODELS = {
@@ -43,7 +45,9 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("format", ["torch", "onnx"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["masked", "blocks", *(pytest.param(one, marks=pytest.mark.slow) for one in ("overlapping", "learned"))]
+)
 def test_a_program_gives_what_the_model_gives(saved, tmp_path, name, format):
     # `export` itself runs the program in a process that cannot import the package, for batches of 1, 2 and 7
     path = tmp_path / f"model{'.onnx' if format == 'onnx' else '.pt2'}"
@@ -66,6 +70,21 @@ def test_a_classifier_at_another_size(saved, tmp_path, format):
     path = tmp_path / f"classes{'.onnx' if format == 'onnx' else '.pt2'}"
     done = export(folder, path, format=format, task="classification", height=24, width=64)
     assert (done.height, done.width) == (24, 64)
+    assert done.difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_a_detector(saved, tmp_path, format):
+    encoder = saved("masked")
+    arguments = DetectionArguments(
+        d_model=32, num_queries=5, encoder_layers=1, decoder_layers=2, image_height=56, image_width=40
+    )
+    detector, folder = build_detector(encoder, ["cell", "platelet"], arguments), tmp_path / "detector"
+    detector.save_pretrained(folder)
+    build_detector_processor(encoder, detector.config.backbone_config, 56, 40).save_pretrained(folder)
+    path = tmp_path / f"boxes{'.onnx' if format == 'onnx' else '.pt2'}"
+    done = export(str(folder), path, format=format, task="detection")
+    assert (done.height, done.width) == (56, 40)
     assert done.difference <= TOLERANCE
 
 

@@ -128,6 +128,9 @@ def check_task(arguments: TaskArguments) -> Path:
     for name in ("d_model", "decoder_hidden_size"):
         if values.get(name, 32) < 32 or values.get(name, 32) % 32:
             raise InputError(f"`{name}`: expected a multiple of 32, got {values[name]}.")
+    if isinstance(arguments, DetectionArguments) and arguments.decoder_layers < 2:
+        # transformers ties the heads of the later layers to the first one's, and cannot save a single one
+        raise InputError(f"`decoder_layers`: expected at least 2 of a detector, got {arguments.decoder_layers}.")
     if arguments.mixed_precision not in ("auto", "bf16", "no"):
         raise InputError(f"`mixed_precision`: expected 'auto', 'bf16' or 'no', got {arguments.mixed_precision!r}.")
     if arguments.from_scratch and not arguments.encoder_learning_rate_ratio:
