@@ -278,7 +278,7 @@ CAPTIONING = ["finetune", "captioning", "runs/mine", "--output_dir", "o", "--dat
         ([*DETECTION, "my_captions"], "`objects_column_name`: expected a column 'objects' in split 'train'"),
         ([*DETECTION, "no/such/folder"], "`dataset_name`: expected a Hub id or an existing folder"),
         (DETECTION[:-1], "`dataset_name`: expected annotated images, got none"),
-        ([*DETECTION, "my_boxes", "--decoder_layers", "1"], "`decoder_layers`: expected at least 2 of a detector, got 1"),
+        ([*DETECTION, "my_boxes", "--decoder_layers", "1"], "`decoder_layers`: expected at least 2 of a detector"),
         ([*DETECTION, "my_boxes", "--d_model", "40"], "`d_model`: expected a multiple of 32, got 40"),
         ([*DETECTION, "my_boxes", "--scale_jitter", "1"], "`scale_jitter`: expected a number from 0 to below 0.9"),
         ([*DETECTION, "my_boxes", "--num_queries", "1"], "`num_queries`: expected at least the 2 objects"),
