@@ -307,8 +307,9 @@ CAPTIONING = ["finetune", "captioning", "runs/mine", "--output_dir", "o", "--dat
         ),
     ],
     ids=[
-        "no-objects", "no-folder", "no-data", "one-layer", "width", "jitter", "queries", "no-model", "no-output", "not-empty",
-        "no-text", "vocabulary", "length", "layers", "no-detector", "no-model-to-detect", "no-image", "same-names",
+        "no-objects", "no-folder", "no-data", "one-layer", "width", "jitter", "queries", "no-model", "no-output",
+        "not-empty", "no-text", "vocabulary", "length", "layers", "no-detector", "no-model-to-detect", "no-image",
+        "same-names",
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line(arguments, message, workplace, capsys):
