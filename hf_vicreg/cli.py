@@ -60,10 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     images.add_argument("--label_column_name", help="column of labels; default: `label` if there is one")
     images.set_defaults(run=_images)
 
-    convert = verbs.add_parser("convert", help="weights of a dense ViT or DINOv2 into a BigBirdViT")
-    convert.add_argument(
-        "source", metavar="SOURCE", help="folder or Hub id of a ViT or DINOv2, with or without registers"
-    )
+    convert = verbs.add_parser("convert", help="weights of a dense ViT, DINOv2 or DINOv3 into a BigBirdViT")
+    convert.add_argument("source", metavar="SOURCE", help="folder or Hub id of a ViT, DINOv2 or DINOv3 ViT")
     convert.add_argument("out", metavar="OUT", help="new or empty folder to write")
     convert.add_argument("--attention_type", choices=("original_full", "block_sparse"), default="original_full")
     convert.add_argument("--attention_layout", choices=("tiles", "raster"))

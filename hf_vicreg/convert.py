@@ -1,4 +1,4 @@
-"""Warm start: weights of a dense ViT or DINOv2 in a BigBirdViT, and what sparse attention then changes."""
+"""Warm start: weights of a dense ViT, DINOv2 or DINOv3 in a BigBirdViT, and what sparse attention then changes."""
 
 import json
 import os
@@ -96,8 +96,8 @@ def convert(
     Nothing is written unless the result, attending densely, equals the source on every image size.
 
     Args:
-        source: Folder or Hub id of a ViT, DINOv2 or DINOv2 with registers in safetensors form. A ViT's classifier
-            comes along; other heads are left out.
+        source: Folder or Hub id of a ViT, DINOv2 (with or without registers) or DINOv3 ViT in safetensors form. A
+            ViT's classifier comes along; other heads are left out.
         out: The folder to write, new or empty: model, processor if the source has one, `conversion.json`.
         attention_type: What the written configuration says. Switching it later changes no weight.
         image_sizes: Sides in pixels of the square images to compare on. Default: the source's own, 1.5 and 2 times

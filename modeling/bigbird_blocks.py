@@ -1,7 +1,6 @@
 """The transformer layer: attention over a block pattern, MLP, plain or gated, layer scale and stochastic depth."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 from transformers.activations import ACT2FN
@@ -34,16 +33,17 @@ class BigBirdViTMLP(nn.Module):
 
 
 class BigBirdViTSwiGLU(nn.Module):
-    """Gated MLP: a linear layer times SiLU of another, and a linear layer back."""
+    """Gated MLP: a linear layer times an activation, SiLU by default, of another, and a linear layer back."""
 
     def __init__(self, config: BigBirdViTConfig):
         super().__init__()
+        self.activation = ACT2FN[config.gate_act]
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class BigBirdViTLayerScale(nn.Module):
@@ -83,7 +83,7 @@ class BigBirdViTAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias and config.key_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 

@@ -23,6 +23,7 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_act: Activation of the MLP, a name transformers knows.
         use_swiglu_ffn: Whether the MLP is gated (Shazeer 2020, arXiv 2002.05202), as in the largest DINOv2;
             `hidden_act` then has no effect.
+        gate_act: Activation of a gated MLP's gate, a name transformers knows.
         hidden_dropout_prob: Dropout after the embeddings, in [0, 1).
         attention_probs_dropout_prob: Dropout on the attention probabilities, in [0, 1).
         drop_path_rate: Stochastic depth of the last layer, in [0, 1); it grows linearly from 0 at the first.
@@ -30,6 +31,7 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range: Standard deviation of the truncated normal initialisation.
         layer_norm_eps: Epsilon of the layer norms.
         qkv_bias: Whether the query, key and value projections have a bias.
+        key_bias: False leaves out that of the keys, as DINOv3 does; without `qkv_bias` it has no effect.
         image_size: Nominal image size in pixels, `int` or `(height, width)`. Other sizes work as well.
         patch_size: Patch size in pixels, `int` or `(height, width)`.
         patch_stride: Distance between neighbouring patches in pixels; `None` means `patch_size`, a smaller value
@@ -68,6 +70,7 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
     intermediate_size: int = 1536
     hidden_act: str = "gelu"
     use_swiglu_ffn: bool = False
+    gate_act: str = "silu"
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
@@ -75,6 +78,7 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float | int = 0.02
     layer_norm_eps: float | int = 1e-6
     qkv_bias: bool = True
+    key_bias: bool = True
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     patch_stride: int | list[int] | tuple[int, int] | None = None
@@ -149,7 +153,7 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if not self.rope_theta > 0:
             raise ValueError(f"`rope_theta`: expected a number above 0, got {self.rope_theta}.")
-        for name in ("hidden_act", "pooler_act"):
+        for name in ("hidden_act", "gate_act", "pooler_act"):
             value = getattr(self, name)
             if value not in ACT2FN and not (name == "pooler_act" and value is None):
                 raise ValueError(f"`{name}`: expected an activation transformers knows, got {value!r}.")

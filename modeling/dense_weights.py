@@ -1,4 +1,4 @@
-"""Weights of transformers' dense ViT and DINOv2 under this model's names, and the configuration that fits them."""
+"""Weights of transformers' dense ViT, DINOv2 and DINOv3 under this model's names, and the configuration for them."""
 
 import os
 import re
@@ -6,24 +6,22 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 from transformers.utils import logging
 
 from .configuration_bigbird_vit import BigBirdViTConfig
 
-SOURCES = ("vit", "dinov2", "dinov2_with_registers")
+SOURCES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 SHARED = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
     "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
     "initializer_range",
     "layer_norm_eps",
     "image_size",
     "patch_size",
     "num_channels",
-    "qkv_bias",
 )
 # What is taken from the source but says nothing of its weights.
 FREE = {
@@ -42,8 +40,9 @@ FREE = {
 # Beginnings of tensors in a checkpoint that are no part of an encoder, and so may be left out.
 HEADS = ("classifier.", "decoder.", "pooler.")
 RENAMED = (
-    (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.projection."),
-    (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"encoder.layer.\1."),
+    (r"^embeddings\.patch_embeddings\.(?:projection\.)?", "embeddings.projection."),
+    (r"^(?:encoder\.layer|layers|(?:model\.)?layer)\.(\d+)\.", r"encoder.layer.\1."),
+    (r"^norm\.", "layernorm."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     # DINOv2 in earlier releases of transformers
@@ -70,7 +69,9 @@ def load_dense(
     with_head = auto_class is AutoModelForImageClassification
     model = source if isinstance(source, PreTrainedModel) else load_source(source, auto_class)
     _check_type(model.config)
-    weights = _renamed(getattr(model, model.base_model_prefix, model).state_dict())
+    weights = _renamed(_encoder_of(model).state_dict())
+    if issubclass(model_class, BackboneMixin):
+        _check_maps(model.config)
     fields = _fields(model.config, weights)
     if with_head:
         fields |= {name: getattr(model.config, name) for name in ("id2label", "label2id", "problem_type")}
@@ -149,14 +150,29 @@ def _check_type(config: PreTrainedConfig) -> None:
         raise ValueError(f"`source`: expected a model of type {', '.join(SOURCES)}; got {config.model_type!r}.")
 
 
+def _encoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The encoder of a model with a head, or the model itself; DINOv3's prefix names the stack of its layers."""
+    return model if model.config.model_type == "dinov3_vit" else getattr(model, model.base_model_prefix, model)
+
+
+def _check_maps(config: PreTrainedConfig) -> None:
+    """Refuse backbones of DINOv3 whose maps are made otherwise: the last always normalised, rows without CLS."""
+    for name in ("apply_layernorm", "reshape_hidden_states"):
+        if config.model_type == "dinov3_vit" and not getattr(config, name):
+            raise ValueError(f"`{name}`: expected True of a DINOv3 backbone, got {getattr(config, name)}.")
+
+
 def _renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The encoder's tensors under this model's names, without the mask token."""
     renamed = {}
+    gated = any(".mlp.gate_proj." in name or ".mlp.weights_in." in name for name in weights)
     for name, tensor in weights.items():
         if name == "embeddings.mask_token":
             continue
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
+        if not gated:
+            name = name.replace(".mlp.up_proj.", ".mlp.fc1.").replace(".mlp.down_proj.", ".mlp.fc2.")
         if ".mlp.weights_in." in name:
             renamed[name.replace("weights_in", "gate_proj")], renamed[name.replace("weights_in", "up_proj")] = (
                 tensor.chunk(2)
@@ -170,12 +186,15 @@ def _fields(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> dict[
     """The configuration's fields that a source decides."""
     if getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads):
         raise ValueError(f"`head_dim`: expected `hidden_size / num_attention_heads`, got {config.head_dim}.")
-    fields = {name: getattr(config, name) for name in SHARED}
-    fields |= {"position_embedding_type": "absolute", "pooling": "cls", "patch_stride": None}
+    fields = {name: getattr(config, name) for name in SHARED} | {"pooling": "cls", "patch_stride": None}
     if getattr(config, "out_features", None):
         fields |= {
             name: getattr(config, name) for name in ("out_features", "apply_layernorm", "reshape_hidden_states")
         }
+    if config.model_type == "dinov3_vit":
+        return fields | _fields_of_dinov3(config)
+    fields |= {name: getattr(config, name) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+    fields |= {"position_embedding_type": "absolute", "qkv_bias": config.qkv_bias, "key_bias": True}
     if "pooler.dense.weight" in weights:
         fields["pooler_act"] = config.pooler_act
     if config.model_type == "vit":
@@ -185,10 +204,41 @@ def _fields(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> dict[
     return fields | {
         "intermediate_size": (int(width * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else width,
         "use_swiglu_ffn": config.use_swiglu_ffn,
+        "gate_act": "silu",
         "layerscale_value": config.layerscale_value,
         "drop_path_rate": config.drop_path_rate,
         "num_register_tokens": getattr(config, "num_register_tokens", 0),
         "interpolate_antialias": config.model_type == "dinov2_with_registers",
+    }
+
+
+def _fields_of_dinov3(config: PreTrainedConfig) -> dict[str, Any]:
+    """What DINOv3 decides beside the shared fields; its shifts and stretches of positions in training are left out.
+
+    Raises:
+        ValueError: Linear layers without the biases that this model's have.
+    """
+    for name in ("proj_bias", "mlp_bias"):
+        if not getattr(config, name):
+            raise ValueError(f"`{name}`: expected True, as this model has it, got False.")
+    query, key, value = config.query_bias, config.key_bias, config.value_bias
+    if query != value or (key and not query):
+        raise ValueError(
+            "`query_bias`, `key_bias`, `value_bias`: expected queries and values alike, and a bias of keys beside "
+            f"theirs alone, got {query}, {key}, {value}."
+        )
+    return {
+        "position_embedding_type": "rope",
+        "rope_theta": config.rope_theta,
+        "qkv_bias": query,
+        "key_bias": key or not query,  # without any bias it says nothing, and stays at its default
+        "intermediate_size": config.intermediate_size,
+        "use_swiglu_ffn": config.use_gated_mlp,
+        "gate_act": config.hidden_act if config.use_gated_mlp else "silu",
+        "layerscale_value": config.layerscale_value,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "drop_path_rate": config.drop_path_rate,
+        "num_register_tokens": config.num_register_tokens,
     }
 
 

@@ -189,7 +189,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
 
     @classmethod
     def from_dense(cls, source: str | os.PathLike | PreTrainedModel, **changes) -> "BigBirdViTModel":
-        """Return a model with the weights of a dense ViT or DINOv2 (with or without registers), in evaluation mode.
+        """Return a model with the weights of a dense ViT, DINOv2 or DINOv3, in evaluation mode.
 
         Attention is dense unless `changes` say otherwise, and the outputs equal the source's. Its mask token is left
         out. Sparse attention is a change of the configuration alone: `attention_type="block_sparse"`.

@@ -14,6 +14,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     SwinConfig,
     SwinModel,
     ViTConfig,
@@ -41,6 +43,12 @@ def sources(tmp_path_factory):
     )
     processor.save_pretrained(folder / "registers")
     Dinov2Model(Dinov2Config(**settings)).save_pretrained(folder / "dinov2")
+    for name, fields in {
+        "dinov3": {"num_register_tokens": 4},
+        "dinov3-gated": {"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu"},
+        "dinov3-no-registers": {},
+    }.items():
+        DINOv3ViTModel(DINOv3ViTConfig(intermediate_size=48, **settings, **fields)).save_pretrained(folder / name)
     labels = {0: "cat", 1: "dog", 2: "eel"}
     config = ViTConfig(intermediate_size=48, id2label=labels, label2id={v: k for k, v in labels.items()}, **settings)
     ViTForImageClassification(config).save_pretrained(folder / "classifier")
@@ -57,7 +65,9 @@ def sources(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["registers", "dinov2", "classifier"])
+@pytest.mark.parametrize(
+    "name", ["registers", "dinov2", "classifier", "dinov3", "dinov3-gated", "dinov3-no-registers"]
+)
 def test_converted_folder_equals_the_source(name, sources, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["convert", str(sources / name), str(out), "--tile_size", "1", "--image_sizes", "32", "40", "64"]) == 0
@@ -167,7 +177,7 @@ def test_empty_folder_is_filled(sources, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere/at all", "out"], "`SOURCE`: expected a model's folder or Hub id, got 'nowhere/at all'"),
-        (["swin", "out"], "`source`: expected a model of type vit, dinov2, dinov2_with_registers; got 'swin'"),
+        (["swin", "out"], "expected a model of type vit, dinov2, dinov2_with_registers, dinov3_vit; got 'swin'"),
         (["dinov2", "swin"], "`OUT`: expected a new or empty folder, got 'swin'"),
         (["dinov2", "out", "--tile_size", "0"], "`tile_size`: expected a positive int or (height, width), got 0"),
         (

@@ -1,4 +1,4 @@
-"""Warm start: transformers' ViT and DINOv2, built from configs, give the outputs they give under our names."""
+"""Warm start: transformers' ViT, DINOv2 and DINOv3, made from configs, give under our names what they give."""
 
 import re
 
@@ -12,6 +12,9 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTBackbone,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     SwinConfig,
     SwinModel,
     ViTConfig,
@@ -39,7 +42,17 @@ SOURCES = {
     "dinov2": lambda: Dinov2Model(Dinov2Config(layerscale_value=0.5, **SHAPE)),
     "dinov2-swiglu": lambda: Dinov2Model(Dinov2Config(use_swiglu_ffn=True, use_mask_token=True, **SHAPE)),
     "registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=3, **SHAPE)),
+    "dinov3": lambda: make_dinov3(num_register_tokens=4, layerscale_value=0.7),
+    "dinov3-gated": lambda: make_dinov3(num_register_tokens=4, use_gated_mlp=True, hidden_act="silu"),
+    "dinov3-gated-by-gelu": lambda: make_dinov3(num_register_tokens=1, use_gated_mlp=True),
+    "dinov3-no-registers": lambda: make_dinov3(num_register_tokens=0, rope_theta=50.0),
+    "dinov3-no-biases": lambda: make_dinov3(query_bias=False, value_bias=False, layer_norm_eps=1e-3),
+    "dinov3-key-bias": lambda: make_dinov3(key_bias=True, num_register_tokens=2),
 }
+
+
+def make_dinov3(**fields):
+    return DINOv3ViTModel(DINOv3ViTConfig(intermediate_size=48, **SHAPE | fields))
 
 
 def make_source(name):
@@ -52,7 +65,8 @@ def make_source(name):
 
 
 def source_outputs(source, pixel_values):
-    encoder = getattr(source, source.base_model_prefix, source)
+    is_dinov3 = source.config.model_type == "dinov3_vit"  # whose prefix names its layers
+    encoder = source if is_dinov3 else getattr(source, source.base_model_prefix, source)
     flags = {"interpolate_pos_encoding": True} if encoder.config.model_type == "vit" else {}
     return encoder(pixel_values, output_hidden_states=True, **flags)
 
@@ -79,23 +93,36 @@ def test_outputs_equal_the_sources(name, from_folder, tmp_path):
                     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_equal_the_sources():
-    source = make_source("registers")
+def our_name(name):
+    """A source's name of a parameter as ours."""
+    for theirs, ours in {
+        "patch_embeddings.": "projection.",
+        "projection.projection.": "projection.",
+        "model.layer.": "encoder.layer.",
+    }.items():
+        name = name.replace(theirs, ours)
+    return re.sub(r"^norm\.", "layernorm.", re.sub(*OLD_NAMES, name))
+
+
+@pytest.mark.parametrize("name", ["registers", *(one for one in SOURCES if one.startswith("dinov3"))])
+def test_gradients_equal_the_sources(name):
+    source = make_source(name)
     model, pixel_values = BigBirdViTModel.from_dense(source), torch.randn(2, 3, 40, 72)
-    weight = torch.randn(2, 49, 32)
+    weight = torch.randn(2, 46 + getattr(source.config, "num_register_tokens", 0), 32)
     for one in (source, model):
         (one(pixel_values).last_hidden_state * weight).sum().backward()
-    own = {"patch_embeddings.": "", "encoder.layer.": "encoder.layer."}  # the names that differ
+    gated = getattr(model.config, "use_swiglu_ffn", False)
     compared = 0
-    for name, parameter in source.named_parameters():
-        if parameter.grad is not None:
-            for theirs, ours in own.items():
-                name = name.replace(theirs, ours)
+    for theirs, parameter in source.named_parameters():
+        if parameter.grad is not None and parameter.numel():
+            ours = our_name(theirs)
+            if not gated:
+                ours = ours.replace("mlp.up_proj", "mlp.fc1").replace("mlp.down_proj", "mlp.fc2")
             wanted = parameter.grad
-            found = model.get_parameter(re.sub(*OLD_NAMES, name)).grad
-            assert (found - wanted).norm() <= 1e-4 * (1 + wanted.norm()), name
+            found = model.get_parameter(ours).grad
+            assert (found - wanted).norm() <= 1e-4 * (1 + wanted.norm()), theirs
             compared += 1
-    assert compared == sum(one.grad is not None for one in model.parameters()) > 50
+    assert compared == len(list(model.parameters())) > 40
 
 
 def test_converted_models_are_saved_and_loaded_bitwise(tmp_path):
@@ -137,6 +164,32 @@ def test_a_backbone_gives_the_sources_maps():
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     backbone = BigBirdViTBackbone.from_dense(make_source("vit"))  # which has a pooler
     assert backbone.config.pooler_act is None
+
+
+def test_a_backbone_of_dinov3_gives_its_maps():
+    config = DINOv3ViTConfig(num_register_tokens=2, out_features=["stage1", "stage3"], **SHAPE)
+    source = DINOv3ViTBackbone(config).eval()
+    model, pixel_values = BigBirdViTBackbone.from_dense(source), torch.randn(2, 3, 40, 72)
+    for one, other in zip(model(pixel_values).feature_maps, source(pixel_values).feature_maps, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    source.config.apply_layernorm = False  # it normalises the last map all the same
+    with pytest.raises(ValueError, match="`apply_layernorm`: expected True of a DINOv3 backbone, got False"):
+        BigBirdViTBackbone.from_dense(source)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"proj_bias": False}, "`proj_bias`: expected True, as this model has it, got False"),
+        ({"mlp_bias": False}, "`mlp_bias`: expected True, as this model has it, got False"),
+        ({"query_bias": False}, "`query_bias`, `key_bias`, `value_bias`: expected .* got False, False, True"),
+        ({"query_bias": False, "value_bias": False, "key_bias": True}, "got False, True, False"),
+    ],
+    ids=["proj", "mlp", "query", "key-alone"],
+)
+def test_a_dinov3_that_does_not_fit_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BigBirdViTModel.from_dense(make_dinov3(**fields))
 
 
 def test_changes_that_leave_the_weights_are_taken():
