@@ -250,6 +250,8 @@ def _training(facts: CardFacts) -> Iterator[str]:
     speed = f"{statistics.median_low(speeds):.0f} images/s (median of the log)" if speeds else MISSING
     yield "| | |\n| --- | --- |"
     yield f"| data | {count(results, 'num_images')} images of {code(facts.dataset)} |"
+    if facts.recipe.get("model_name_or_path"):
+        yield f"| began with | the weights of {code(facts.recipe['model_name_or_path'])} |"
     yield f"| steps | {count(results, 'steps')}{_unfinished(results)} |"
     yield f"| steps skipped as not finite | {count(results, 'skipped_steps')} |"
     batch = facts.recipe.get("statistics_batch_size") or facts.recipe.get("batch_size") or MISSING

@@ -30,6 +30,7 @@ from hf_vicreg.training.monitor.tracking import TRACKERS_FOLDER, start_trackers,
 from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.run.processors import build_processor
 from hf_vicreg.training.run.run_folder import RECIPE, refuse_foreign_folder, start_folder
+from hf_vicreg.training.warm_start import take_source_weights
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # one voice for the whole command
 
@@ -119,9 +120,12 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
     if isinstance(opened.source, ImageSource):
         opened.source = usable_images(opened.source, config)
     set_seed(run.seed)
+    checkpoint = checkpoint_to_resume(run, accelerator)
     with as_input_error("model"):
         density = attention_density(config)
         model = VicRegForPreTraining(config.vicreg)
+    if run.model_name_or_path and checkpoint is None:  # a resumed run has its weights, and needs no source
+        take_source_weights(model, config)
     for section, encoder in zip(("model", "second_model"), model.encoders, strict=False):
         if encoder.main_input_name != "pixel_values":
             found = encoder.config.model_type
@@ -142,7 +146,6 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
     )
     measure = probe.logged if probe.possible else None
     loop = pretraining_loop(config, opened.source, model, accelerator, measure, opened.stop)
-    checkpoint = checkpoint_to_resume(run, accelerator)
     if checkpoint is not None:
         loop.resume(checkpoint)
     return Run(

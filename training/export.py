@@ -1,6 +1,7 @@
 """The finished run as a folder that others can load: encoder, processor, card and results at its root."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ def export_run(
     _save_encoders(folder, encoders, processor)
     # what `hf-vicreg evaluate` has added since stays: a finished run may be resumed
     kept = {key: one for key, one in read_results(folder).items() if key == EVALUATIONS}
+    source = recipe.get("model_name_or_path")
+    if source and os.path.isabs(source):  # where it lies on this machine is nobody's business
+        recipe = recipe | {"model_name_or_path": os.path.basename(source)}
     (folder / "README.md").write_text(
         model_card(
             CardFacts(

@@ -21,6 +21,7 @@ from hf_vicreg.training.planner.schedule import seconds_since_start
 from hf_vicreg.training.run.places import with_places
 from hf_vicreg.training.run.resolve import resolve
 from hf_vicreg.training.run.settings import explicit_settings
+from hf_vicreg.training.warm_start import with_source
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
 
@@ -82,7 +83,7 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
         RunStopped: The run was asked to stop and has written a checkpoint.
     """
     began = time.monotonic() - seconds_since_start() if began is None else began
-    settings = with_stored_plan(settings)
+    settings = with_source(with_stored_plan(settings))
     config = resolve(settings)
     opened = open_run(config)
     accelerator = opened.accelerator

@@ -123,7 +123,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         """The gradient of the loss over all batches of a step; see `TrainingStep`."""
         self._refuse_unusable(batches)
         parts = [part for batch in batches for part in split_batch(batch, self.splits)]
-        pieces = [partial(finish_batch, part, self.accelerator.device) for part in parts]
+        device, normalisation = self.accelerator.device, self.config.normalisation
+        pieces = [partial(finish_batch, part, device, normalisation) for part in parts]
         outputs = two_pass_backward(self.model, pieces, self.accelerator.backward)
         if self.accelerator.num_processes > 1:
             average_gradients(self.model.parameters())

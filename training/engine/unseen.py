@@ -21,7 +21,7 @@ from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 
 # Types of encoders without rotary positions, whose layers of attention name their projections `q_proj` and `k_proj`.
-PLAIN_KEYS = {"vit", "deit", "dinov2", "dinov2_with_registers"}
+PLAIN_KEYS = {"vit", "deit", "dinov2", "dinov2_with_registers", "siglip_vision_model"}
 # Types whose pooled features are the output of `layernorm`, or a token or a mean of it.
 POOLED_FROM_NORM = {"dinov2", "dinov2_with_registers", "convnext", "convnextv2"}
 

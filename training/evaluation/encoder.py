@@ -91,7 +91,7 @@ def load_vision_encoder(name: str) -> VisionEncoder:
         else:
             model, info = load_weights(AutoModel, name)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise _no_model(name, error) from error
+        raise no_model(name, error) from error
     if model.main_input_name != "pixel_values":
         raise InputError(
             f"`MODEL`: expected a vision encoder, got a model of type {config.model_type!r}, whose input is "
@@ -155,8 +155,8 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_config(name: str) -> PreTrainedConfig:
-    """Return a model's configuration. Code that lies beside it, or that it names, is not run.
+def load_config(name: str, field: str = "MODEL") -> PreTrainedConfig:
+    """Return a model's configuration. Code that lies beside it, or that it names, is not run; `field` named it.
 
     Raises:
         InputError: None there, or one that names code of others.
@@ -164,17 +164,22 @@ def load_config(name: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise _no_model(name, error) from error
+        raise no_model(name, error, field) from error
     for one in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
         if "/" in str(getattr(one, "_attn_implementation", None)):  # fetched from the Hub and run
             raise InputError(
-                f"`MODEL`: expected no code of others, the `attn_implementation` of {name} names some; take it out."
+                f"`{field}`: expected no code of others, the `attn_implementation` of {name} names some; take it out."
             )
     return config
 
 
-def load_processor(name: str, config: PreTrainedConfig) -> BaseImageProcessor:
+def load_processor(name: str, config: PreTrainedConfig, field: str = "MODEL") -> BaseImageProcessor:
     """Return a model's image processor; where none is stored, ours at the model's image size, and says so.
+
+    Args:
+        name: Folder or Hub id.
+        config: The model's.
+        field: What named it, for errors.
 
     Raises:
         InputError: One that cannot be read.
@@ -184,7 +189,7 @@ def load_processor(name: str, config: PreTrainedConfig) -> BaseImageProcessor:
     except (OSError, ValueError) as error:
         if (Path(name) / "preprocessor_config.json").exists():
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"`MODEL`: the image processor of {name} cannot be read: {reason}") from error
+            raise InputError(f"`{field}`: the image processor of {name} cannot be read: {reason}") from error
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     logger.warning(
@@ -208,8 +213,9 @@ def public_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
-def _no_model(name: str, error: Exception) -> InputError:
+def no_model(name: str, error: Exception, field: str = "MODEL") -> InputError:
+    """Return what is said of a name without a model that can be loaded."""
     reason = " ".join(str(error).split())[:300]
     return InputError(
-        f"`MODEL`: expected the folder or Hub id of a vision model in safetensors form, got {name!r}: {reason}"
+        f"`{field}`: expected the folder or Hub id of a vision model in safetensors form, got {name!r}: {reason}"
     )

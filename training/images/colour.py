@@ -9,7 +9,7 @@ On a CPU a view becomes the same bits whatever it is batched with: an operation 
 drawn for exactly as it is, or is run on the views it was drawn for alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,13 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
 CPU_CHUNK = 3 * 224 * 224
 
 
-def finish_batch(batch: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and deviation of each channel of pixels in [0, 1]
+
+
+def finish_batch(
+    batch: dict[str, Any], device: torch.device, normalisation: Normalisation = IMAGENET
+) -> dict[str, torch.Tensor]:
     """Return what `VicRegForPreTraining` takes of a batch of the loader: its views finished on the device."""
     images = {}
     for name, crops, colours in (
@@ -34,24 +40,22 @@ def finish_batch(batch: dict[str, Any], device: torch.device) -> dict[str, torch
     ):
         if crops is not None:
             crops = crops.to(device, non_blocking=True)
-            images[name] = finish_views(crops.flatten(0, 1), colours.flatten(0, 1)).view_as(crops)
+            images[name] = finish_views(crops.flatten(0, 1), colours.flatten(0, 1), normalisation).view_as(crops)
     return images
 
 
-def finish_views(crops: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+def finish_views(crops: torch.Tensor, colours: torch.Tensor, normalisation: Normalisation = IMAGENET) -> torch.Tensor:
     """Return views ready for the encoder: colour operations, then the image processor's normalisation.
 
     Args:
         crops: `(batch, 3, height, width)` uint8.
         colours: `(batch, 7)` float32 on the CPU, as `ViewSampler` draws them.
+        normalisation: The image processor's mean and deviation.
 
     Returns:
         `(batch, 3, height, width)` float32.
     """
-    mean, std = (
-        torch.tensor(values, device=crops.device)[:, None, None]
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+    mean, std = (torch.tensor(values, device=crops.device)[:, None, None] for values in normalisation)
     views = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
     at_once = max(1, CPU_CHUNK // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
     for images, own_crops, own_colours in zip(

@@ -110,6 +110,7 @@ def is_open(settings: dict[str, Any]) -> bool:
     run_length = settings.keys() & {"num_train_epochs", "max_steps"}
     batch = settings.keys() & {"batch_size", "per_device_train_batch_size", "statistics_batch_size"}
     encoder = settings.get("model", {}).keys() & {"hidden_size", "hidden_sizes", "model_type"}
+    encoder = encoder or settings.get("model_name_or_path")
     return settings.get("time_budget") is not None or not (run_length and batch and encoder)
 
 
@@ -136,7 +137,8 @@ def choose(
     made = Choices(copy.deepcopy(settings))
     side = _image_side(images, machine, seconds)
     given = settings.get("model", {})
-    own_encoder = given.get("model_type", "bigbird_vit") == "bigbird_vit"
+    from_source = bool(settings.get("model_name_or_path"))
+    own_encoder = given.get("model_type", "bigbird_vit") == "bigbird_vit" and not from_source
     if own_encoder:
         rung = _rung(images, machine, seconds, side)
         rung = rung if at_most is None else min(rung, at_most)
@@ -150,7 +152,11 @@ def choose(
         _choose_grid(made, side, size.cells, images)
     else:
         size = LADDER[0]
-        made.fill("views.image_size", side, _why_side(side, images))
+        if from_source and given.get("image_size") is not None:
+            side = _side_of(settings, side)
+            made.reasons["model.image_size"] = made.reasons["views.image_size"] = "given, or the source's"
+        else:
+            made.fill("views.image_size", side, _why_side(side, images))
     _choose_batch(made, size.batch, images, machine)
     views_side = _side_of(made.settings, side)
     made.fill("views.crop_min_ratio", 0.2 if views_side <= 64 or images.count < 5000 else 0.08, _why_crop(views_side))

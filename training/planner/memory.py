@@ -6,10 +6,12 @@ the next tensor may not fit into; larger ones go back to the system at once. The
 configurations (`benchmarks/planned_memory.py`) and tried on others; see docs/experiments.md.
 """
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, has_batch_norm
 from hf_vicreg.training.engine.encoders import set_up_encoders
@@ -71,6 +73,9 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
     local, side = config.views.num_local_views, config.views.local_image_size
     with torch.device("meta"):
         model = VicRegForPreTraining(config.vicreg).train()
+    for encoder in model.encoders:
+        for size in {(height, width), *([(side, side)] if local else [])}:
+            _fill_tables(encoder, size)
     model._process_group = lambda: None  # these shapes are this process's own
     kept = _Kept()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -98,6 +103,14 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
         large_ratio=kept.large(without=pixels) / max(1, encoder_bytes + expander_bytes),
         has_batch_norm=any(has_batch_norm(one) for one in model.encoders),
     )
+
+
+def _fill_tables(encoder: PreTrainedModel, size: tuple[int, int]) -> None:
+    """Make what a model on the meta device keeps for a size: made among shapes, it would be shapes for good."""
+    if isinstance(encoder, BigBirdViTModel):
+        encoder.attention_patterns(*size)
+    elif encoder.config.model_type == "dinov3_vit":  # whose coordinates of patches are cached by transformers
+        copy.deepcopy(encoder.rope_embeddings).to_empty(device="cpu")(torch.empty(1, 3, *size))
 
 
 class _Kept(torch.autograd.graph.saved_tensors_hooks):

@@ -80,6 +80,12 @@ class ViewsConfig:
     local_image_size: int = _views(96, "Side of local views in pixels.")
     local_crop_min_ratio: float = _views(0.05, "Smallest crop of a local view, as a share of the image's area.")
     local_crop_max_ratio: float = _views(0.4, "Largest crop of a local view.")
+    image_mean: float | tuple[float, float, float] | None = _views(
+        None, "Taken from pixels in [0, 1], of all channels or each; default: the source's, else ImageNet's."
+    )
+    image_std: float | tuple[float, float, float] | None = _views(
+        None, "What they are divided by then; default: the source's, else ImageNet's."
+    )
 
     def __post_init__(self) -> None:
         ranges = {
@@ -88,6 +94,8 @@ class ViewsConfig:
             "zoom_ratio": (0, 0.9),
             "num_local_views": (0, 64),
             "local_image_size": (1, math.inf),
+            "image_mean": (-1000, 1000),
+            "image_std": (1e-6, 1000),
         }
         for name, value in dataclasses.asdict(self).items():
             if name == "image_size":
@@ -97,7 +105,7 @@ class ViewsConfig:
                     raise InputError(f"`views.image_size`: expected at least 1 pixel, got {value}.")
                 continue
             low, high = ranges.get(name, (0, 1))
-            for one in value if isinstance(value, tuple) else (value,):
+            for one in value if isinstance(value, tuple) else () if value is None else (value,):
                 if not low <= one <= high:
                     raise InputError(f"`views.{name}`: expected a number from {low} to {high}, got {value}.")
         if not 0 < self.local_crop_max_ratio >= self.local_crop_min_ratio:
@@ -134,6 +142,10 @@ class PretrainArguments:
     image_column_name: str | None = _data(None, "Column of images; default: the only image column.")
     label_column_name: str | None = _data(None, "Column of labels for k-NN; default: `label` if there is one.")
     max_train_samples: int | None = _data(None, "Train on the first so many images.")
+    model_name_or_path: str | None = _model(
+        None, "Begin with the weights of a vision encoder: a run's folder, any that transformers loads, or a Hub id."
+    )
+    sparse: bool = _model(False, "Make the ViT, DINOv2 or DINOv3 of `model_name_or_path` a BigBirdViT.")
     batch_size: int = _loss(256, "Images at once over all processes; a step and the loss's batch.")
     statistics_batch_size: int | None = _loss(
         None, "Images a step where that is more than go at once: a multiple of `batch_size`, in two passes."
@@ -218,6 +230,23 @@ RESUMABLE_CHANGES = {
 }
 
 SECTIONS = ("model", "second_model", "vicreg", "views")
+# Fields of an encoder that leave the weights of `model_name_or_path` as they are.
+OPEN_FIELDS = {
+    "image_size",
+    "drop_path_rate",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "attention_dropout",
+    "pooling",
+    "attention_type",
+    "attention_layout",
+    "tile_size",
+    "block_size",
+    "window_size",
+    "num_random_blocks",
+    "num_global_tiles",
+    "attention_seed",
+}
 # Not the run's to set: how a model is called, stored or used as a backbone. And encoders have sections of their own.
 RESERVED = {
     "return_dict",

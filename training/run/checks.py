@@ -94,6 +94,10 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         raise InputError(
             "`dataset_name`, `train_dir`: expected one of the two, got none; name your images: pretrain DATA."
         )
+    if run.sparse and not run.model_name_or_path:
+        raise InputError(
+            "`sparse`: expected a `model_name_or_path` to make sparse, got none; a new encoder is sparse by itself."
+        )
     if run.streaming:
         if run.dataset_name in (None, "digits"):
             raise InputError("`streaming`: expected a dataset to stream; name a Hub id or a folder of parquet shards.")

@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
 from hf_vicreg.training.run.arguments import RESERVED, PretrainArguments, ViewsConfig
 
@@ -21,6 +23,16 @@ class RunConfig:
         """Size of the views, (height, width) in pixels: given, or the encoder's; 224 for encoders that name none."""
         size = self.views.image_size or getattr(self.vicreg.encoder, "image_size", None) or 224
         return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of each channel by which pixels in [0, 1] are normalised: given, or ImageNet's."""
+        given = (self.views.image_mean, self.views.image_std)
+        mean, std = (
+            list(default) if one is None else [one] * 3 if isinstance(one, float) else list(one)
+            for one, default in zip(given, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), strict=True)
+        )
+        return mean, std
 
     @property
     def step_size(self) -> int:

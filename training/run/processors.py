@@ -7,6 +7,7 @@ from hf_vicreg.training.run.config import RunConfig
 
 
 def build_processor(config: RunConfig) -> BaseImageProcessor:
-    """Return the image processor saved with the encoder, at its image size."""
+    """Return the image processor saved with the encoder, at its image size; it normalises as the views are."""
     height, width = config.image_size
-    return BigBirdViTImageProcessor(size={"height": height, "width": width})
+    mean, std = config.normalisation
+    return BigBirdViTImageProcessor(size={"height": height, "width": width}, image_mean=mean, image_std=std)

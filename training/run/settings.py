@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import logging
+import os
 import types
 import typing
 from importlib import resources
@@ -12,7 +13,14 @@ from typing import Any
 import yaml
 
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.run.arguments import RESERVED, SECTIONS, VIEW_PRESETS, PretrainArguments, ViewsConfig
+from hf_vicreg.training.run.arguments import (
+    OPEN_FIELDS,
+    RESERVED,
+    SECTIONS,
+    VIEW_PRESETS,
+    PretrainArguments,
+    ViewsConfig,
+)
 from hf_vicreg.training.run.checks import check_ranges
 from hf_vicreg.training.run.places import data_setting
 from hf_vicreg.training.run.section_flags import INHERITED, MODEL, VICREG
@@ -76,12 +84,14 @@ def explicit_settings(given: dict[str, Any]) -> dict[str, Any]:
         recipe = {key: value for key, value in recipe.items() if key not in ("dataset_name", "train_dir")}
     below = _checked_keys(recipe, f"recipe {name}")
     above = _checked_keys(given, "arguments")
+    _refuse_architecture(above)
     _give_way(below, above)
     merged = below | above
     for section in SECTIONS:
         if section in merged:
             merged[section] = below.get(section, {}) | above.get(section, {})
-        if section in ("model", "second_model", "vicreg"):
+        of_source = section == "model" and merged.get("model_name_or_path")  # whose fields are not known here
+        if section in ("model", "second_model", "vicreg") and not of_source:
             _refuse_unknown(merged.get(section, {}), section)
     views = typed(ViewsConfig, merged.get("views", {}), "views.")
     run = typed(PretrainArguments, {key: value for key, value in merged.items() if key not in SECTIONS}, "")
@@ -119,6 +129,27 @@ def _refuse_unknown(settings: dict[str, Any], section: str) -> None:
             raise InputError(f"`{section}.{key}`: unknown key{hint(key, list(known))}.")
 
 
+def _refuse_architecture(above: dict[str, Any]) -> None:
+    """Raise InputError for an architecture chosen beside weights, which decide it.
+
+    With a `model_type` the section is a whole configuration, held against the source's when that is read.
+    """
+    section, source = above.get("model", {}), above.get("model_name_or_path")
+    if source is None or "model_type" in section:
+        return
+    for key, value in section.items():
+        if key not in OPEN_FIELDS:
+            raise InputError(
+                f"`model.{key}`: expected none beside `model_name_or_path`, whose weights decide it, got {value!r}; "
+                "leave one of the two out."
+            )
+
+
+def same_source(one: str | None, other: str | None) -> bool:
+    """Return whether two values of `model_name_or_path` name the same: a run stores where a folder lies."""
+    return one == other or (None not in (one, other) and os.path.abspath(str(one)) == os.path.abspath(str(other)))
+
+
 def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
     """Drop from a recipe, in place, what has no meaning beside the settings above it; dropped fields are logged."""
     if above.get("time_budget") is not None:  # the length is what the time holds
@@ -126,6 +157,15 @@ def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
             below.pop(key, None)
     views, views_above = below.setdefault("views", {}), above.get("views", {})
     sized_above = views_above.get("image_size") is not None
+    source = above.get("model_name_or_path")
+    if source is not None and not same_source(source, below.get("model_name_or_path")):
+        fields = below.pop("model", {})
+        for key in ("image_mean", "image_std"):  # of the recipe's own source
+            views.pop(key, None)
+        if fields.get("image_size") is not None and "image_size" not in above.get("model", {}):
+            views.setdefault("image_size", fields["image_size"])
+        if fields:
+            logger.info("the recipe's %s are left out for those of %s", _named("model", list(fields)), source)
     for section in ("model", "second_model"):
         fields, asked = below.get(section, {}), above.get(section, {})
         found = fields.get("model_type", DEFAULT_MODEL_TYPE)
@@ -173,9 +213,11 @@ def typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
         accepted = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
         expected = next(one for one in accepted if one is not type(None))
         if isinstance(value, list | tuple) and any(typing.get_origin(one) is tuple for one in accepted):
-            if len(value) != 2:
-                pair = "two for the two views" if expected is float else "two, height and width"
-                raise InputError(f"`{prefix}{key}`: expected a number, or {pair}, got {value}.")
+            wanted = next(len(typing.get_args(one)) for one in accepted if typing.get_origin(one) is tuple)
+            if len(value) != wanted:
+                several = "two for the two views" if expected is float else "two, height and width"
+                several = "three for the channels" if wanted == 3 else several
+                raise InputError(f"`{prefix}{key}`: expected a number, or {several}, got {value}.")
             checked[key] = tuple(typed(kind, {key: one}, prefix)[key] for one in value)
             continue
         try:

@@ -89,3 +89,12 @@ def test_several_processes_share_the_batch(tiny_recipe):
     one = replace(Machine("cpu", "", 1, 2**40), num_processes=1)
     two = replace(one, num_processes=2)
     assert fit_memory(config, two)[1] < fit_memory(config, one)[1]
+
+
+def test_what_dinov3_caches_for_a_size_stays_real(tiny_recipe):
+    # transformers keeps the coordinates of patches of a size: made among shapes they would be shapes in the run
+    model = {"model_type": "dinov3_vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = _config(tiny_recipe, model=model | {"image_size": [80, 112], "intermediate_size": 48})
+    assert step_memory(config, 2).encoder > 0
+    encoder = VicRegForPreTraining(config.vicreg).encoder
+    assert type(encoder(torch.zeros(1, 3, 80, 112)).pooler_output) is torch.Tensor

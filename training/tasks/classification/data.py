@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import BaseImageProcessor
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vicreg.training.evaluation.arguments import TuningArguments
 from hf_vicreg.training.images.colour import finish_views
@@ -119,18 +118,11 @@ def image_size_of(processor: BaseImageProcessor) -> tuple[int, int]:
 def pixel_values(part: dict[str, torch.Tensor], processor: BaseImageProcessor, device: torch.device) -> torch.Tensor:
     """Return a kind's views `(batch, views, 3, height, width)` float32, coloured, normalised as the processor does."""
     crops = part["crops"].to(device, non_blocking=True)
-    # view by view: weak ones have no colours to change, and a batch without any takes a short cut
-    views = [finish_views(crops[:, view], part["colours"][:, view]) for view in range(crops.shape[1])]
-    images = torch.stack(views, dim=1)
     settings = processor.to_dict()
     if not settings.get("do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
     else:
         mean, std = list(settings["image_mean"]), list(settings["image_std"])
-    if (tuple(mean), tuple(std)) == (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)):
-        return images
-    theirs, ours = (
-        [torch.tensor(values, device=device)[:, None, None] for values in pair]
-        for pair in ((mean, std), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    )
-    return (images * ours[1] + ours[0] - theirs[0]) / theirs[1]
+    # view by view: weak ones have no colours to change, and a batch without any takes a short cut
+    views = [finish_views(crops[:, view], part["colours"][:, view], (mean, std)) for view in range(crops.shape[1])]
+    return torch.stack(views, dim=1)
