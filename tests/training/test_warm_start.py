@@ -41,6 +41,7 @@ from transformers import (
 from hf_vicreg import BigBirdViTConfig, BigBirdViTModel, pretrain
 from hf_vicreg.modeling.modeling_vicreg import _encoder_outputs, pooled_features
 from hf_vicreg.training import warm_start
+from hf_vicreg.training.engine.unseen import unseen_parameters
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.finishing import fit
 from hf_vicreg.training.images.colour import NEUTRAL, finish_views
@@ -192,6 +193,21 @@ def test_pixels_of_training_are_those_of_the_saved_processor(tmp_path, settings)
         torch.testing.assert_close(
             processor(images, return_tensors="pt")["pixel_values"], trained, atol=1e-5, rtol=1e-5
         )
+
+
+def test_a_step_sees_the_pixels_of_the_saved_processor(tmp_path, settings, before_step_1):
+    save_source("vit", tmp_path / "source")
+    (tmp_path / "images").mkdir()
+    for index in range(32):
+        Image.new("RGB", (32, 32), (9, 5, 200)).save(tmp_path / "images" / f"{index}.png")
+    plain = {"jitter_probability": 0, "grayscale_probability": 0, "blur_probability": 0, "solarize_probability": 0}
+    settings |= {"model_name_or_path": str(tmp_path / "source"), "views": plain, "batch_size": 32}
+    begun = before_step_1(out=tmp_path / "run", data=tmp_path / "images", **settings)
+    seen = []
+    begun.model.encoder.register_forward_pre_hook(lambda *one: seen.append(one[2]["pixel_values"]), with_kwargs=True)
+    begun.loop.step.backward([next(iter(begun.loop.step.batches(0)))], 0)
+    expected = begun.processor([Image.new("RGB", (40, 50), (9, 5, 200))], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(seen[0], expected.expand_as(seen[0]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +376,12 @@ def folders(tmp_path_factory):
         (["resnet", "--sparse"], "got 'resnet'; leave it out"),
         (["run", "--sparse"], "got 'bigbird_vit'; leave it out, and add --model.attention_type block_sparse"),
         (["no-norm", "--sparse"], "expected tensor 'layernorm.weight' (32,) by its configuration, got none"),
-        (["", "--sparse"], "`sparse`: expected a `model_name_or_path` to make sparse, got none"),
+        (["vit", "--freeze_layers", "3"], "`freeze_layers`: expected at most 2, the layers of this vit, got 3"),
+        (["vit", "--layer_decay", "0"], "`layer_decay`: expected a factor above 0 and at most 1, got 0.0"),
+        (["vit", "--expander_warmup_ratio", "1"], "`expander_warmup_ratio`: expected a share of the steps below 1"),
+        (["", "--freeze_layers", "1"], "`freeze_layers`: expected a `model_name_or_path` beside it, got none"),
+        (["", "--expander_warmup_ratio", "0.1"], "`expander_warmup_ratio`: expected a `model_name_or_path` beside it"),
+        (["", "--sparse"], "`sparse`: expected a `model_name_or_path` beside it, got none"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -409,3 +430,56 @@ def test_a_source_becomes_sparse(name, tmp_path, settings, image_folder, before_
     assert (model.config.attention_type, model.config.tile_size, model.config.image_size) == ("block_sparse", 1, 48)
     found, expected = (features(one, pixel_values) for one in (model, result.encoder))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["run", "dinov3", "resnet"])
+def test_frozen_layers_stay_and_the_others_learn(name, tmp_path, settings, image_folder, before_step_1):
+    save_source(name, tmp_path / "source")
+    data, settings = image_folder(32), settings | {"model_name_or_path": str(tmp_path / "source"), "layer_decay": 0.5}
+    settings |= {"freeze_layers": 1, "views": {"image_size": 32}, "num_train_epochs": 2, "checkpointing_steps": 2}
+    begun = before_step_1(out=tmp_path / "begun", data=data, **settings)
+    before = {key: one.clone() for key, one in begun.model.encoder.state_dict().items()}
+    begun.loop.step.train_mode()
+    layers = begun.model.encoder.get_submodule(
+        {"run": "encoder.layer", "dinov3": "model.layer", "resnet": "encoder.stages"}[name]
+    )
+    assert [one.training for one in layers] == [False, True]
+    whole = pretrain(out=tmp_path / "whole", data=data, **settings)
+    first = {"run": ("embeddings.", "encoder.layer.0."), "dinov3": ("embeddings.", "model.layer.0.")}
+    frozen = first.get(name, ("embedder.", "encoder.stages.0."))
+    unseen = {name.removeprefix("encoder.") for name in unseen_parameters(begun.model)}
+    for key, tensor in whole.encoder.state_dict().items():
+        if not key.endswith("num_batches_tracked") and key not in unseen:
+            assert torch.equal(tensor, before[key]) == key.startswith(frozen), key
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000004")
+    again = pretrain(out=tmp_path / "again", data=data, resume_from_checkpoint="latest", **settings)
+    for key, tensor in whole.encoder.state_dict().items():
+        assert torch.equal(again.encoder.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ["run", "resnet"])
+@pytest.mark.parametrize("stopped_at", [1, 3], ids=["while-held", "after"])
+def test_the_expander_warms_up_alone(name, stopped_at, tmp_path, settings, image_folder, before_step_1):
+    save_source(name, tmp_path / "source")
+    data, settings = image_folder(32), settings | {"model_name_or_path": str(tmp_path / "source")}
+    settings |= {"expander_warmup_ratio": 0.5, "views": {"image_size": 32}, "num_train_epochs": 2}
+    settings |= {"checkpointing_steps": 1, "checkpoints_total_limit": 9}
+    begun = before_step_1(out=tmp_path / "begun", data=data, **settings)
+    whole = pretrain(out=tmp_path / "whole", data=data, **settings)
+    kept = tmp_path / "whole" / "checkpoints"
+    states = [load_file(kept / f"step_0000000{step}" / "model.safetensors") for step in (1, 2, 3)]
+    held = {key: one for key, one in begun.model.state_dict().items() if key.startswith("encoder.")}
+    for state in states[:2]:  # statistics of batch norms as well
+        assert all(torch.equal(state[key], one) for key, one in held.items())
+    assert not torch.equal(states[0]["expander.output.weight"], begun.model.expander.output.weight)
+    learnt = {key for key, one in held.items() if not torch.equal(states[2][key], one)}
+    assert len(learnt) > 0.7 * len(held)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [line["grad_norm"] > 0 for line in lines] == [False, False, True, True]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for step in range(stopped_at + 1, 5):
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / f"step_0000000{step}")
+    again = pretrain(out=tmp_path / "again", data=data, resume_from_checkpoint="latest", **settings)
+    for key, tensor in whole.encoder.state_dict().items():
+        assert torch.equal(again.encoder.state_dict()[key], tensor), key

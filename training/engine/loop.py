@@ -38,6 +38,7 @@ class LoopSettings:
         warmup_ratio: Share of the steps in which it rises to that; a cosine follows.
         max_grad_norm: Clip the norm of the gradient; 0 or None turns it off.
         min_learning_rate: At the last step.
+        expander_warmup_ratio: Share of the steps that come before the warm-up; see `learning_rate_at`.
         logging_steps: Steps between lines of the log; there is one more at the end.
         checkpointing_steps: Steps between checkpoints; there is one more at the end.
         checkpoints_total_limit: Newest checkpoints to keep.
@@ -50,6 +51,7 @@ class LoopSettings:
     warmup_ratio: float
     max_grad_norm: float | None
     min_learning_rate: float = 0.0
+    expander_warmup_ratio: float = 0.0
     logging_steps: int = 10
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -200,7 +202,12 @@ class TrainingLoop:
         """One optimiser step; returns what came of it, and what the log says of every step."""
         step, settings, state = self.step, self.settings, self.state
         learning_rate = learning_rate_at(
-            state.step, step.num_steps, settings.learning_rate, settings.warmup_ratio, settings.min_learning_rate
+            state.step,
+            step.num_steps,
+            settings.learning_rate,
+            settings.warmup_ratio,
+            settings.min_learning_rate,
+            settings.expander_warmup_ratio,
         )
         learning_rates(step.optimizer, learning_rate)
         self.guard.begin()

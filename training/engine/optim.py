@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.engine.unseen import unseen_parameters
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,79 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
-def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float, least: float = 0.0) -> float:
+def decayed_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float, depths: dict[str, int] | None = None
+) -> list[dict[str, Any]]:
+    """Return the groups of `parameter_groups`, split by layer: `scale` is the factor on the learning rate.
+
+    What follows the layers has scale 1, the last layer `layer_decay`, the one before its square, and so on to the
+    embeddings: what was learned first is changed least. Source: Clark et al. 2020, ELECTRA (arXiv 2003.10555),
+    appendix; Bao et al. 2021, BEiT (arXiv 2106.08254).
+
+    Args:
+        model: What is trained.
+        weight_decay: Of matrices and kernels.
+        layer_decay: The factor from a layer to the one before.
+        depths: Of each parameter; default: of `layer_depths`.
+    """
+    depths = layer_depths(model) if depths is None else depths
+    deepest = max(depths.values(), default=0)
+    by_identity = {id(parameter): depths[name] for name, parameter in model.named_parameters()}
+    groups = []
+    for group in parameter_groups(model, weight_decay):
+        by_depth: dict[int, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_depth.setdefault(by_identity[id(parameter)], []).append(parameter)
+        for depth, parameters in sorted(by_depth.items()):
+            groups.append(group | {"params": parameters, "scale": layer_decay ** (deepest - depth)})
+    return groups
+
+
+def layer_depths(model: nn.Module) -> dict[str, int]:
+    """Return for each parameter how deep it lies: 0 before the layers, then their number from 1, then what follows.
+
+    The layers are the encoder's longest list of modules, whatever it is called (stages, for a ResNet).
+    """
+    names = [name for name, _ in model.named_parameters()]
+    layers, count = _layers_of(model)
+    if not count:
+        return dict.fromkeys(names, 0)
+    depths, seen = {}, 0
+    for name in names:  # in the order of the modules
+        if name.startswith(f"{layers}."):
+            seen = int(name.removeprefix(f"{layers}.").split(".")[0]) + 1
+            depths[name] = seen
+        else:
+            depths[name] = count + 1 if seen else 0
+    return depths
+
+
+def num_layers(encoder: nn.Module) -> int:
+    """Return how many layers an encoder has, as `layer_depths` counts them."""
+    return _layers_of(encoder)[1]
+
+
+def _layers_of(model: nn.Module) -> tuple[str, int]:
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    longest = max(lists, key=lambda name: (lists[name], -name.count(".")), default="")
+    return longest, lists.get(longest, 0)
+
+
+def _depths_of_wrapper(model: VicRegForPreTraining) -> dict[str, int]:
+    """Depths of the parameters of the first encoder, which may be pretrained; all others follow its layers."""
+    own = {f"encoder.{name}": depth for name, depth in layer_depths(model.encoder).items()}
+    last = num_layers(model.encoder) + 1
+    return {name: own.get(name, last) for name, _ in model.named_parameters()}
+
+
+def learning_rate_at(
+    step: int,
+    num_steps: int,
+    peak: float,
+    warmup_ratio: float,
+    least: float = 0.0,
+    expander_warmup_ratio: float = 0.0,
+) -> float:
     """Return the learning rate of a step: linear warm-up, then a cosine.
 
     Source: Loshchilov and Hutter 2016, SGDR (arXiv 1608.03983), without restarts.
@@ -83,7 +156,13 @@ def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float
         peak: Learning rate at the end of the warm-up.
         warmup_ratio: Share of the steps that warm up.
         least: Learning rate that the cosine ends at.
+        expander_warmup_ratio: Share of the steps that come before all that: a linear warm-up of their own, then the
+            peak.
     """
+    first_steps = round(expander_warmup_ratio * num_steps)
+    if step < first_steps:
+        return peak * min(1.0, (step + 1) / max(1, round(warmup_ratio * first_steps)))
+    step, num_steps = step - first_steps, num_steps - first_steps
     warmup_steps = round(warmup_ratio * num_steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -92,10 +171,17 @@ def learning_rate_at(step: int, num_steps: int, peak: float, warmup_ratio: float
 
 
 def build_optimizer(
-    model: nn.Module, optim: str, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    model: VicRegForPreTraining,
+    optim: str,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """Return torch's AdamW or `LARS` over `parameter_groups`; `betas` are AdamW's."""
-    groups = parameter_groups(model, weight_decay)
+    """Return torch's AdamW or `LARS` over `parameter_groups`, or `decayed_groups`; `betas` are AdamW's."""
+    groups = before = parameter_groups(model, weight_decay)
+    if layer_decay != 1:
+        groups = decayed_groups(model, weight_decay, layer_decay, _depths_of_wrapper(model))
     unseen = unseen_parameters(model)
     if unseen:
         logger.info(
@@ -109,7 +195,7 @@ def build_optimizer(
         optimizer = LARS(groups, lr=learning_rate)
     else:
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
-    optimizer.register_load_state_dict_pre_hook(partial(_read_state_of_before, _order_of_before(model, groups)))
+    optimizer.register_load_state_dict_pre_hook(partial(_read_state_of_before, _order_of_before(model, before)))
     return optimizer
 
 

@@ -108,9 +108,13 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             gradient_checkpointing=run.gradient_checkpointing,
             torch_compile=run.torch_compile,
             attn_implementation=run.attn_implementation,
+            freeze_layers=run.freeze_layers,
         )
         betas = (run.adam_beta1, run.adam_beta2)
-        optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas)
+        optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas, run.layer_decay)
+        # held still for the first steps; as a function of the step, so that a resumed run does the same
+        self.expander_steps = round(run.expander_warmup_ratio * self.num_steps)
+        self.learning = [one for encoder in model.encoders for one in encoder.parameters() if one.requires_grad]
         # in evaluation mode, accelerate's word for no DistributedDataParallel: gradients are averaged in `backward`
         self.model = accelerator.unwrap_model(accelerator.prepare_model(model, evaluation_mode=True))
         self.optimizer = accelerator.prepare_optimizer(optimizer)
@@ -122,6 +126,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
     def backward(self, batches: Sequence[dict[str, Any]], step: int) -> VicRegOutput:
         """The gradient of the loss over all batches of a step; see `TrainingStep`."""
         self._refuse_unusable(batches)
+        self._hold_encoders(step < self.expander_steps)
         parts = [part for batch in batches for part in split_batch(batch, self.splits)]
         device, normalisation = self.accelerator.device, self.config.normalisation
         pieces = [partial(finish_batch, part, device, normalisation) for part in parts]
@@ -146,10 +151,6 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             "loss {loss:.2f} inv {invariance:.3f} var {variance:.3f} cov {covariance:.2f} "
             "{images_per_second:.0f} img/s".format(**record)
         )
-
-    def train_mode(self) -> None:
-        """Put all of the model into training mode."""
-        self.model.train()
 
     def clip(self, max_norm: float) -> tuple[float, float]:
         """Clip the encoders' gradient; return its norm from before, and that of the expanders'."""
@@ -236,6 +237,13 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             pin_memory=accelerator.device.type == "cuda",
             persistent_workers=False,
         )
+
+    def _hold_encoders(self, held: bool) -> None:
+        """Let the encoders learn from now on, or not; what does not learn is in evaluation mode."""
+        if self.learning and self.learning[0].requires_grad == held:
+            for parameter in self.learning:
+                parameter.requires_grad_(not held)
+            self.train_mode()
 
     def _refuse_unusable(self, batches: Sequence[dict[str, Any]]) -> None:
         """Note images that could not be used; InputError if no other could take one's place."""

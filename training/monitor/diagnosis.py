@@ -31,6 +31,7 @@ the dimensions of the embeddings, N the images of the global batch.
 rate warms up: they may still be an untrained model's.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -220,7 +221,8 @@ def _learning_rate_too_high(lines: list[Record], gamma: float) -> Verdict | None
         if _value(line, "loss") > JUMP * low and _value(line, "embedding_std_mean") >= COLLAPSED_STD * gamma
     ]
     norms = [_value(line, "grad_norm_max") for line in recent]
-    usual = statistics.median(norms)
+    # none while the expander warms up alone
+    usual = statistics.median([norm for norm in norms if norm > 0] or [math.inf])
     spikes = sum(norm > SPIKE * usual for norm in norms)
     if skipped >= NUM_EVENTS:
         finding = f"loss or gradient was not finite in {skipped:.0f} steps of the last {len(recent)} lines"

@@ -80,7 +80,12 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
     kept = _Kept()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        set_up_encoders(model, gradient_checkpointing=config.run.gradient_checkpointing, torch_compile=False)
+        set_up_encoders(
+            model,
+            gradient_checkpointing=config.run.gradient_checkpointing,
+            torch_compile=False,
+            freeze_layers=config.run.freeze_layers,
+        )
         inputs = {"pixel_values": torch.empty(images, 2, 3, height, width)}
         if local:
             inputs["local_pixel_values"] = torch.empty(images, local, 3, side, side)
@@ -91,7 +96,8 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
             views = found.unbind(1) if isinstance(found, torch.Tensor) else found
             model(representations=[one.detach().requires_grad_() for one in views])
             expander_bytes = kept.total(without=pixels) - encoder_bytes
-    weights = sum(one.nbytes for one in model.parameters()) * (2 + OPTIMIZER_STATES[config.run.optim])
+    trained = 2 + OPTIMIZER_STATES[config.run.optim]
+    weights = sum(one.nbytes * (trained if one.requires_grad else 1) for one in model.parameters())
     if config.run.ema_decay:
         weights += sum(one.nbytes for encoder in model.encoders for one in encoder.parameters())
     return StepMemory(

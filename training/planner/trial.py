@@ -77,7 +77,7 @@ def try_steps(
         seconds: About how long to take; three steps at least.
         num_workers: Loader processes.
     """
-    run = replace(config.run, max_steps=MOST_STEPS, dataloader_num_workers=num_workers)
+    run = replace(config.run, max_steps=MOST_STEPS, dataloader_num_workers=num_workers, expander_warmup_ratio=0.0)
     set_seed(run.seed)
     model = VicRegForPreTraining(config.vicreg)
     stop = StopRequest(Path(run.output_dir), None)

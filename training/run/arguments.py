@@ -160,6 +160,15 @@ class PretrainArguments:
     adam_beta1: float = _optimisation(0.9, "AdamW's first beta.")
     adam_beta2: float = _optimisation(0.95, "AdamW's second beta.")
     warmup_ratio: float = _optimisation(0.1, "Share of the steps with linear warm-up; then a cosine.")
+    layer_decay: float = _optimisation(
+        1.0, "Factor on the learning rate from one of the encoder's layers to the one before; 1 turns it off."
+    )
+    freeze_layers: int = _optimisation(
+        0, "Keep embeddings and so many first layers of `model_name_or_path` as they are; 0: all learn."
+    )
+    expander_warmup_ratio: float = _optimisation(
+        0.0, "Share of the steps, before all others, that train the expander alone on `model_name_or_path`."
+    )
     max_grad_norm: float = _optimisation(3.0, "Clip the norm of the encoder's gradient; 0 turns it off.")
     max_skipped_steps: int = _optimisation(
         20, "Stop after so many steps in a row whose loss or gradient is not finite."

@@ -31,6 +31,8 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         "min_learning_rate": 0,
         "weight_decay": 0,
         "warmup_ratio": 0,
+        "freeze_layers": 0,
+        "expander_warmup_ratio": 0,
         "max_grad_norm": 0,
         "dataloader_num_workers": 0,
         "logging_steps": 1,
@@ -94,10 +96,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         raise InputError(
             "`dataset_name`, `train_dir`: expected one of the two, got none; name your images: pretrain DATA."
         )
-    if run.sparse and not run.model_name_or_path:
-        raise InputError(
-            "`sparse`: expected a `model_name_or_path` to make sparse, got none; a new encoder is sparse by itself."
-        )
+    check_warm_start(run)
     if run.streaming:
         if run.dataset_name in (None, "digits"):
             raise InputError("`streaming`: expected a dataset to stream; name a Hub id or a folder of parquet shards.")
@@ -106,6 +105,24 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         for name in ("max_train_samples", "test_split"):
             if getattr(run, name) is not None:
                 raise InputError(f"`{name}`: expected none with --streaming, which reads the train split alone.")
+
+
+def check_warm_start(run: PretrainArguments) -> None:
+    """Raise InputError for flags of a warm start that are out of range, or that stand without a source."""
+    if not 0 < run.layer_decay <= 1:
+        raise InputError(f"`layer_decay`: expected a factor above 0 and at most 1, got {run.layer_decay}.")
+    if run.expander_warmup_ratio >= 1:
+        raise InputError(
+            f"`expander_warmup_ratio`: expected a share of the steps below 1, got {run.expander_warmup_ratio}."
+        )
+    reasons = {
+        "sparse": "a new encoder is sparse by itself",
+        "freeze_layers": "layers of a new encoder have to learn",
+        "expander_warmup_ratio": "a new encoder has to learn from the start",
+    }
+    for name, reason in reasons.items():
+        if getattr(run, name) and not run.model_name_or_path:
+            raise InputError(f"`{name}`: expected a `model_name_or_path` beside it, got none; {reason}: leave it out.")
 
 
 def _all_of(given: Collection[str] | None, *names: str) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from hf_vicreg import VicRegConfig, VicRegForPreTraining
 from hf_vicreg.training.engine.optim import LARS, build_optimizer, learning_rate_at, parameter_groups
+from hf_vicreg.training.engine.step import learning_rates
 from hf_vicreg.training.engine.unseen import unseen_parameters
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 16}
@@ -177,3 +178,38 @@ def test_checkpoints_from_when_all_were_optimised_are_read(optim):
     again = build_optimizer(model, optim, 1e-3, 0.05, (0.9, 0.95))
     again.load_state_dict(new.state_dict())
     assert all(torch.equal(again.state[parameter][kind], new.state[parameter][kind]) for parameter in held)
+
+
+def test_layers_of_an_encoder_learn_slower_the_deeper_they_lie():
+    encoder = {"model_type": "bigbird_vit", "num_hidden_layers": 3, "hidden_size": 16, "num_attention_heads": 2}
+    stage = "encoder.stages.1"
+    other = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    for first, scales in (
+        (
+            encoder | {"intermediate_size": 16},
+            {"embeddings.cls_token": 4, "encoder.layer.0.norm1.weight": 3, "encoder.layer.2.mlp.fc2.weight": 1}
+            | {"layernorm.weight": 0},
+        ),
+        (
+            other,
+            {"embedder.embedder.convolution.weight": 3, f"{stage}.layers.0.layer.0.convolution.weight": 1},
+        ),
+    ):
+        model = VicRegForPreTraining(VicRegConfig(encoder=first, second_encoder=other, expander_sizes=[8, 8]))
+        optimizer = build_optimizer(model, "adamw", 1e-2, 0.05, (0.9, 0.95), 0.5)
+        learning_rates(optimizer, 1e-2)
+        held = {id(one): group for group in optimizer.param_groups for one in group["params"]}
+        assert len(held) == sum(map(len, (group["params"] for group in parameter_groups(model, 0.05))))
+        for name, power in scales.items():
+            assert held[id(model.get_parameter(f"encoder.{name}"))]["lr"] == pytest.approx(1e-2 * 0.5**power), name
+        for name, parameter in model.named_parameters():
+            if not name.startswith("encoder.") and id(parameter) in held:
+                assert held[id(parameter)]["lr"] == 1e-2, name  # new weights
+
+
+def test_the_schedule_begins_after_the_expanders_own_steps():
+    alone = [learning_rate_at(step, 80, 2.0, 0.1, 0.5) for step in range(80)]
+    rates = [learning_rate_at(step, 100, 2.0, 0.1, 0.5, 0.2) for step in range(100)]
+    assert rates[20:] == alone
+    assert rates[:20] == [1.0, 2.0, *[2.0] * 18]
+    assert learning_rate_at(0, 100, 2.0, 0.0, 0.0, 0.2) == 2.0

@@ -82,6 +82,12 @@ def rising(start, factor):
         ("learning rate too high", {"loss": [90] * 5 + [30, 38, 10]}, {"loss": [90] * 5 + [30, 37, 10]}),
         ("embedding collapse", {"loss": [20] * 5 + [1, 3, 2], "embedding_std_mean": 0.01}, {"loss": rising(90, 0.9)}),
         ("learning rate too high", {"grad_norm_max": [1] * 9 + [11] * 3}, {"grad_norm_max": [1] * 10 + [11] * 2}),
+        # an encoder that is held at first
+        (
+            "learning rate too high",
+            {"grad_norm_max": [0] * 5 + [1] * 4 + [11] * 3},
+            {"grad_norm_max": [0] * 8 + [1] * 4},
+        ),
         ("loader-bound", {"data_wait_ratio": [0.0, 0.51]}, {"data_wait_ratio": [1.0, 0.49]}),
     ],
 )

@@ -98,3 +98,11 @@ def test_what_dinov3_caches_for_a_size_stays_real(tiny_recipe):
     assert step_memory(config, 2).encoder > 0
     encoder = VicRegForPreTraining(config.vicreg).encoder
     assert type(encoder(torch.zeros(1, 3, 80, 112)).pooler_output) is torch.Tensor
+
+
+def test_frozen_layers_keep_nothing_for_the_way_back(tiny_recipe):
+    tiny_recipe["model"] |= {"model_type": "bigbird_vit", "drop_path_rate": 0.0}
+    plain = step_memory(_config(tiny_recipe), 16)
+    frozen = step_memory(_config(tiny_recipe, model_name_or_path="a run", freeze_layers=1), 16)
+    assert frozen.weights < 0.7 * plain.weights
+    assert frozen.encoder < 0.7 * plain.encoder

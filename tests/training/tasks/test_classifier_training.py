@@ -28,12 +28,12 @@ from transformers import (
 )
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTForImageClassification, BigBirdViTImageProcessor, BigBirdViTModel
+from hf_vicreg.training.engine.optim import decayed_groups, layer_depths
 from hf_vicreg.training.engine.unseen import unseen_parameters
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FinetuneArguments
 from hf_vicreg.training.tasks.classification.command import finetune_classification
 from hf_vicreg.training.tasks.classification.data import image_size_of, pixel_values
-from hf_vicreg.training.tasks.classification.layer_decay import decayed_groups, layer_depths
 
 TINY = {
     "hidden_size": 32,

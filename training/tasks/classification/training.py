@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from hf_vicreg.training.engine.optim import decayed_groups
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import TuningArguments
 from hf_vicreg.training.evaluation.features import encoded_batches
@@ -29,7 +30,6 @@ from hf_vicreg.training.tasks.classification.data import (
     image_size_of,
     pixel_values,
 )
-from hf_vicreg.training.tasks.classification.layer_decay import decayed_groups
 from hf_vicreg.training.tasks.training import UNREADABLE, TaskStep, fitting_batch
 
 
