@@ -112,10 +112,8 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
 
 
 def _fill_tables(encoder: PreTrainedModel, size: tuple[int, int]) -> None:
-    """Make what a model on the meta device keeps for a size: made among shapes, it would be shapes for good."""
-    if isinstance(encoder, BigBirdViTModel):
-        encoder.attention_patterns(*size)
-    elif encoder.config.model_type == "dinov3_vit":  # whose coordinates of patches are cached by transformers
+    """Make what transformers caches for a size: made among shapes, it would be shapes for good."""
+    if encoder.config.model_type == "dinov3_vit":  # coordinates of patches
         copy.deepcopy(encoder.rope_embeddings).to_empty(device="cpu")(torch.empty(1, 3, *size))
 
 
