@@ -22,10 +22,13 @@ from hf_vicreg.training.engine.checkpoint import (
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.run.arguments import RESUMABLE_CHANGES, PretrainArguments, ViewsConfig
+from hf_vicreg.training.run.section_flags import MODEL
+from hf_vicreg.training.run.settings import DEFAULT_MODEL_TYPE
 
 logger = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(PretrainArguments)}
+MODEL_DEFAULTS: dict[str, Any] = {name: one.default for name, one in MODEL.items()}
 
 
 def checkpoint_to_resume(run: Any, accelerator: Accelerator) -> Path | None:
@@ -103,6 +106,9 @@ def refuse_other_configuration(found: RunState, expected: RunState) -> None:
     other: dict[str, Any] = DEFAULTS | found.recipe
     for recipe in (one, other):
         recipe["views"] = dataclasses.asdict(ViewsConfig()) | (recipe.get("views") or {})
+        for section in ("model", "second_model"):
+            if (recipe.get(section) or {}).get("model_type") == DEFAULT_MODEL_TYPE:
+                recipe[section] = MODEL_DEFAULTS | recipe[section]
     differences = [
         f"`{key}` is {one.get(key)!r}, the checkpoint has {other.get(key)!r}"
         for key in sorted(one.keys() | other.keys())

@@ -22,8 +22,10 @@ from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 
 # Types of encoders without rotary positions, whose layers of attention name their projections `q_proj` and `k_proj`.
 PLAIN_KEYS = {"vit", "deit", "dinov2", "dinov2_with_registers", "siglip_vision_model"}
-# Types whose pooled features are the output of `layernorm`, or a token or a mean of it.
-POOLED_FROM_NORM = {"dinov2", "dinov2_with_registers", "convnext", "convnextv2"}
+# What adds one vector to the pooled features of all images, by type: they are the output of a norm, or a token or a
+# mean of it; SigLIP's are a sum with the output of an MLP.
+SHIFTS = dict.fromkeys(("dinov2", "dinov2_with_registers", "convnext", "convnextv2"), "layernorm.bias")
+SHIFTS |= {"dinov3_vit": "norm.bias", "siglip_vision_model": "head.mlp.fc2.bias"}
 
 
 def unseen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -63,7 +65,7 @@ def _shift_of_features(encoder: PreTrainedModel) -> nn.Parameter | None:
     """The parameter that adds one vector to the features of all images."""
     if isinstance(encoder, BigBirdViTModel):
         return encoder.layernorm.bias if encoder.pooler is None else None
-    return encoder.layernorm.bias if encoder.config.model_type in POOLED_FROM_NORM else None
+    return dict(encoder.named_parameters()).get(SHIFTS.get(encoder.config.model_type, ""))
 
 
 __all__ = ["unseen_parameters"]

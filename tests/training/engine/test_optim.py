@@ -119,6 +119,8 @@ WRAPPERS = {
     "two-branches-one-layer": {"encoder": OURS, "second_encoder": OURS, "expander_sizes": [12]},
     "vit": {"encoder": {"model_type": "vit", **VIT}},
     "dinov2": {"encoder": {"model_type": "dinov2", "mlp_ratio": 1, **VIT}},
+    "dinov3": {"encoder": {"model_type": "dinov3_vit", "num_register_tokens": 1, **VIT}},
+    "siglip": {"encoder": {"model_type": "siglip_vision_model", **VIT}},
     "convnext": {"encoder": {"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}},
     "resnet": {"encoder": {"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}},
 }
