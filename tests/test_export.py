@@ -73,7 +73,7 @@ def test_a_classifier_at_another_size(saved, tmp_path, format):
     assert done.difference <= TOLERANCE
 
 
-@pytest.mark.parametrize("format", ["torch", "onnx"])
+@pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_detector(saved, tmp_path, format):
     encoder = saved("masked")
     arguments = DetectionArguments(
