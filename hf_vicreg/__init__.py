@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
     from hf_vicreg.modeling.vicreg_loss import vicreg_loss
     from hf_vicreg.publishing.publish import publish
+    from hf_vicreg.training.prepare.embed import embed
     from hf_vicreg.training.pretrain import pretrain
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "VicRegConfig",
     "VicRegForPreTraining",
     "__version__",
+    "embed",
     "pretrain",
     "publish",
     "vicreg_loss",
@@ -49,6 +51,7 @@ _HOMES = {
     "BigBirdViTModel": "hf_vicreg.modeling.modeling_bigbird_vit",
     "VicRegConfig": "hf_vicreg.modeling.configuration_vicreg",
     "VicRegForPreTraining": "hf_vicreg.modeling.modeling_vicreg",
+    "embed": "hf_vicreg.training.prepare.embed",
     "pretrain": "hf_vicreg.training.pretrain",
     "publish": "hf_vicreg.publishing.publish",
     "vicreg_loss": "hf_vicreg.modeling.vicreg_loss",

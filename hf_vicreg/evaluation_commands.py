@@ -1,10 +1,13 @@
-"""The verbs `evaluate` and `finetune` of `hf-vicreg`: flags from dataclasses, work imported when asked for."""
+"""The verbs `embed`, `evaluate` and `finetune` of `hf-vicreg`: flags from dataclasses, work when asked for."""
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from hf_vicreg.training.command import checked_count
 from hf_vicreg.training.errors import RunStopped, log_to_stderr, place_for
 from hf_vicreg.training.evaluation.arguments import (
     FewLabelsArguments,
@@ -13,6 +16,7 @@ from hf_vicreg.training.evaluation.arguments import (
     LinearArguments,
     RetrievalArguments,
 )
+from hf_vicreg.training.prepare.arguments import EmbedArguments, embed_arguments
 from hf_vicreg.training.run.flags import add_fields
 
 DATA = "--dataset_name my_labelled_images"
@@ -26,13 +30,25 @@ EVALUATIONS = {
         f"hf-vicreg evaluate few-labels runs/mine {DATA} --labels 10% 2 --max_steps 10 --num_seeds 2",
     ),
 }
+EMBED_EXAMPLE = "hf-vicreg embed my_images runs/mine embeddings"
 FINETUNE_EXAMPLE = (
     f"hf-vicreg finetune classification runs/mine {DATA} --output_dir runs/classifier --num_train_epochs 5"
 )
 
 
 def add_verbs(verbs: Any) -> Any:
-    """Add `evaluate` and `finetune` to the command's sub-parsers; returns those of `finetune`."""
+    """Add `embed`, `evaluate` and `finetune` to the command's sub-parsers; returns those of `finetune`."""
+    embed = add_command(
+        verbs,
+        "embed",
+        EmbedArguments,
+        "embeddings of images, as a parquet data set",
+        EMBED_EXAMPLE,
+        _embed,
+        images="folder of images, parquet file, local `datasets` folder, Hub id, or `digits`",
+        out="new or empty folder, or an interrupted call's to go on in",
+    )
+    embed.add_argument("--num_processes", metavar="INT", type=int, help="Processes on this machine; default: 1.")
     evaluate = verbs.add_parser("evaluate", help="what a model's features are worth on labelled images")
     whats = evaluate.add_subparsers(required=True, metavar="WHAT")
     for name, (kind, text, example) in EVALUATIONS.items():
@@ -58,8 +74,13 @@ def add_command(
     example: str,
     run: Any,
     model: str = "folder or Hub id of any vision model of transformers",
-) -> None:
-    """Add a command whose flags are the fields of a dataclass, with an example."""
+    images: str = "",
+    out: str = "",
+) -> argparse.ArgumentParser:
+    """Add a command whose flags are the fields of a dataclass, with an example; returns its parser.
+
+    `model`, `images` and `out` say what the words before the flags are; one without a text is not taken.
+    """
     parser = whats.add_parser(
         name,
         help=text,
@@ -68,15 +89,45 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help=model)
+    for word, said in (("images", images), ("model", model), ("out", out)):
+        if said:
+            parser.add_argument(word, metavar=word.upper(), help=said)
     add_fields(parser, kind)
     parser.set_defaults(run=run, arguments_class=kind, what=name)
+    return parser
 
 
 def arguments_of(parsed: argparse.Namespace) -> Any:
     """Return the flags of a command as its dataclass."""
     kind = parsed.arguments_class
     return kind(**{one.name: getattr(parsed, one.name) for one in dataclasses.fields(kind)})
+
+
+def _embed(parsed: argparse.Namespace) -> int:
+    log_to_stderr()
+    arguments = embed_arguments(vars(arguments_of(parsed)))
+    if checked_count(parsed.num_processes) > 1:
+        from hf_vicreg.training.launch.spawn import run_processes
+
+        given = {name: value for name, value in vars(arguments).items() if value is not None}
+        flags = [f"--{name}={value}" for name, value in given.items()]
+        words = ["embed", *flags, "--", parsed.images, parsed.model, parsed.out]
+        return run_processes(words, parsed.num_processes, "hf_vicreg.cli")
+    from hf_vicreg.training.launch.distributed import leave_processes
+    from hf_vicreg.training.launch.signals import stop_exit_code
+    from hf_vicreg.training.prepare.embed import embed_images
+
+    try:
+        with place_for("OUT", parsed.out):
+            done = embed_images(parsed.images, parsed.model, Path(parsed.out), arguments)
+    except RunStopped:
+        return stop_exit_code()
+    finally:
+        leave_processes()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{done.num_rows:,} images embedded, {done.num_unusable:,} unreadable left out")
+        print(f"\nTo read them: datasets.load_dataset({parsed.out!r}, split='train')")
+    return 0
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ def main(arguments: list[str], run: Callable[[dict[str, Any]], Any] | None = Non
     log_to_stderr()
     try:
         given = parse_flags(arguments)
-        count = _num_processes(given.pop("num_processes", None))
+        count = checked_count(given.pop("num_processes", None))
         settings = with_places(explicit_settings(given))
         if count == 1:
             return _run(settings, run)
@@ -36,8 +36,15 @@ def main(arguments: list[str], run: Callable[[dict[str, Any]], Any] | None = Non
         return 2
 
 
-def _num_processes(count: int | None) -> int:
-    """Return how many processes this one shall start; 1: it is the run itself."""
+def checked_count(count: int | None) -> int:
+    """Return how many processes this one shall start; 1: it is the run itself.
+
+    Args:
+        count: `--num_processes`; None if it was not given.
+
+    Raises:
+        InputError: A number out of range, or a launcher that has started them.
+    """
     if count is None:
         return 1
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

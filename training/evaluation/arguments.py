@@ -38,6 +38,10 @@ class EvaluationArguments(LabelledDataArguments):
         "Folder for results.json and pictures; default: MODEL if it is the folder of a run, else ./NAME-evaluation.",
     )
     cache_dir: str | None = flag(None, "Folder of cached features; default: hf_vicreg/features in HF_HOME.")
+    embeddings: list[str] | None = field(
+        default=None,
+        metadata={"help": "One or two folders of `hf-vicreg embed` to read features from: of training, test images."},
+    )
     seed: int = flag(0, "Seed of everything drawn.")
 
 
@@ -182,5 +186,10 @@ def check_ranges(arguments: LabelledDataArguments) -> None:
             raise InputError(f"`methods`: expected some of {', '.join(METHODS)}, got {one!r}.")
     if values.get("mixup_alpha") and (values.get("consistency") or "consistency" in values.get("methods", [])):
         raise InputError("`mixup_alpha`: expected 0 with the consistency loss, whose annealing reads single labels.")
+    if len(values.get("embeddings") or []) > 2:
+        raise InputError(
+            f"`embeddings`: expected a folder for the training images and one for the test images, got "
+            f"{len(values['embeddings'])}."
+        )
     if not arguments.dataset_name:
         raise InputError("`dataset_name`: expected labelled images, got none; add --dataset_name NAME.")

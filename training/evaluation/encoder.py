@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
@@ -51,11 +52,47 @@ class VisionEncoder:
     feature: str
     weights: str
 
-    @torch.no_grad()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return features `(batch, features)` of `pixel_values` `(batch, channels, height, width)`."""
-        outputs = self.model(pixel_values=pixel_values.to(self.model.device))
+        return self.feature_of(self.outputs(pixel_values))
+
+    @torch.no_grad()
+    def outputs(self, pixel_values: torch.Tensor) -> ModelOutput:
+        """Return what the model makes of `pixel_values` `(batch, channels, height, width)`, on its device."""
+        return self.model(pixel_values=pixel_values.to(self.model.device, non_blocking=True))
+
+    def feature_of(self, outputs: ModelOutput) -> torch.Tensor:
+        """Return the features `(batch, features)` among the model's outputs."""
         return outputs.last_hidden_state[:, 0] if self.feature == FIRST_TOKEN else pooled_features(outputs)
+
+    def patch_tokens(self, outputs: ModelOutput, height: int, width: int) -> torch.Tensor:
+        """Return the tokens of the patches `(batch, rows, columns, hidden_size)`, in raster order.
+
+        Args:
+            outputs: Of the model, for images of this size.
+            height: Of the pixel values.
+            width: Of the pixel values.
+
+        Raises:
+            InputError: The model has no token for each patch.
+        """
+        states, config = outputs.last_hidden_state, self.model.config
+        if states.ndim == 4:  # of a convolutional network: (batch, channels, rows, columns)
+            return states.permute(0, 2, 3, 1)
+        size = getattr(config, "patch_size", None) or 0
+        patch_height, patch_width = (size, size) if isinstance(size, int) else size
+        rows = columns = 0
+        if hasattr(config, "grid_size"):
+            rows, columns = config.grid_size(height, width)
+        elif patch_height and patch_width:
+            rows, columns = height // patch_height, width // patch_width
+        leading = states.shape[1] - rows * columns  # CLS, distillation, registers: they go first
+        if not rows * columns or not 0 <= leading <= 2 + (getattr(config, "num_register_tokens", None) or 0):
+            raise InputError(
+                f"`patch_tokens`: expected a model with a token for each patch, {self.name} of type "
+                f"{config.model_type!r} has {states.shape[1]} tokens for {height}x{width} pixels; leave it out."
+            )
+        return states[:, leading:].unflatten(1, (rows, columns))
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -74,11 +111,15 @@ class VisionEncoder:
         }
 
 
-def load_vision_encoder(name: str) -> VisionEncoder:
+def load_vision_encoder(name: str, device: torch.device | None = None) -> VisionEncoder:
     """Return the encoder in a folder or on the Hub: of a run, of a run's `pretraining`, or of another maker.
 
     Some checkpoints (DINO's ViTs, classifiers) have no weights for the pooler that their class has; then the first
     token is the feature, not what random weights make of it.
+
+    Args:
+        name: Folder or Hub id.
+        device: Where to; default: a GPU if there is one.
 
     Raises:
         InputError: No model there, no encoder of images, or weights missing.
@@ -104,7 +145,7 @@ def load_vision_encoder(name: str) -> VisionEncoder:
             f"`MODEL`: expected weights for the whole encoder in {name}, found none for "
             f"{next(key for key in missing if key not in in_pooler)} and {len(missing) - 1} more."
         )
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     processor = load_processor(name, model.config)
     try:
         outputs = model(processor([Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"].to(model.device))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hf_vicreg.training.evaluation.arguments import (
     check_ranges,
 )
 from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder
-from hf_vicreg.training.evaluation.features import Features, load_features
+from hf_vicreg.training.evaluation.features import Features, load_features, read_embeddings
 from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap, load_labelled
 from hf_vicreg.training.evaluation.linear import linear_probe, require_sklearn
 from hf_vicreg.training.evaluation.neighbours import knn_predictions, mean_average_precision, nearest_in_bank
@@ -34,6 +35,7 @@ SHOWN_K = 20  # whose confusions are shown
 WATCHING = {
     "output_dir",
     "cache_dir",
+    "embeddings",  # checked to be of this model and these images
     "unlabelled_dir",  # told by its name, and by its images' fingerprint to a resumed run
     "dataloader_num_workers",
     "logging_steps",
@@ -68,12 +70,21 @@ class Evaluation:
     pictures: list[str] = field(default_factory=list)
 
     def features(self) -> tuple[Features, Features]:
-        """Return the features of both splits."""
-        found = [
-            load_features(images, self.encoder, self.arguments.cache_dir, self.arguments.per_device_eval_batch_size)
-            for images in (self.train, self.test)
-        ]
-        return found[0], found[1]
+        """Return the features of both splits, each from its folder of embeddings if there is one.
+
+        Raises:
+            InputError: Embeddings of another model or other images.
+        """
+        arguments, folders = self.arguments, [Path(one) for one in self.arguments.embeddings or []]
+        splits = zip_longest((self.train, self.test), folders)
+        found = [read_embeddings(folder, images, self.encoder) if folder else None for images, folder in splits]
+        train, test = (
+            load_features(images, self.encoder, arguments.cache_dir, arguments.per_device_eval_batch_size)
+            if one is None
+            else one
+            for images, one in zip((self.train, self.test), found, strict=True)
+        )
+        return train, test
 
     def picture(self, name: str) -> Path:
         """Return where to draw a picture, and note it."""

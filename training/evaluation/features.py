@@ -1,4 +1,8 @@
-"""Features of images, encoded batch after batch; those of a split are cached by model, preprocessing and bytes."""
+"""Features of images, encoded batch after batch; those of a split are cached by model, preprocessing and bytes.
+
+`hf-vicreg embed` stores features in a folder, from which `read_embeddings` takes them: `embedding.json` says of which
+model and images they are, and `data/` has parquet shards, each with a digest of every image that it covers.
+"""
 
 import hashlib
 import json
@@ -17,15 +21,18 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_vicreg.modeling.modeling_vicreg import pooled_features
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.encoder import VisionEncoder
 from hf_vicreg.training.evaluation.labelled import LabelledImages
-from hf_vicreg.training.images.sources import ImageSource
+from hf_vicreg.training.images.image_source import DIGEST_BYTES, NOT_READ, ImageSource
 from hf_vicreg.training.monitor.progress import Progress
+from hf_vicreg.training.run.run_folder import read_record, refuse_others
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 64
+EMBEDDING_FILE, SHARDS = "embedding.json", "data/train-*-of-*.parquet"  # in a folder of embeddings
+DIGESTS = b"image_digests"  # in a shard's metadata: of the images it covers, in hexadecimal, one after the other
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,63 @@ def cache_key(images: LabelledImages, encoder: VisionEncoder) -> str:
     """Return the name under which features are cached; labels do not matter to them."""
     parts = [encoder.weights, encoder.feature, encoder.preprocessing, images.fingerprint]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def shard_digests(shard: Path) -> list[bytes]:
+    """Return the digest of every image that a shard of embeddings covers, with a row or without.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    import pyarrow.parquet
+
+    with blamed_on("embeddings", f"expected a whole shard in {shard}, which is damaged; delete it and embed again"):
+        joined = bytes.fromhex((pyarrow.parquet.read_schema(shard).metadata or {}).get(DIGESTS, b"none").decode())
+    return [joined[start : start + DIGEST_BYTES] for start in range(0, len(joined), DIGEST_BYTES)]
+
+
+def same_model(described: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a model's description, of `VisionEncoder.describe`, makes its features."""
+    return {key: described[key] for key in ("weights", "feature", "preprocessing")}
+
+
+def read_embeddings(folder: Path, images: LabelledImages, encoder: VisionEncoder) -> Features:
+    """Return the features of a split from a folder of `hf-vicreg embed`, checked against model and bytes.
+
+    Args:
+        folder: Of embeddings of these images, and perhaps of more behind them.
+        images: The split.
+        encoder: The model that they have to be of.
+
+    Raises:
+        InputError: Embeddings of another model or other images, or unfinished ones.
+    """
+    import pyarrow.parquet
+
+    record, remedy = (
+        read_record("embeddings", folder / EMBEDDING_FILE),
+        f"embed split {images.split!r} with this model",
+    )
+    refuse_others("embeddings", folder, record, {"model": same_model(encoder.describe())}, remedy)
+    if "num_rows" not in record:
+        raise InputError(f"`embeddings`: expected finished ones, found only a part in {folder}; go on with the embed.")
+    shards = sorted(folder.glob(SHARDS))
+    digests = [one for shard in shards for one in shard_digests(shard)]
+    for index, wanted in enumerate(images.digests):
+        found = digests[index] if index < len(digests) else None
+        unread = found == NOT_READ and images.source.digest(index) == NOT_READ  # then as now
+        if found != wanted[:DIGEST_BYTES] and not unread:
+            raise InputError(
+                f"`embeddings`: expected those of the {len(images.source)} images of split {images.split!r} in "
+                f"{folder}, found {len(digests)}, of which image {index} is another one or missing; {remedy}."
+            )
+    table = pyarrow.parquet.read_table(shards, columns=["id", "embedding"])
+    indices = torch.tensor(table["id"].to_numpy())
+    values = torch.tensor(table["embedding"].combine_chunks().flatten().to_numpy()).float()
+    kept = indices < len(images.source)
+    indices, values = indices[kept], values.view(len(kept), -1)[kept]
+    logger.info("features of split %r: %d of %s, %s", images.split, len(indices), folder, record.get("dtype"))
+    return Features(values, torch.tensor(images.labels, dtype=torch.int64)[indices], indices)
 
 
 def _extract(images: LabelledImages, encoder: VisionEncoder, batch_size: int) -> dict[str, torch.Tensor]:
@@ -179,10 +243,16 @@ def encoded_batches(
         read = [(index, source.read(index)) for index in range(start, min(start + batch_size, len(source)))]
         readable = [index for index, image in read if image is not None]
         if readable:
-            images: list[Image.Image] = [image for _, image in read if image is not None]
-            pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-            filled = pixel_values[torch.arange(batch_size) % len(images)]
-            yield turn * batch_size, readable, encode_pixels(filled)[: len(images)].float().cpu()
+            filled = pixels_of([image for _, image in read if image is not None], processor, batch_size)
+            yield turn * batch_size, readable, encode_pixels(filled)[: len(readable)].float().cpu()
+
+
+def pixels_of(images: list[Image.Image], processor: Callable[..., Any], batch_size: int) -> torch.Tensor:
+    """Return pixel values `(batch_size, channels, height, width)`: the images', then copies to fill the batch up."""
+    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+    if len(images) == batch_size:
+        return pixel_values
+    return pixel_values[torch.arange(batch_size) % len(images)]
 
 
 def model_encoder(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,5 +1,6 @@
 """Images by index, decoded one at a time, and what can be told of all of them from a few."""
 
+import hashlib
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,13 @@ from hf_vicreg.training.images.decoding import Header, UnusableImage, decode, re
 
 NUM_SAMPLED = 64
 NUM_DECODED = 16  # of a survey's images
+DIGEST_BYTES = 16  # of the SHA-256 of an encoded image
+NOT_READ = bytes(DIGEST_BYTES)  # the digest of an image whose bytes cannot be read
+
+
+def digest_of(encoded: bytes) -> bytes:
+    """Return what tells an encoded image from others: the beginning of its SHA-256."""
+    return hashlib.sha256(encoded).digest()[:DIGEST_BYTES]
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,13 @@ class ImageSource:
         except Exception as error:  # of a disk, of a table
             raise unusable(error) from error
         return decode(encoded, self.min_size, reduction)
+
+    def digest(self, index: int) -> bytes:
+        """Return the digest of an image's bytes, `NOT_READ` if they cannot be read."""
+        try:
+            return digest_of(self.read_bytes(index))
+        except Exception:  # of a disk, of a table
+            return NOT_READ
 
     def refusal(self, index: int) -> UnusableImage | None:
         """Return why an image cannot be used, None if it can."""

@@ -17,7 +17,12 @@ UNUSABLE_FILE = "unusable.jsonl"
 NUM_NAMED = 5  # of each kind, in the log
 
 
-def write_unusable(folder: Path, source: ImageSource | ImageStream, indices: Iterable[int]) -> None:
+def write_unusable(
+    folder: Path,
+    source: ImageSource | ImageStream,
+    indices: Iterable[int],
+    outcome: str = "were not usable and replaced by others",
+) -> None:
     """Write why images could not be used into the run's folder, and say it in the log.
 
     Reasons are found by reading the images once more: a checkpoint holds indices alone, so the file is as complete
@@ -27,6 +32,7 @@ def write_unusable(folder: Path, source: ImageSource | ImageStream, indices: Ite
         folder: The run's `output_dir`.
         source: The images.
         indices: Those that could not be used.
+        outcome: What became of them, for the log.
 
     Raises:
         OSError: No room.
@@ -44,9 +50,7 @@ def write_unusable(folder: Path, source: ImageSource | ImageStream, indices: Ite
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    logger.warning(
-        "%d image(s) were not usable and replaced by others; %s names them all:", len(entries), UNUSABLE_FILE
-    )
+    logger.warning("%d image(s) %s; %s names them all:", len(entries), outcome, UNUSABLE_FILE)
     for line in grouped_lines(entries):
         logger.warning("  %s", line)
 

@@ -1,5 +1,6 @@
 """Processes, threads and precision of a run."""
 
+import datetime
 import gc
 import logging
 import os
@@ -9,7 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from hf_vicreg.training.errors import InputError, RelayedError
 
@@ -25,6 +32,7 @@ def build_accelerator(
     find_unused_parameters: bool = False,
     log_with: Sequence[str] = (),
     project_dir: Path | None = None,
+    patience_s: float | None = None,
 ) -> Accelerator:
     """Return the accelerator, with threads set and precision chosen, both logged.
 
@@ -34,6 +42,7 @@ def build_accelerator(
         find_unused_parameters: DistributedDataParallel's, at the price of a walk through the graph in each step.
         log_with: Trackers to send figures to.
         project_dir: Folder for the trackers' files.
+        patience_s: How long a process waits for the others; default: torch's. One that has gone is noticed at once.
 
     Raises:
         InputError: fp16 without a GPU, more processes than GPUs, or a launcher that shards the model.
@@ -53,12 +62,15 @@ def build_accelerator(
     if mixed_precision == "auto":
         has_bf16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         mixed_precision = "bf16" if has_bf16 else "no"
+    kwargs_handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
+    if patience_s is not None:
+        kwargs_handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=patience_s)))
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=use_cpu,
         log_with=list(log_with) or None,
         project_dir=project_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+        kwargs_handlers=kwargs_handlers,
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         found = accelerator.distributed_type.value

@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine: `hf-vicreg pretrain --num_processes N`, without a launcher."""
+"""Several processes of one command on this machine: `hf-vicreg pretrain --num_processes N`, without a launcher."""
 
 import contextlib
 import os
@@ -15,15 +15,16 @@ SECONDS_BETWEEN_LOOKS = 0.1
 GRACE_SECONDS = 30.0  # for the others, once one process has failed: they may wait for it for ever
 
 
-def run_processes(arguments: list[str], count: int) -> int:
-    """Run `hf-vicreg pretrain` in several processes and return the exit code of the first one that failed, else 0.
+def run_processes(arguments: list[str], count: int, module: str = "hf_vicreg.training.pretrain") -> int:
+    """Run a command in several processes and return the exit code of the first one that failed, else 0.
 
     SIGTERM and SIGINT are passed on: the processes agree on a step, write a checkpoint and leave. Whatever is still
     there when this ends, loader processes among it, is killed.
 
     Args:
-        arguments: Flags, the same for every process, with an `--output_dir`.
+        arguments: The same for every process; they name the folder to write to.
         count: How many.
+        module: What `python -m` runs; default: `hf-vicreg pretrain`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -31,7 +32,7 @@ def run_processes(arguments: list[str], count: int) -> int:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), PARENT: str(os.getpid())}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # a run sets its threads itself
-    command = [sys.executable, "-m", "hf_vicreg.training.pretrain", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     processes: list[subprocess.Popen] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:

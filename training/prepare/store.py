@@ -30,6 +30,7 @@ IMAGES_A_BATCH = 16  # between processes
 JPEG_QUALITY = 90
 # Formats whose bytes are stored as they are when the image is small enough; others may be large for their pixels.
 KEPT_FORMATS = {"JPEG", "PNG", "WEBP"}
+WRITING = ".writing_"  # before the name of a file that is not there yet; `datasets` does not look at it
 RECORD = ".prepared.json"  # hidden: `datasets` takes any other JSON file in the folder for data
 
 
@@ -98,9 +99,10 @@ def _open_folder(out: Path, record: dict[str, Any]) -> None:
             raise InputError(f"`out`: expected a new or empty folder, {out} holds something else.") from None
         if found != record:
             raise InputError(f"`out`: {out} was begun from other images or with another size; choose another folder.")
+        remove_unfinished(out)
         return
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / RECORD, json.dumps(record).encode())
+    write_whole(out / RECORD, json.dumps(record).encode())
 
 
 def _write_split(source: ImageSource, split: str, out: Path, size: int, num_proc: int) -> list[int]:
@@ -144,7 +146,7 @@ def _write_split(source: ImageSource, split: str, out: Path, size: int, num_proc
         metadata = features.metadata | {b"skipped": json.dumps(own_skipped).encode()}
         table = pyarrow.Table.from_pylist(rows, schema=features.with_metadata(metadata))
         # images are compressed already; small row groups let a stream be shuffled without reading a whole shard
-        _write(path, partial(pyarrow.parquet.write_table, table, row_group_size=100, compression="none"))
+        write_whole(path, partial(pyarrow.parquet.write_table, table, row_group_size=100, compression="none"))
         skipped += own_skipped
     progress.close()
     return sorted(skipped)
@@ -188,14 +190,16 @@ class _Resized(Dataset):
         return min(width, height) // self.size
 
 
-def _write(path: Path, content: bytes | Callable[[Path], None]) -> None:
+def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
     """Write a file completely or not at all: aside, flushed to disk, then renamed.
+
+    Two processes that write the same file do not disturb each other.
 
     Args:
         path: Where.
         content: Bytes, or a function that writes to the path it is given.
     """
-    temporary = path.with_name(f".writing_{path.name}")
+    temporary = path.with_name(f"{WRITING}{os.getpid()}_{path.name}")
     try:
         if isinstance(content, bytes):
             temporary.write_bytes(content)
@@ -207,3 +211,9 @@ def _write(path: Path, content: bytes | Callable[[Path], None]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed left of files they were writing into a folder."""
+    for path in folder.glob(f"{WRITING}*"):
+        path.unlink(missing_ok=True)

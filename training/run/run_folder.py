@@ -1,8 +1,9 @@
 """The folder that a run, or a fine-tuning, writes to: whose it is, and how it is begun."""
 
 import contextlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_vicreg.training.errors import InputError, room_in
 
@@ -57,3 +58,41 @@ def start_folder(folder: Path, own_file: str, text: str, accelerator: "Accelerat
 
 def _unfinished(own_file: str) -> str:
     return f"{own_file}.tmp"
+
+
+def read_record(field: str, path: Path) -> dict[str, Any]:
+    """Return what a folder says in a JSON file of how it was made.
+
+    Args:
+        field: What the user gave.
+        path: The file.
+
+    Raises:
+        InputError: None there.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(
+            f"`{field}`: expected a new folder or one with {path.name}, {path.parent} holds something else; choose "
+            "another folder."
+        )
+    return found
+
+
+def refuse_others(field: str, folder: Path, found: dict[str, Any], expected: dict[str, Any], remedy: str) -> None:
+    """Compare what a folder was made of with what is asked for; fields of `found` alone are passed over.
+
+    Raises:
+        InputError: They differ; it names the first field that does.
+    """
+    for key, wanted in expected.items():
+        if isinstance(wanted, dict) and isinstance(found.get(key), dict):
+            refuse_others(field, folder, found[key], wanted, remedy)
+        elif found.get(key) != wanted:
+            raise InputError(
+                f"`{field}`: expected `{key}` {wanted!r} in {folder}, found {found.get(key)!r}: of another model, "
+                f"other images or other flags; {remedy}."
+            )

@@ -113,6 +113,24 @@ def test_killed_and_started_again_it_goes_on_behind_the_complete_shards(
     assert {source.read(index).size for index in range(59)} == {(341, 256)}
 
 
+def test_a_file_is_whole_or_absent(tmp_path):
+    target = tmp_path / "shard.parquet"
+
+    def half(place):
+        place.write_bytes(b"half")
+        assert not target.exists()
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        module.write_whole(target, half)
+    assert list(tmp_path.iterdir()) == []
+    module.write_whole(target, lambda place: place.write_bytes(b"whole"))
+    assert target.read_bytes() == b"whole"
+    (tmp_path / ".writing_123_shard.parquet").write_bytes(b"of a process that was killed")
+    module.remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize("case", ["foreign", "other-size", "other-images", "file", "nothing", "size"])
 def test_what_it_cannot_do_is_said_and_nothing_is_touched(tmp_path, case, capsys):
     folder = photographs(tmp_path / "images", 2, size=(30, 20))
