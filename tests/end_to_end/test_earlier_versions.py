@@ -1,10 +1,13 @@
-"""What 0.1.0 wrote: a run folder that loads, and a checkpoint that goes on. The folder is of that version's own code.
+"""What 0.1.0 wrote: a run folder and a published one that load, and a checkpoint that goes on.
 
-Its recipe trained on 36 images of 36x36 pixels, which follow from their index (`write_images`).
+They are of that version's own code, and the published folder holds it. The run trained on 36 images of 36x36 pixels,
+which follow from their index (`write_images`).
 """
 
 import hashlib
 import shutil
+import sys
+import tarfile
 from pathlib import Path
 
 import torch
@@ -14,7 +17,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 from hf_vicreg import pretrain
 from hf_vicreg.training.monitor.run_log import read_log
 
-RUN = Path(__file__).resolve().parents[1] / "fixtures" / "run_0.1.0"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+RUN = FIXTURES / "run_0.1.0"
 SIDE, COUNT = 36, 36
 # what that version's model gave of `torch.linspace(-1, 1, 3 * 40 * 24).view(1, 3, 40, 24)`
 FEATURES = [0.73705977, 0.49622065, 0.36243039, 0.14046456, -1.11126173, 0.07226317]
@@ -35,6 +39,30 @@ def test_a_run_of_before_loads():
     wrapper = AutoModelForPreTraining.from_pretrained(RUN, subfolder="pretraining")
     own, inner = model.state_dict(), wrapper.encoder.state_dict()
     assert all(torch.equal(own[name], inner[name]) for name in own)
+
+
+def test_a_published_folder_of_before_loads_with_the_package_and_without(tmp_path, run_process):
+    with tarfile.open(FIXTURES / "published_0.1.0.tar.gz") as archive:
+        archive.extractall(tmp_path / "published", filter="data")
+    assert (tmp_path / "published" / "table_store.py").exists()  # code that this version has no more
+    image = torch.linspace(-1, 1, 3 * 40 * 24).view(1, 3, 40, 24)
+    model = AutoModel.from_pretrained(tmp_path / "published").eval()
+    assert type(model).__module__.startswith("hf_vicreg.")
+    torch.testing.assert_close(model(image).pooler_output[0, :6], torch.tensor(FEATURES), rtol=1e-4, atol=1e-5)
+    script = tmp_path / "stranger.py"
+    script.write_text(
+        "import sys\n"
+        "sys.modules['hf_vicreg'] = None\n"
+        "import torch\n"
+        "from transformers import AutoModel\n"
+        "model = AutoModel.from_pretrained('published', trust_remote_code=True).eval()\n"
+        "image = torch.linspace(-1, 1, 3 * 40 * 24).view(1, 3, 40, 24)\n"
+        "print(*model(image).pooler_output[0, :6].tolist())\n"
+    )
+    finished = run_process([sys.executable, script], HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert finished.returncode == 0, finished.stderr
+    found = torch.tensor([float(one) for one in finished.stdout.split()])
+    torch.testing.assert_close(found, torch.tensor(FEATURES), rtol=1e-4, atol=1e-5)
 
 
 def test_a_checkpoint_of_before_goes_on(tmp_path, monkeypatch):
