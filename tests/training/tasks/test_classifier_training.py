@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import datasets
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTForImageClassification, BigBirdViTImageProcessor, BigBirdViTModel
+from hf_vicreg.cli import main
 from hf_vicreg.training.engine.optim import decayed_groups, layer_depths
 from hf_vicreg.training.engine.unseen import unseen_parameters
 from hf_vicreg.training.errors import InputError
@@ -265,6 +267,25 @@ def test_killed_and_resumed_tuning_ends_with_the_same_weights(encoder, colours, 
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
     assert any(line["consistency_loss"] > 0 for line in log(tmp_path / "whole"))
+
+
+def test_tuning_stops_when_asked_with_a_checkpoint(encoder, colours, tmp_path):
+    folder = tmp_path / "tuned"
+
+    def stop_when_it_trains():
+        while not (folder / "log.jsonl").exists():
+            time.sleep(0.01)
+        (folder / "stop").touch()
+
+    asking = threading.Thread(target=stop_when_it_trains, daemon=True)
+    asking.start()
+    given = [*command_of(colours, encoder())[2:], "--max_steps", 1_000_000, "--output_dir", folder]
+    assert main([str(one) for one in given]) == 75
+    asking.join()
+    assert not (folder / "stop").exists()  # it asked that launch alone
+    assert not (folder / "model.safetensors").exists()
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert int(checkpoint.name.removeprefix("step_")) == log(folder)[-1]["step"]
 
 
 @pytest.mark.distributed
