@@ -250,8 +250,11 @@ def _write(
 
         whole = path.with_stem(f"{path.stem}_fp32")
         path.replace(whole)
-        logging.getLogger().setLevel(logging.ERROR)  # it advises what its own command line could do
+        root = logging.getLogger()
+        level = root.level
+        root.setLevel(logging.ERROR)  # it advises what its own command line could do
         quantize_dynamic(whole, path)
+        root.setLevel(level)
         whole.unlink()
 
 
@@ -306,7 +309,8 @@ def _run_program(path: Path, pixels: torch.Tensor) -> tuple[dict[str, np.ndarray
     inputs, outputs = path.with_suffix(".in.npz"), path.with_suffix(".out.npz")
     np.savez(inputs, **{str(size): pixels[:size].numpy() for size in BATCHES})  # type: ignore[arg-type]
     script = resources.files("hf_vicreg") / "exported_program.py"
-    command = [sys.executable, str(script), str(path), str(inputs), str(outputs)]
+    # -P: the script's own folder, full of this package's modules, is no place to import from
+    command = [sys.executable, "-P", str(script), str(path), str(inputs), str(outputs)]
     try:
         finished = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=path.parent, stdin=subprocess.DEVNULL

@@ -242,11 +242,8 @@ def derived(pattern: BlockPattern, make: Callable, *arguments) -> Any:
     """
     if torch.compiler.is_dynamo_compiling():
         return _made(pattern._handle, pattern.name, make, *arguments)[0]
-    key = (
-        make.__module__,
-        make.__name__,
-        *arguments,
-    )  # no functions: torch 2.11 guards those in a constant's attributes
+    # no functions: torch 2.11 guards those in a constant's attributes
+    key = (make.__module__, make.__name__, *arguments)
     if key not in pattern._kept:
         with ordinary_tensors():
             pattern._kept[key] = make(pattern, *arguments)

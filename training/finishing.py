@@ -38,9 +38,8 @@ def fit(run: Run) -> None:
             run.push.abandon()
         if isinstance(error, RunStopped):
             finish_trackers(run.accelerator)
-            if run.accelerator.is_main_process:
-                with room_in(run.folder):
-                    write_unusable(run.folder, run.source, run.loop.state.unusable)
+            # the others wait: a launcher ends the rest as soon as one leaves
+            run_on_main(lambda: _list_unusable(run), run.accelerator)
         raise
 
 
@@ -98,6 +97,11 @@ def results_of(run: Run, state: RunState) -> dict[str, Any]:
         "knn_accuracy": state.knn,
         "linear_accuracy": state.linear,
     }
+
+
+def _list_unusable(run: Run) -> None:
+    with room_in(run.folder):
+        write_unusable(run.folder, run.source, run.loop.state.unusable)
 
 
 def _push_snapshot(run: Run, state: RunState) -> None:

@@ -13,14 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_vicreg.modeling.modeling_vicreg import (
-    VicRegForPreTraining,
-    build_encoder,
-)
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, build_encoder
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import (
-    public_name,
-)
+from hf_vicreg.training.evaluation.encoder import public_name
 from hf_vicreg.training.run.arguments import OPEN_FIELDS, RESERVED
 from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.run.resolve import resolve

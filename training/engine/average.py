@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -26,7 +27,8 @@ class WeightAverage:
         """Begin with copies of the encoders, on their devices."""
         self.decay = decay
         self.encoders = encoders
-        self.averaged = AveragedModel(nn.ModuleList(encoders), avg_fn=self._follow, use_buffers=True)
+        self.count = 0  # a number, as reading torch's own off a device would wait for it
+        self.averaged = AveragedModel(nn.ModuleList(encoders), multi_avg_fn=self._follow, use_buffers=True)
         self.averaged.requires_grad_(False).eval()
 
     @property
@@ -37,6 +39,7 @@ class WeightAverage:
     def update(self) -> None:
         """Follow the encoders after a step."""
         self.averaged.update_parameters(nn.ModuleList(self.encoders))
+        self.count += 1
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what a checkpoint holds of the average."""
@@ -45,10 +48,13 @@ class WeightAverage:
     def load(self, checkpoint: Path) -> None:
         """Take over a checkpoint's average."""
         self.averaged.load_state_dict(load_file(checkpoint / AVERAGE_FILE))
+        self.count = int(self.averaged.n_averaged)
 
-    def _follow(self, average: torch.Tensor, weights: torch.Tensor, before: torch.Tensor | int) -> torch.Tensor:
-        if not average.is_floating_point():
-            return weights
-        count = int(before)
-        decay = min(self.decay, (1 + count) / (10 + count))
-        return average.lerp(weights, 1 - decay)
+    @torch.no_grad()
+    def _follow(self, averages: Any, weights: Any, _: Any) -> None:
+        """Move averages towards weights, in place; all of them are on one device and of one type."""
+        if averages[0].is_floating_point():
+            decay = min(self.decay, (1 + self.count) / (10 + self.count))
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        else:
+            torch._foreach_copy_(averages, weights)

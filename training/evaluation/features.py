@@ -116,10 +116,8 @@ def read_embeddings(folder: Path, images: LabelledImages, encoder: VisionEncoder
     """
     import pyarrow.parquet
 
-    record, remedy = (
-        read_record("embeddings", folder / EMBEDDING_FILE),
-        f"embed split {images.split!r} with this model",
-    )
+    record = read_record("embeddings", folder / EMBEDDING_FILE)
+    remedy = f"embed split {images.split!r} with this model"
     refuse_others("embeddings", folder, record, {"model": same_model(encoder.describe())}, remedy)
     if "num_rows" not in record:
         raise InputError(f"`embeddings`: expected finished ones, found only a part in {folder}; go on with the embed.")

@@ -19,10 +19,7 @@ from huggingface_hub import constants
 
 from hf_vicreg.training.errors import InputError, RunStopped, blamed_on
 from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder
-from hf_vicreg.training.evaluation.features import (
-    EMBEDDING_FILE,
-    same_model,
-)
+from hf_vicreg.training.evaluation.features import EMBEDDING_FILE, same_model
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
 from hf_vicreg.training.images.unusable import write_unusable
 from hf_vicreg.training.launch.distributed import build_accelerator, check_device, run_on_main

@@ -1,10 +1,14 @@
 """`unusable.jsonl`: each image that was passed over, with its reason."""
 
 import json
+import threading
+import time
 
 import pytest
 from PIL import Image
 
+from hf_vicreg import pretrain
+from hf_vicreg.training.errors import RunStopped
 from hf_vicreg.training.images.sources import load_sources
 from hf_vicreg.training.images.unusable import write_unusable
 
@@ -44,3 +48,22 @@ def test_an_image_that_was_mended_since_is_said_to_be(source, tmp_path):
 def test_nothing_passed_over_leaves_no_file(source, tmp_path):
     write_unusable(tmp_path, source, [])
     assert not (tmp_path / "unusable.jsonl").exists()
+
+
+def test_a_run_that_is_stopped_names_what_it_passed_over(tmp_path, tiny_recipe, image_folder):
+    images, folder = image_folder(64), tmp_path / "run"
+    (images / "0003.png").write_bytes(b"broken")
+
+    def stop_after_an_epoch():
+        log = folder / "log.jsonl"
+        while not log.exists() or len(log.read_text().splitlines()) < 3:
+            time.sleep(0.01)
+        (folder / "stop").touch()
+
+    asking = threading.Thread(target=stop_after_an_epoch, daemon=True)
+    asking.start()
+    with pytest.raises(RunStopped, match="stopped by the stop file"):
+        pretrain(out=folder, data=images, **tiny_recipe | {"max_steps": 1_000_000})
+    asking.join()
+    (entry,) = map(json.loads, (folder / "unusable.jsonl").read_text().splitlines())
+    assert entry["name"].endswith("0003.png")
