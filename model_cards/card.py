@@ -72,6 +72,7 @@ class CardFacts:
             beside the card.
         has_second_encoder: Whether the folder `second_encoder` comes along.
         has_pretraining: Whether the folder `pretraining` comes along.
+        has_adapter: Whether the folder `adapter` does.
         license: Of the weights, by the Hub's short name for it; None: the card names none.
 
     Raises:
@@ -87,6 +88,7 @@ class CardFacts:
     pictures: tuple[str, ...] = ()
     has_second_encoder: bool = False
     has_pretraining: bool = False
+    has_adapter: bool = False
     license: str | None = None
 
     def __post_init__(self) -> None:
@@ -213,6 +215,11 @@ def _loading_note(facts: CardFacts) -> str:
         lines.append(
             "The encoder with its expander and the loss, to go on with pretraining: "
             '`AutoModelForPreTraining.from_pretrained(name, subfolder="pretraining", ...)`.'
+        )
+    if facts.has_adapter:
+        lines.append(
+            "The weights hold what low-rank adapters have learned. The adapters alone, to put on the model that they "
+            'were made for: `PeftModel.from_pretrained(model, name, subfolder="adapter")`.'
         )
     return "\n\n".join(lines)
 

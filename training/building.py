@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
+from hf_vicreg.training.engine.encoders import add_adapters
 from hf_vicreg.training.engine.loop import TrainingLoop
 from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.engine.resume import checkpoint_to_resume
@@ -126,6 +127,12 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
         model = VicRegForPreTraining(config.vicreg)
     if run.model_name_or_path and checkpoint is None:  # a resumed run has its weights, and needs no source
         take_source_weights(model, config)
+    if run.lora_rank:
+        add_adapters(model.encoder, run.lora_rank)
+        learn, total = (model.encoder.num_parameters(only_trainable=only) for only in (True, False))
+        logger.info(
+            "adapters of rank %d: %s of the encoder's %s numbers learn", run.lora_rank, f"{learn:,}", f"{total:,}"
+        )
     for section, encoder in zip(("model", "second_model"), model.encoders, strict=False):
         if encoder.main_input_name != "pixel_values":
             found = encoder.config.model_type

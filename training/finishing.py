@@ -9,7 +9,9 @@ from accelerate import Accelerator
 
 from hf_vicreg.training.building import Run
 from hf_vicreg.training.engine.checkpoint import RunState
+from hf_vicreg.training.engine.encoders import ADAPTER, merge_adapters, merged
 from hf_vicreg.training.errors import RunStopped, room_in
+from hf_vicreg.training.evaluation.encoder import public_name
 from hf_vicreg.training.export import export_run, export_snapshot
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.unusable import write_unusable
@@ -50,6 +52,8 @@ def finish(run: Run) -> dict[str, Any]:
         InputError: The disk is full.
     """
     state = run.loop.state
+    with room_in(run.folder):
+        _merge(run)
     if run.probe.possible:
         state.note(run.probe.of_encoders("trained"))
     finish_trackers(run.accelerator)
@@ -99,6 +103,14 @@ def results_of(run: Run, state: RunState) -> dict[str, Any]:
     }
 
 
+def _merge(run: Run) -> None:
+    """Keep what adapters have learned, and make it part of the weights; every process must call."""
+    first = run.accelerator.is_main_process
+    source = public_name(run.config.run.model_name_or_path or "")
+    merge_adapters(run.encoders[0], run.folder / ADAPTER if first else None, source)
+    merge_adapters(run.model)
+
+
 def _list_unusable(run: Run) -> None:
     with room_in(run.folder):
         write_unusable(run.folder, run.source, run.loop.state.unusable)
@@ -107,9 +119,10 @@ def _list_unusable(run: Run) -> None:
 def _push_snapshot(run: Run, state: RunState) -> None:
     assert run.push is not None
     results, recipe = results_of(run, state), run.config.to_recipe()
+    encoders = [merged(one) for one in run.encoders]
     run.push.offer(
         f"step {state.step}",
-        lambda into: export_snapshot(into, run.folder, run.encoders, run.processor, recipe, results),
+        lambda into: export_snapshot(into, run.folder, encoders, run.processor, recipe, results),
     )
 
 

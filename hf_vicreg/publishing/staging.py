@@ -26,12 +26,13 @@ from hf_vicreg.training.errors import InputError, blamed_on
 WEIGHTS, INDEX, PROCESSOR = "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 MAX_PIXELS = 50_000_000  # of a picture that comes along
-SECOND, PRETRAINING, NEIGHBOURS = "second_encoder", "pretraining", "neighbours.png"
+SECOND, PRETRAINING, ADAPTER, NEIGHBOURS = "second_encoder", "pretraining", "adapter", "neighbours.png"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # names of a repository that publishing writes and takes away again when a run has them no more
 GENERATED = re.compile(
     rf"(({SECOND}|{PRETRAINING})/)?(config\.json|preprocessor_config\.json|model(-\d{{5}}-of-\d{{5}})?\.safetensors"
     r"|model\.safetensors\.index\.json)|results\.json|recipe\.yaml|training_curves\.png|attention_pattern\.png"
-    rf"|{re.escape(NEIGHBOURS)}"
+    rf"|{re.escape(NEIGHBOURS)}|{ADAPTER}/(adapter_config\.json|adapter_model\.safetensors)"
 )
 
 
@@ -93,6 +94,12 @@ def stage(
     for part in parts:
         (into / part).mkdir(exist_ok=True)
         _copy_model(run, part, into)
+    has_adapter = (run / ADAPTER / ADAPTER_CONFIG).exists()
+    if has_adapter:
+        (into / ADAPTER).mkdir()
+        adapter = read_checked(_inside(run, ADAPTER, ADAPTER_CONFIG), check_config)
+        _write_json(into / ADAPTER / ADAPTER_CONFIG, _without_paths(adapter))
+        _copy_weights(run, ADAPTER, ADAPTER_WEIGHTS, into)
     if results:
         (into / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     if recipe:
@@ -115,6 +122,7 @@ def stage(
         pictures=tuple(pictures),
         has_second_encoder=SECOND in parts,
         has_pretraining=PRETRAINING in parts,
+        has_adapter=has_adapter,
         license=license,
     )
     (into / "README.md").write_text(model_card(facts), encoding="utf-8")
@@ -186,16 +194,20 @@ def _copy_model(run: Path, part: str, into: Path) -> None:
             )
         _write_json(into / part / INDEX, index)
     for name in names:
-        source = run / part / name
-        if not source.exists():
-            raise InputError(f"`RUN`: expected {part}{'/' * bool(part)}{name} in {run}, found none; safetensors only.")
-        source = _inside(run, part, name)
-        try:
-            with safe_open(source, framework="pt") as weights:  # its header is checked against its length
-                weights.keys()
-        except SafetensorError as error:
-            raise InputError(f"`{name}`: expected safetensors in {run / part}, cannot be read: {error}.") from None
-        shutil.copyfile(source, into / part / name)
+        _copy_weights(run, part, name, into)
+
+
+def _copy_weights(run: Path, part: str, name: str, into: Path) -> None:
+    """Copy a file of safetensors of the folder `part` of a run, once its header holds."""
+    if not (run / part / name).exists():
+        raise InputError(f"`RUN`: expected {part}{'/' * bool(part)}{name} in {run}, found none; safetensors only.")
+    source = _inside(run, part, name)
+    try:
+        with safe_open(source, framework="pt") as weights:  # its header is checked against its length
+            weights.keys()
+    except SafetensorError as error:
+        raise InputError(f"`{name}`: expected safetensors in {run / part}, cannot be read: {error}.") from None
+    shutil.copyfile(source, into / part / name)
 
 
 def _inside(run: Path, *parts: str) -> Path:

@@ -1,8 +1,13 @@
-"""How a run's encoders compute: with less memory, compiled, or by another attention. The result stays the same."""
+"""How a run's encoders compute, by less memory, compiled or by another attention; and how little of them may learn."""
 
+import copy
 import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_vicreg.modeling.modeling_bigbird_vit import IMPLEMENTATIONS
@@ -11,6 +16,8 @@ from hf_vicreg.training.engine.optim import layer_depths, num_layers
 from hf_vicreg.training.errors import InputError, as_input_error
 
 logger = logging.getLogger(__name__)
+
+ADAPTER = "adapter"  # the folder of what low-rank adapters have learned, beside the whole model
 
 
 def set_up_encoders(
@@ -68,3 +75,78 @@ def _freeze(encoder: PreTrainedModel, count: int) -> None:
     for name, parameter in encoder.named_parameters():
         if depths[name] <= count:
             parameter.requires_grad_(False)
+
+
+def add_adapters(encoder: PreTrainedModel, rank: int) -> None:
+    """Freeze an encoder and add to each of its linear layers a product of two thin matrices, which learns; in place.
+
+    The product is 0 at first, and counts as it is: `W x + B A x` with `A` `(rank, inputs)` and `B` `(outputs, rank)`.
+    Source: Hu et al. 2021, LoRA (arXiv 2106.09685), as `peft` has it, with alpha = rank.
+
+    Raises:
+        InputError: `peft` is not installed, or the encoder has no linear layers.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.utils.error import NoMatchingPeftModuleError
+    except ImportError as error:
+        raise InputError(
+            "`lora_rank`: expected the package `peft`, it is not installed; pip install 'hf-vicreg[adapters]'."
+        ) from error
+    try:
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"), encoder)
+    except NoMatchingPeftModuleError as error:
+        raise InputError(
+            f"`lora_rank`: expected an encoder with linear layers, a {encoder.config.model_type!r} has none; leave it "
+            "out."
+        ) from error
+
+
+@torch.no_grad()
+def merge_adapters(model: torch.nn.Module, folder: Path | None = None, base: str | None = None) -> None:
+    """Add what adapters have learned to the weights they belong to, and take the adapters out; in place.
+
+    A model without adapters stays as it is.
+
+    Args:
+        model: With an encoder in it, or more, that `add_adapters` has changed.
+        folder: Where the adapters of the first one are kept, as `peft` reads them; default: nowhere.
+        base: What it says there of the model they were made for.
+    """
+    for encoder in [one for one in model.modules() if "peft_config" in vars(one)]:
+        if folder is not None:
+            _save_adapter(encoder, folder, base)
+            folder = None
+        for name, layer in list(_adapted(encoder)):
+            layer.merge()
+            owner, _, attribute = name.rpartition(".")
+            setattr(encoder.get_submodule(owner), attribute, layer.get_base_layer())
+        del encoder.peft_config
+        encoder.requires_grad_(True)
+
+
+def merged(encoder: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of an encoder with its adapters merged; the encoder itself where it has none."""
+    if "peft_config" not in vars(encoder):
+        return encoder
+    encoder = copy.deepcopy(encoder)
+    merge_adapters(encoder)
+    return encoder
+
+
+def _adapted(encoder: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, one) for name, one in encoder.named_modules() if isinstance(one, LoraLayer))
+
+
+def _save_adapter(encoder: Any, folder: Path, base: str | None) -> None:
+    from peft import get_peft_model_state_dict
+
+    (config,) = encoder.peft_config.values()
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(folder))
+    weights = get_peft_model_state_dict(encoder, save_embedding_layers=False)
+    # names as in the wrapper that peft puts around a model
+    weights = {f"base_model.model.{name}": one.cpu().contiguous() for name, one in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -81,6 +81,7 @@ class TuningArguments:
     warmup_ratio: float = flag(0.1, "Share of the steps with linear warm-up.")
     max_grad_norm: float = flag(3.0, "Clip the norm of the gradient; 0 turns it off.")
     freeze_encoder: bool = flag(False, "Train the head alone.")
+    lora_rank: int = flag(0, "Train low-rank adapters of the encoder in place of its weights; 0: all learn.")
     mixup_alpha: float = flag(0.0, "Mix pairs of images with a share from Beta(alpha, alpha); 0 turns it off.")
     crop_min_ratio: float = flag(0.5, "Smallest crop of a training image, as a share of its area.")
     flip_probability: float = flag(0.5, "Horizontal flip.")
@@ -140,6 +141,7 @@ AT_LEAST: dict[str, float] = {
     "seed": 0,
     "batch_size": 1,
     "unlabelled_batch_size": 1,
+    "lora_rank": 0,
     "num_train_epochs": 1,
     "max_steps": 1,
     "learning_rate": 0,
@@ -186,6 +188,9 @@ def check_ranges(arguments: LabelledDataArguments) -> None:
             raise InputError(f"`methods`: expected some of {', '.join(METHODS)}, got {one!r}.")
     if values.get("mixup_alpha") and (values.get("consistency") or "consistency" in values.get("methods", [])):
         raise InputError("`mixup_alpha`: expected 0 with the consistency loss, whose annealing reads single labels.")
+    if values.get("lora_rank") and (values.get("freeze_encoder") or values.get("from_scratch")):
+        other = "--freeze_encoder" if values["freeze_encoder"] else "--from_scratch"
+        raise InputError(f"`lora_rank`: expected a pretrained encoder that learns, got {other}; leave one out.")
     if len(values.get("embeddings") or []) > 2:
         raise InputError(
             f"`embeddings`: expected a folder for the training images and one for the test images, got "

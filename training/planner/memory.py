@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, has_batch_norm
-from hf_vicreg.training.engine.encoders import set_up_encoders
+from hf_vicreg.training.engine.encoders import add_adapters, set_up_encoders
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.planner.machine import Machine, resident_memory
 from hf_vicreg.training.run.config import RunConfig
@@ -73,6 +73,8 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
     local, side = config.views.num_local_views, config.views.local_image_size
     with torch.device("meta"):
         model = VicRegForPreTraining(config.vicreg).train()
+        if config.run.lora_rank:
+            add_adapters(model.encoder, config.run.lora_rank)
     for encoder in model.encoders:
         for size in {(height, width), *([(side, side)] if local else [])}:
             _fill_tables(encoder, size)

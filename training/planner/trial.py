@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from transformers import BaseImageProcessor
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.training.engine.encoders import add_adapters
 from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.evaluation.features import BATCH_SIZE, encoded_batches, model_encoder
 from hf_vicreg.training.images.image_source import ImageSource
@@ -80,6 +81,8 @@ def try_steps(
     run = replace(config.run, max_steps=MOST_STEPS, dataloader_num_workers=num_workers, expander_warmup_ratio=0.0)
     set_seed(run.seed)
     model = VicRegForPreTraining(config.vicreg)
+    if run.lora_rank:
+        add_adapters(model.encoder, run.lora_rank)
     stop = StopRequest(Path(run.output_dir), None)
     with _quietly():
         loop = pretraining_loop(replace(config, run=run), source, model, accelerator, None, stop)

@@ -166,6 +166,9 @@ class PretrainArguments:
     freeze_layers: int = _optimisation(
         0, "Keep embeddings and so many first layers of `model_name_or_path` as they are; 0: all learn."
     )
+    lora_rank: int = _optimisation(
+        0, "Train low-rank adapters of `model_name_or_path` in place of its weights; 0: all weights learn."
+    )
     expander_warmup_ratio: float = _optimisation(
         0.0, "Share of the steps, before all others, that train the expander alone on `model_name_or_path`."
     )

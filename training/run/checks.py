@@ -32,6 +32,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         "weight_decay": 0,
         "warmup_ratio": 0,
         "freeze_layers": 0,
+        "lora_rank": 0,
         "expander_warmup_ratio": 0,
         "max_grad_norm": 0,
         "dataloader_num_workers": 0,
@@ -118,6 +119,7 @@ def check_warm_start(run: PretrainArguments) -> None:
     reasons = {
         "sparse": "a new encoder is sparse by itself",
         "freeze_layers": "layers of a new encoder have to learn",
+        "lora_rank": "the weights of a new encoder have to learn",
         "expander_warmup_ratio": "a new encoder has to learn from the start",
     }
     for name, reason in reasons.items():

@@ -34,6 +34,7 @@ class TaskArguments:
     weight_decay: float = flag(1e-4, "AdamW's decoupled decay; biases, norms and tokens are exempt.")
     max_grad_norm: float = flag(1.0, "Clip the norm of the gradient; 0 turns it off.")
     flip_probability: float = flag(0.5, "Horizontal flip.")
+    lora_rank: int = flag(0, "Train low-rank adapters of the encoder in place of its weights; 0: all learn.")
     from_scratch: bool = flag(False, "Take MODEL's configuration, not its weights.")
     mixed_precision: str = flag("no", "`auto` (bf16 where the device has it), `bf16` or `no`.")
     dataloader_num_workers: int = flag(0, "Loader processes.")
@@ -90,7 +91,7 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("checkpoints_total_limit", "image_height", "image_width", "num_queries"), 1),
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
     **dict.fromkeys(("learning_rate", "encoder_learning_rate_ratio", "weight_decay", "max_grad_norm"), 0),
-    **dict.fromkeys(("dataloader_num_workers", "seed"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "seed", "lora_rank"), 0),
     "max_target_length": 2,  # a token and the end
     "vocab_size": 260,  # bytes and the special tokens
 }
@@ -137,6 +138,9 @@ def check_task(arguments: TaskArguments) -> Path:
         raise InputError(
             "`encoder_learning_rate_ratio`: expected more than 0 with --from_scratch, which leaves nothing to freeze."
         )
+    if arguments.lora_rank and (arguments.from_scratch or not arguments.encoder_learning_rate_ratio):
+        other = "--from_scratch" if arguments.from_scratch else "--encoder_learning_rate_ratio 0"
+        raise InputError(f"`lora_rank`: expected a pretrained encoder that learns, got {other}; leave one out.")
     if not arguments.dataset_name:
         raise InputError("`dataset_name`: expected annotated images, got none; add --dataset_name NAME.")
     if not arguments.output_dir:

@@ -14,11 +14,12 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from hf_vicreg.training.engine.encoders import ADAPTER, merge_adapters
 from hf_vicreg.training.engine.loop import TrainingLoop
 from hf_vicreg.training.engine.optim import parameter_groups
 from hf_vicreg.training.engine.resume import checkpoint_to_resume
 from hf_vicreg.training.engine.step import TrainingStep
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, room_in
 from hf_vicreg.training.evaluation.encoder import public_name, quiet_transformers, weights_digest
 from hf_vicreg.training.evaluation.results import add_evaluation, evaluation_record
 from hf_vicreg.training.images.order import StepSampler
@@ -188,6 +189,9 @@ def fine_tune(loop: TrainingLoop, settings: Any, model_name: str, recipe: dict[s
     logger.info("%s, %d steps", images, loop.step.num_steps)
     with loop.stop:
         loop.fit()
+    with room_in(loop.folder):
+        kept = loop.folder / ADAPTER if accelerator.is_main_process else None
+        merge_adapters(loop.step.model, kept, public_name(model_name))
 
 
 def tuned_record(

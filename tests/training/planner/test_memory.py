@@ -106,3 +106,5 @@ def test_frozen_layers_keep_nothing_for_the_way_back(tiny_recipe):
     frozen = step_memory(_config(tiny_recipe, model_name_or_path="a run", freeze_layers=1), 16)
     assert frozen.weights < 0.7 * plain.weights
     assert frozen.encoder < 0.7 * plain.encoder
+    adapted = step_memory(_config(tiny_recipe, model_name_or_path="a run", lora_rank=1), 16)
+    assert adapted.weights < 0.8 * plain.weights  # no gradient and no moments of what stays

@@ -13,6 +13,7 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
+from hf_vicreg.training.engine.encoders import add_adapters
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import load_vision_encoder
 from hf_vicreg.training.tasks.arguments import CaptioningArguments
@@ -86,6 +87,8 @@ def build_captioner(
         )
     )
     captioner = VisionEncoderDecoderModel(encoder=model, decoder=decoder)
+    if arguments.lora_rank:
+        add_adapters(captioner.encoder, arguments.lora_rank)
     for config in (captioner.config, captioner.generation_config):
         config.decoder_start_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id

@@ -123,7 +123,7 @@ def _tuned(
     from_scratch = method == "scratch"
     settings = tuning_from(arguments)
     if from_scratch:
-        settings = replace(settings, layer_decay=1.0)
+        settings = replace(settings, layer_decay=1.0, lora_rank=0)
     sources: dict[str, ImageSource] = {LABELLED: train.select(indices).source}
     if method == "consistency":
         sources[UNLABELLED] = replace(train.source, labels=None)

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from hf_vicreg.training.engine.encoders import add_adapters
 from hf_vicreg.training.engine.optim import decayed_groups
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import TuningArguments
@@ -69,6 +70,8 @@ class ClassifierStep(TaskStep):
         self.num_classes = model.config.num_labels
         if settings.freeze_encoder:
             model.base_model.requires_grad_(False)
+        if settings.lora_rank:
+            add_adapters(model.base_model, settings.lora_rank)
         groups = decayed_groups(model, settings.weight_decay, settings.layer_decay)
         size = self.batch_sizes[LABELLED]
         super().__init__(model, groups, settings, accelerator, num_images=len(sources[LABELLED]), batch_size=size)

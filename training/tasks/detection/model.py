@@ -25,6 +25,7 @@ from transformers import (
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTBackbone
+from hf_vicreg.training.engine.encoders import add_adapters
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import load_config, load_processor, load_weights, public_name
 from hf_vicreg.training.tasks.arguments import DetectionArguments
@@ -94,6 +95,8 @@ def build_detector(
     )
     if not arguments.from_scratch:  # a configuration brings no weights
         detector.model.backbone.model.load_state_dict(backbone.state_dict())
+    if arguments.lora_rank:
+        add_adapters(detector.model.backbone.model, arguments.lora_rank)
     start_as_authors(detector)
     detector.loss_function = finite_or_nan(detector.loss_function)
     return detector
