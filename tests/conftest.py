@@ -11,9 +11,12 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import contextlib
 import fcntl
+import json
+import select
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +35,7 @@ def _take_own_cores() -> None:
 
 _take_own_cores()
 
+LOGS = ("out", "err")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # A model and a run small enough for a test, as flags and as a recipe.
@@ -114,6 +118,31 @@ def child_environment(**extra: str) -> dict[str, str]:
         "COLUMNS": "200",
         **extra,
     }
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Returns a function that runs a program, as after `python`, in several processes, and kills them after a time."""
+    folder, server = tmp_path_factory.mktemp("ranks"), []
+
+    def run(count: int, *program: object, timeout_s: float = 240) -> subprocess.CompletedProcess:
+        if not server:
+            command = [sys.executable, REPOSITORY / "tests" / "ranks.py"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            server.append(subprocess.Popen(command, env=child_environment(), start_new_session=True, **pipes))
+        process, order = server[0], {"world_size": count, "program": [str(part) for part in program]}
+        print(json.dumps(order | {"folder": str(folder), "log": str(folder / "log")}), file=process.stdin, flush=True)
+        if not select.select([process.stdout], [], [], timeout_s)[0]:
+            _kill_group(server.pop())
+            raise TimeoutError(f"{order} took more than {timeout_s} s")
+        codes = json.loads(process.stdout.readline())
+        out, err = ("".join((folder / f"log.{rank}.{name}").read_text() for rank in range(count)) for name in LOGS)
+        return subprocess.CompletedProcess(order["program"], next((one for one in codes if one), 0), out, err)
+
+    yield run
+    for process in server:
+        _kill_group(process)
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

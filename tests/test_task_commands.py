@@ -5,7 +5,6 @@ import random
 import re
 import shlex
 import shutil
-import sys
 
 import pytest
 import torch
@@ -193,14 +192,11 @@ def test_a_detector_of_others_is_taken_and_one_without_its_processor_is_not(work
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_train_the_same_detector(workplace, run_process):
+def test_two_processes_train_the_same_detector(workplace, ranks):
     flags = f"finetune detection {workplace}/runs/mine --dataset_name {workplace}/my_boxes {SMALL} --max_steps 3"
     flags += f" --batch_size 4 --max_grad_norm 0 --output_dir {workplace}"
     assert main(f"{flags}/one".split()) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = run_process(
-        [*launch, "-m", "hf_vicreg.cli", *f"{flags}/two".split()], timeout_s=240, ACCELERATE_USE_CPU="true"
-    )
+    finished = ranks(2, "-m", "hf_vicreg.cli", *f"{flags}/two".split())
     assert finished.returncode == 0, finished.stderr
     assert record_of(workplace / "two")["details"]["processes"] == 2
     one, two = (load_file(workplace / name / "model.safetensors") for name in ("one", "two"))

@@ -1,8 +1,6 @@
 """Several real processes against one with the joined batch."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,22 +18,17 @@ specification.loader.exec_module(worker)
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), 4], ids="{}-processes".format)
-def results(request, made_once):
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow), 4],
+    ids="{}-processes".format,
+)
+def results(request, made_once, ranks):
     """What the worker measured with that many processes, its world size asserted first."""
-    from_conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).parents[1] / "conftest.py"))
-    count = str(request.param)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, str(WORKER)]
+    count = request.param
 
     def measure(output):
-        finished = subprocess.run(
-            [*command, count, str(output)],
-            env=from_conftest.child_environment(),
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        finished = ranks(count, WORKER, count, output)
         assert finished.returncode == 0, finished.stderr[-3000:]
 
     loaded = load_file(made_once(f"global_batch_{count}", measure))

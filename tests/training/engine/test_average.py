@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -86,25 +85,16 @@ def test_a_resumed_average_is_the_same(tmp_path, recipe):
 
 
 @pytest.mark.distributed
-def test_two_processes_average_like_one(tmp_path, image_folder, run_process, tiny_recipe):
+def test_two_processes_average_like_one(tmp_path, image_folder, ranks, tiny_recipe):
     tiny_recipe["model"]["drop_path_rate"] = 0.0  # every process draws its own
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(tiny_recipe | {"ema_decay": 0.5, "num_train_epochs": 2}))
-    command = [
-        sys.executable,
-        "-m",
-        "hf_vicreg.cli",
-        "pretrain",
-        image_folder(64),
-        "--config",
-        recipe,
-        "--device",
-        "cpu",
-    ]
-    for name, count in (("one", 1), ("two", 2)):
-        done = run_process([*command, "--output_dir", tmp_path / name, "--num_processes", count])
-        assert done.returncode == 0, done.stderr
-        assert f"{count} process(es)" in done.stderr
+    settings, folder = tiny_recipe | {"ema_decay": 0.5, "num_train_epochs": 2}, image_folder(64)
+    recipe.write_text(yaml.safe_dump(settings))
+    pretrain(out=tmp_path / "one", data=folder, **settings)
+    program = ["-m", "hf_vicreg.training.pretrain", folder, "--config", recipe, "--output_dir", tmp_path / "two"]
+    done = ranks(2, *program)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     raw = weights(tmp_path / "two" / "pretraining")
     for name, tensor in one.items():

@@ -1,7 +1,6 @@
 """A batch in pieces against the whole of it: gradients, random numbers, processes."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -124,11 +123,10 @@ def test_encoders_with_batch_norms_are_refused():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_pieces_of_several_processes_have_the_gradient_of_one_batch(world_size, run_process, tmp_path):
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_pieces_of_several_processes_have_the_gradient_of_one_batch(world_size, ranks, tmp_path):
     output = tmp_path / "results.safetensors"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world_size]
-    finished = run_process([*launcher, WORKER, world_size, output], ACCELERATE_USE_CPU="true")
+    finished = ranks(world_size, WORKER, world_size, output)
     assert finished.returncode == 0, finished.stderr[-3000:]
     results = load_file(output)
     assert results["world_size"] == world_size

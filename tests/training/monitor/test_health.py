@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,10 +79,9 @@ def test_both_encoders_are_named():
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_several_processes_measure_the_global_batch(processes, tmp_path, run_process):
+def test_several_processes_measure_the_global_batch(processes, tmp_path, ranks):
     output = tmp_path / "results.safetensors"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    finished = run_process([*launcher, WORKER, processes, output], timeout_s=120)
+    finished = ranks(processes, WORKER, processes, output)
     assert finished.returncode == 0, finished.stderr[-3000:]
     results = load_file(output)
     assert results["world_size"] == processes

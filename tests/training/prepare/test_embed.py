@@ -250,7 +250,7 @@ def test_names_that_are_no_text_and_images_decoded_smaller(tmp_path, model, monk
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["own", "accelerate"])
+@pytest.mark.parametrize("launcher", ["own", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_two_processes_give_the_rows_of_one(tmp_path, model, run_process, launcher, free_port):
     folder = images(tmp_path / "images", 2_200, size=(12, 10))
     (folder / "01200.png").write_bytes(b"")

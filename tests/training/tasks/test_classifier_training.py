@@ -289,13 +289,11 @@ def test_tuning_stops_when_asked_with_a_checkpoint(encoder, colours, tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_processes_tune_like_one(encoder, colours, tmp_path, run_process, free_port):
+def test_two_processes_tune_like_one(encoder, colours, tmp_path, ranks):
     source = encoder()
     one = FinetuneArguments(**colours, **FEW, consistency=True, max_steps=4, output_dir=str(tmp_path / "one"))
     finetune_classification(source, one)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
-    command = [*launch, "--main_process_port", free_port, *command_of(colours, source)]
-    two = run_process([*command, "--max_steps", 4, "--output_dir", tmp_path / "two"], ACCELERATE_USE_CPU="true")
+    two = ranks(2, *command_of(colours, source), "--max_steps", 4, "--output_dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
     assert "2 process(es)" in two.stderr
     single, several = weights(tmp_path / "one"), weights(tmp_path / "two")
