@@ -386,6 +386,8 @@ def test_accelerate_with_one_process_is_stopped_though_it_passes_no_signal_on(
     _, said = process.communicate(timeout=120)  # ends when the child does
     assert process.returncode != 0
     assert "stopped by its launcher ended at step" in said
+    cores = len(os.sched_getaffinity(0))
+    assert f"1 process(es), {cores} threads each" in said  # though the launcher sets one OpenMP thread
     step = newest_step(out)
     assert 0 < step < STEPS
     assert forks.run(out) == [0]

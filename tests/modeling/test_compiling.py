@@ -210,29 +210,36 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_exported_programs_run_where_this_package_is_not(name, tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [("dense-registers", "blocks-ragged"), pytest.param(("dense-absolute", "blocks"), marks=pytest.mark.slow)],
+    ids="-and-".join,
+)
+def test_exported_programs_run_where_this_package_is_not(names, tmp_path):
     """Patterns are tensors of the program, operators are torch's own, and a batch has any size."""
-    changes, size = PROGRAMS[name]
-    model = make_model(BigBirdViTModel, 3400, return_dict=False, **changes).eval()  # a tuple needs torch alone
-    assert bigbird_attention.prefers_blocks(model.attention_pattern(*size)) == name.startswith("blocks")
-    assert not model.attention_pattern(*size).is_full
-    program = torch.export.export(
-        model, (torch.randn(2, 3, *size),), dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}
-    )
-    assert "bigbird_vit" not in "".join(str(node.target) for node in program.graph.nodes if node.op == "call_function")
-    torch.export.save(program, tmp_path / "model.pt2")
-    with torch.no_grad():
-        images = [torch.randn(batch, 3, *size) for batch in (1, 2, 7)]
-        torch.save([(one, model(one)[0]) for one in images], tmp_path / "expected.pt")
+    for name in names:
+        changes, size = PROGRAMS[name]
+        model = make_model(BigBirdViTModel, 3400, return_dict=False, **changes).eval()  # a tuple needs torch alone
+        assert bigbird_attention.prefers_blocks(model.attention_pattern(*size)) == name.startswith("blocks")
+        assert not model.attention_pattern(*size).is_full
+        program = torch.export.export(
+            model, (torch.randn(2, 3, *size),), dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}
+        )
+        operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert "bigbird_vit" not in "".join(operators)
+        torch.export.save(program, tmp_path / f"{name}.pt2")
+        with torch.no_grad():
+            images = [torch.randn(batch, 3, *size) for batch in (1, 2, 7)]
+            torch.save([(one, model(one)[0]) for one in images], tmp_path / f"{name}.pt")
     code = """
 import sys
 sys.modules["hf_vicreg"] = sys.modules["transformers"] = None  # importing them fails
 import torch
-program = torch.export.load("model.pt2").module()
-for images, expected in torch.load("expected.pt"):
-    torch.testing.assert_close(program(images)[0], expected, atol=1e-4, rtol=1e-4)
+for name in sys.argv[1:]:
+    program = torch.export.load(f"{name}.pt2").module()
+    for images, expected in torch.load(f"{name}.pt"):
+        torch.testing.assert_close(program(images)[0], expected, atol=1e-4, rtol=1e-4)
 """
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code, *names]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr

@@ -45,12 +45,14 @@ def test_the_average_is_its_formula():
 
 @pytest.fixture
 def recipe(tiny_recipe):
-    return tiny_recipe | {"knn_every_epochs": 1, "num_train_epochs": 2, "checkpointing_steps": 2, "device": "cpu"}
+    few = {"knn_train_samples": 96, "knn_test_samples": 20, "knn_neighbours": 5, "max_train_samples": 96}
+    schedule = {"knn_every_epochs": 1, "num_train_epochs": 2, "checkpointing_steps": 2, "device": "cpu"}
+    return tiny_recipe | few | schedule
 
 
 def test_training_does_not_notice(tmp_path, recipe):
-    with_average = pretrain(out=tmp_path / "one", data="digits", max_train_samples=96, ema_decay=0.9, **recipe)
-    pretrain(out=tmp_path / "other", data="digits", max_train_samples=96, **recipe)
+    with_average = pretrain(out=tmp_path / "one", data="digits", ema_decay=0.9, **recipe)
+    pretrain(out=tmp_path / "other", data="digits", **recipe)
     one, other = (weights(tmp_path / name / "pretraining") for name in ("one", "other"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     exported, raw = weights(tmp_path / "one"), weights(tmp_path / "other")
@@ -70,7 +72,7 @@ def test_training_does_not_notice(tmp_path, recipe):
 
 
 def test_a_resumed_average_is_the_same(tmp_path, recipe):
-    settings = recipe | {"ema_decay": 0.9, "max_train_samples": 96}
+    settings = recipe | {"ema_decay": 0.9}
     pretrain(out=tmp_path / "whole", data="digits", **settings)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000006")
