@@ -74,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="sides in pixels to compare on; default: the source's, 1.5 and 2 times it",
     )
+    convert.add_argument(
+        "--adapt", metavar="IMAGES", help="tune the sparse result to the dense features on these images, unlabelled"
+    )
+    convert.add_argument("--time_budget", default="10m", help="for that: 90s, 10m, 2h (default: 10m)")
+    convert.add_argument("--max_steps", type=int, help="steps of it, instead of what the time holds")
     convert.set_defaults(run=_convert)
 
     export = verbs.add_parser("export", help="a model as a program that runs without this package")
@@ -169,6 +174,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from hf_vicreg.convert import PATTERN_FIELDS, convert, report
     from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 
+    log_to_stderr()
     pattern = {name: getattr(arguments, name) for name in PATTERN_FIELDS if getattr(arguments, name) is not None}
     with place_for("OUT", arguments.out):
         found = convert(
@@ -177,6 +183,9 @@ def _convert(arguments: argparse.Namespace) -> None:
             attention_type=arguments.attention_type,
             image_sizes=arguments.image_sizes,
             images=arguments.images,
+            adapt=arguments.adapt,
+            time_budget=arguments.time_budget,
+            max_steps=arguments.max_steps,
             **pattern,
         )
     config = BigBirdViTConfig.from_pretrained(arguments.out)

@@ -1,23 +1,29 @@
 """Warm start: weights of a dense ViT, DINOv2 or DINOv3 in a BigBirdViT, and what sparse attention then changes."""
 
+import copy
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 
+from hf_vicreg.drift import Drift, feature_drift, pictures_of, pixels_of
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.dense_weights import load_source
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTForImageClassification, BigBirdViTModel
 from hf_vicreg.training.errors import InputError, blamed_on
+from hf_vicreg.training.evaluation.encoder import quiet_transformers
+from hf_vicreg.training.images.sources import ImageSource, load_sources
+from hf_vicreg.training.run.arguments import seconds_of
+from hf_vicreg.training.run.places import data_setting
 
-MAX_IMAGES = 8
+if TYPE_CHECKING:
+    from hf_vicreg.training.prepare.adapt import Adaptation
+
 MAX_SIDE = 4096  # pixels; against slips, for the cost of dense attention grows with the fourth power
 TOLERANCE = 1e-5
 PATTERN_FIELDS = (
@@ -45,25 +51,6 @@ PROCESSOR_FIELDS = (
 
 
 @dataclass(frozen=True)
-class Drift:
-    """How far the features of patches move when attention becomes sparse, at one image size.
-
-    Attributes:
-        height: Image height in pixels.
-        width: Image width in pixels.
-        density: Share of token pairs that the sparse pattern keeps, mean over the layers.
-        cosine: For each layer and the normalised output: cosine of dense and sparse features, mean over the patches.
-        relative_norm: For each layer and the normalised output: norm of the difference over the norm of the dense.
-    """
-
-    height: int
-    width: int
-    density: float
-    cosine: list[float]
-    relative_norm: list[float]
-
-
-@dataclass(frozen=True)
 class Conversion:
     """What `convert` found.
 
@@ -73,6 +60,8 @@ class Conversion:
         difference: Largest relative difference, by norm, of hidden states and output between source and dense result.
         drift: One entry for each image size.
         has_processor: Whether the source had an image processor to take along.
+        adaptation: What tuning to the dense features did, where that was asked for.
+        adapted_drift: Drift after it.
     """
 
     source: str
@@ -80,6 +69,8 @@ class Conversion:
     difference: float
     drift: list[Drift]
     has_processor: bool
+    adaptation: "Adaptation | None" = None
+    adapted_drift: list[Drift] | None = None
 
 
 def convert(
@@ -89,6 +80,9 @@ def convert(
     attention_type: str = "original_full",
     image_sizes: list[int] | None = None,
     images: str | os.PathLike | None = None,
+    adapt: str | os.PathLike | None = None,
+    time_budget: str = "10m",
+    max_steps: int | None = None,
     **pattern: Any,
 ) -> Conversion:
     """Write a BigBirdViT with the source's weights and its image processor into a new folder.
@@ -104,6 +98,11 @@ def convert(
             it; its own alone if images or patches are not square, for which transformers resamples no positions.
         images: A folder with images, of which the first 8 are used. Default: 4 images of noise with the spectrum of
             photographs; on yours the drift will be another.
+        adapt: Images to tune the sparse result on until its features are the dense source's again; see
+            `hf_vicreg.training.prepare.adapt`. A folder, a `datasets` folder, a Hub id or `"digits"`. What is written
+            is sparse then.
+        time_budget: For that, `90s`, `10m`, `2h`.
+        max_steps: Of that, instead of what the time holds.
         pattern: Fields of the sparse pattern: `tile_size`, `window_size`, `num_random_blocks`, ...
 
     Raises:
@@ -125,8 +124,14 @@ def convert(
     with blamed_on("SOURCE"):
         original = load_source(source, AutoModelForImageClassification if with_head else AutoModel)
         dense = (BigBirdViTForImageClassification if with_head else BigBirdViTModel).from_dense(original, **pattern)
+    seconds = seconds_of(time_budget)
+    if max_steps is not None and max_steps < 1:
+        raise InputError(f"`max_steps`: expected at least 1, got {max_steps}.")
+    unlabelled = None if adapt is None else load_sources(**data_setting(os.fspath(adapt), {}))[0]
     dtype = dense.dtype
     dense.float()
+    if adapt is not None and image_sizes is None:
+        image_sizes = _own_and_twice(dense.config)
     sizes = _sizes(dense.config, image_sizes)
     processor = _processor(source)
     pictures, described = pictures_of(images, dense.config.num_channels)
@@ -141,43 +146,36 @@ def convert(
     encoder = dense.bigbird_vit if with_head else dense
     drift = [feature_drift(encoder, one) for one in pixels]
     found = Conversion(str(source), described, difference, drift, processor is not None)
+    if unlabelled is not None:
+        adaptation, moved = _adapted(encoder, unlabelled, processor, pixels, sizes, seconds, max_steps)
+        found = replace(found, adaptation=adaptation, adapted_drift=moved)
+        attention_type = "block_sparse"
     dense.config.attention_type = attention_type  # type: ignore[assignment]
-    dense.to(dtype).save_pretrained(out)
+    with quiet_transformers():
+        dense.to(dtype).save_pretrained(out)
     if processor is not None:
         processor.save_pretrained(out)
     (out / "conversion.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
     return found
 
 
-@torch.no_grad()
-def feature_drift(model: BigBirdViTModel, pixel_values: torch.Tensor) -> Drift:
-    """Return how far features move between dense attention and the sparse pattern in the model's configuration.
+def _adapted(
+    encoder: BigBirdViTModel,
+    images: ImageSource,
+    processor: BigBirdViTImageProcessor | None,
+    pixels: list[torch.Tensor],
+    sizes: list[tuple[int, int]],
+    seconds: float,
+    max_steps: int | None,
+) -> "tuple[Adaptation, list[Drift]]":
+    """Tune an encoder's sparse form to its dense one, in place; what that did, and the drift that is left."""
+    from hf_vicreg.training.prepare.adapt import adapt
 
-    Args:
-        model: An encoder, in evaluation mode; its `attention_type` does not matter and is left as it is.
-        pixel_values: `(batch, channels, height, width)`, normalised.
-    """
-    first = 1 + model.config.num_register_tokens
-    given, states, patterns = model.config.attention_type, {}, []
-    try:
-        for attention_type in ("original_full", "block_sparse"):
-            model.config.attention_type = attention_type
-            outputs = model(pixel_values, output_hidden_states=True)
-            states[attention_type] = [
-                one[:, first:] for one in (*outputs.hidden_states[1:], outputs.last_hidden_state)
-            ]
-            patterns = model.attention_patterns(*pixel_values.shape[-2:])
-    finally:
-        model.config.attention_type = given
-    pairs = list(zip(states["original_full"], states["block_sparse"], strict=True))
-    height, width = pixel_values.shape[-2:]
-    return Drift(
-        height=height,
-        width=width,
-        density=sum(one.density for one in patterns) / len(patterns),
-        cosine=[F.cosine_similarity(one.double(), other.double(), dim=-1).mean().item() for one, other in pairs],
-        relative_norm=[((one - other).norm() / one.norm()).item() for one, other in pairs],
-    )
+    dense = copy.deepcopy(encoder)
+    dense.config.attention_type, encoder.config.attention_type = "original_full", "block_sparse"
+    processor = processor or BigBirdViTImageProcessor()
+    done = adapt(dense, encoder, images, processor, sizes, seconds, max_steps=max_steps)
+    return done, [feature_drift(dense, one, encoder.eval()) for one in pixels]
 
 
 def report(found: Conversion, config: BigBirdViTConfig) -> str:
@@ -194,16 +192,47 @@ def report(found: Conversion, config: BigBirdViTConfig) -> str:
         f"{'pixels':>8}" + "".join(f"{size:>16}" for size in sizes),
         f"{'density':>8}" + "".join(f"{one.density:>16.3f}" for one in found.drift),
     ]
-    layers = len(found.drift[0].cosine) - 1
-    for index in range(layers + 1):
-        name = f"layer {index + 1}" if index < layers else "output"
-        cells = (f"{one.cosine[index]:>8.4f}{one.relative_norm[index]:>8.4f}" for one in found.drift)
-        lines.append(f"{name:>8}" + "".join(cells))
+    lines += _by_layer(found.drift)
     if all(one.density == 1 for one in found.drift):
         lines += ["", "at these sizes every tile sees every other: choose smaller tiles or larger images"]
+    if found.adaptation is not None:
+        lines += [
+            "",
+            *_adaptation_lines(found.adaptation),
+            "",
+            "drift that is left",
+            *_by_layer(found.adapted_drift or []),
+        ]
     if not found.has_processor:
         lines += ["", "the source has no image processor: normalise pixels as it was trained"]
     return "\n".join(lines)
+
+
+def _by_layer(drift: list[Drift]) -> list[str]:
+    lines, layers = [], len(drift[0].cosine) - 1
+    for index in range(layers + 1):
+        name = f"layer {index + 1}" if index < layers else "output"
+        cells = (f"{one.cosine[index]:>8.4f}{one.relative_norm[index]:>8.4f}" for one in drift)
+        lines.append(f"{name:>8}" + "".join(cells))
+    return lines
+
+
+def _adaptation_lines(done: "Adaptation") -> list[str]:
+    lines = [
+        f"tuned to the dense features on {done.num_images} images, {done.steps} steps, {done.seconds:.0f} s; measured "
+        f"on {done.num_held_out} others:",
+        f"{'pixels':>10} {'cosine of pooled features':>28} {'ten nearest in common':>24}",
+    ]
+    for before, after in zip(done.before, done.after, strict=True):
+        size, cosine = f"{before.height}x{before.width}", f"{before.cosine:.4f} -> {after.cosine:.4f}"
+        lines.append(f"{size:>10} {cosine:>28} {f'{before.neighbours:.2f} -> {after.neighbours:.2f}':>24}")
+    return lines
+
+
+def _own_and_twice(config: BigBirdViTConfig) -> list[int] | None:
+    """Sides in pixels of the source's own images and of twice that; None where it is not square."""
+    height, width = config.image_size_hw
+    return [height, 2 * height] if height == width and isinstance(config.patch_size, int) else None
 
 
 def _sizes(config: BigBirdViTConfig, sides: list[int] | None) -> list[tuple[int, int]]:
@@ -261,36 +290,3 @@ def _processor(source: str | os.PathLike) -> BigBirdViTImageProcessor | None:
         return None
     settings = {name: getattr(theirs, name, None) for name in PROCESSOR_FIELDS}
     return BigBirdViTImageProcessor(**{name: value for name, value in settings.items() if value is not None})
-
-
-def pictures_of(folder: str | os.PathLike | None, channels: int) -> tuple[list[Image.Image] | None, str]:
-    """Images to compare on, and what to call them; None stands for noise."""
-    if folder is None:
-        return None, "4 images of noise"
-    if channels != 3:
-        raise InputError(f"`images`: expected a source of 3 channels, got {channels}.")
-    extensions = Image.registered_extensions()
-    paths = sorted(one for one in Path(folder).rglob("*") if one.suffix.lower() in extensions)[:MAX_IMAGES]
-    if not paths:
-        raise InputError(f"`images`: expected a folder with images, got none in {str(folder)!r}.")
-    with blamed_on("images", "expected images that can be read"):
-        return [Image.open(one).convert("RGB") for one in paths], f"{len(paths)} images"
-
-
-def pixels_of(
-    pictures: list[Image.Image] | None,
-    processor: BigBirdViTImageProcessor | None,
-    channels: int,
-    height: int,
-    width: int,
-) -> torch.Tensor:
-    """`(batch, channels, height, width)` normalised pixels."""
-    if pictures is not None:
-        sized = {"size": {"height": height, "width": width}, "do_resize": True, "do_center_crop": False}
-        return (processor or BigBirdViTImageProcessor())(pictures, return_tensors="pt", **sized).pixel_values
-    # amplitudes fall with the frequency, as in photographs
-    noise = torch.fft.rfft2(torch.randn(4, channels, height, width, generator=torch.Generator().manual_seed(0)))
-    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
-    frequencies = (rows.square() + columns.square()).sqrt().clamp(min=1 / max(height, width))
-    images = torch.fft.irfft2(noise / frequencies, s=(height, width))
-    return (images - images.mean((2, 3), keepdim=True)) / images.std((2, 3), keepdim=True)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, PreTrainedModel
 
-from hf_vicreg.convert import pictures_of, pixels_of
+from hf_vicreg.drift import pictures_of, pixels_of
 from hf_vicreg.modeling.modeling_vicreg import pooled_features
 from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.encoder import load_config, load_processor, load_vision_encoder, load_weights

@@ -212,3 +212,78 @@ def test_bad_input_gets_one_line(sources, arguments, message, monkeypatch, capsy
     assert line.startswith("error: ")
     assert message in line
     assert not (sources / "out").exists()
+
+
+def test_sparse_attention_is_tuned_to_the_dense_features(tmp_path, capsys):
+    torch.manual_seed(0)
+    source = Dinov2Model(Dinov2Config(**SHAPE | {"patch_size": 4, "initializer_range": 0.2}))
+    with torch.no_grad():
+        for name, tensor in source.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                tensor.mul_(2)  # attention that is not spread over all
+    source.save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    flags = ["--tile_size", "1", "--num_random_blocks", "0", "--image_sizes", "32"]
+    flags += ["--adapt", "digits", "--max_steps", "16"]
+    assert main(["convert", str(tmp_path / "source"), str(out), *flags]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((out / "conversion.json").read_text())
+    done = found["adaptation"]
+    assert [(one["height"], one["width"]) for one in done["after"]] == [(32, 32)]
+    assert (done["steps"], done["num_held_out"]) == (16, 143)
+    for before, after in zip(done["before"], done["after"], strict=True):
+        assert after["cosine"] > before["cosine"]
+        assert f"{before['cosine']:.4f} -> {after['cosine']:.4f}" in printed
+    for before, after in zip(found["drift"], found["adapted_drift"], strict=True):
+        assert after["relative_norm"][-1] < before["relative_norm"][-1]
+    model = AutoModel.from_pretrained(out).eval()
+    assert model.config.attention_type == "block_sparse"
+    plain = BigBirdViTModel.from_dense(tmp_path / "source", tile_size=1, num_random_blocks=0).eval()
+    plain.config.attention_type = "block_sparse"
+    pixel_values = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        tuned, before = (one(pixel_values).pooler_output for one in (model, plain))
+    assert not torch.allclose(tuned, before, atol=1e-3)  # what was written is what was tuned
+
+
+def test_relative_errors_and_neighbours_are_their_definitions():
+    from hf_vicreg.training.prepare.adapt import relative_error
+    from hf_vicreg.training.prepare.agreement import _nearest_others
+
+    found, wanted = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 5, 4, dtype=torch.float64)
+    mean = wanted.reshape(15, 4).mean(0)
+    expected = sum((found[i, j] - wanted[i, j]).pow(2).sum() for i in range(3) for j in range(5))
+    expected = expected / sum((wanted[i, j] - mean).pow(2).sum() for i in range(3) for j in range(5))
+    torch.testing.assert_close(relative_error(found, wanted), expected)
+    assert relative_error(wanted, wanted) == 0
+    features = torch.randn(9, 6)
+    features[4] = features[2]  # a copy may be listed in place of an image itself
+    nearest = _nearest_others(features, 3)
+    centred = features - features.mean(0)
+    cosines = torch.nn.functional.cosine_similarity(centred[:, None], centred[None], dim=-1)
+    cosines.fill_diagonal_(-2)
+    for index in set(range(9)) - {2, 4}:  # of equals, either one
+        torch.testing.assert_close(cosines[index, nearest[index]].sort().values, cosines[index].topk(3).values.flip(0))
+    assert nearest.shape == (9, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--adapt": "few"}, "`adapt`: expected at least 16 images, found 5; give more"),
+        ({"--adapt": "nowhere"}, "'nowhere', which does not exist"),
+        ({"--time_budget": "1s"}, "`time_budget`: expected time for a step at each of 1 image sizes, a step takes"),
+        ({"--max_steps": "0"}, "`max_steps`: expected at least 1, got 0"),
+        ({"--time_budget": "soon"}, "`time_budget`: expected a time like 90s, 15m, 2h, 1d or 1h30m, got 'soon'"),
+    ],
+    ids=["few", "nowhere", "no-time", "no-step", "no-number"],
+)
+def test_what_cannot_be_tuned_on_is_one_line(changes, message, sources, tmp_path, image_folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    image_folder(5, name="few")
+    flags = {"--adapt": str(image_folder(40)), "--image_sizes": "32", "--time_budget": "8s"} | changes
+    arguments = [part for pair in flags.items() for part in pair]
+    assert main(["convert", str(sources / "dinov2"), "out", *arguments]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in error
+    assert not (tmp_path / "out").exists()
