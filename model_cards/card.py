@@ -31,6 +31,7 @@ from hf_vicreg.model_cards.schema import (
     check_results,
 )
 
+VICREG_PARTS = ("invariance", "variance", "covariance")  # of a run of before other objectives
 # where a run lay and went to: its owner's business; the card names the data itself
 OF_THE_OWNER = {
     "output_dir",
@@ -159,7 +160,12 @@ def metadata(facts: CardFacts) -> ModelCardData:
         license=facts.license,
         library_name="transformers",
         pipeline_tag="image-classification" if facts.is_classifier else "image-feature-extraction",
-        tags=["vicreg", facts.model_type, "self-supervised-learning", *["sparse-attention"] * facts.is_sparse],
+        tags=[
+            facts.results.get("objective") or "vicreg",
+            facts.model_type,
+            "self-supervised-learning",
+            *["sparse-attention"] * facts.is_sparse,
+        ],
         datasets=[dataset] if dataset else None,
         metrics=["accuracy"] if measured else None,
         model_name=one_line(facts.name) if measured else None,
@@ -191,7 +197,8 @@ def _about(facts: CardFacts) -> str:
     if facts.is_classifier:
         labels = facts.config.get("id2label") or {}
         return f"A {code(facts.model_type)} classifier of {len(labels)} classes. Parameters: {size}."
-    pretrained = f"pretrained without labels by VICReg on {count(results, 'num_images')} images of"
+    method = prose(results.get("method") or "VICReg")
+    pretrained = f"pretrained without labels by {method} on {count(results, 'num_images')} images of"
     text = f"A {code(facts.model_type)} encoder, {pretrained} {code(facts.dataset)}. Parameters: {size}."
     if facts.has_second_encoder:
         kind = (facts.recipe.get("second_model") or {}).get("model_type") or "bigbird_vit"
@@ -267,7 +274,7 @@ def _training(facts: CardFacts) -> Iterator[str]:
     yield f"| time | {figure(results, 'training_seconds', '.1f', ' s')} |"
     yield f"| throughput | {speed} |"
     yield f"| loss at the end | {figure(last, 'loss', '.3f')} |"
-    for part in ("invariance", "variance", "covariance"):
+    for part in results.get("loss_parts") or VICREG_PARTS:
         yield f"| its {part}, unweighted | {figure(last, part, '.4f')} |"
     if "training_curves.png" in facts.pictures:
         yield "\n![The loss, its parts and k-NN accuracy by step](training_curves.png)"

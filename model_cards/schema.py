@@ -240,6 +240,9 @@ RESULTS = record(
         "knn_accuracy": FIGURES,
         "linear_accuracy": FIGURES,
         "health": FIGURES,
+        "objective": IDENTIFIER,
+        "method": LINE,
+        "loss_parts": list_of(IDENTIFIER, 20),
         "verdicts": list_of(
             record(
                 {"name": LINE, "finding": text(1000), "remedy": text(1000), "step": COUNT, "present": flag},
@@ -270,6 +273,7 @@ RECIPE = record(
         "statistics_batch_size": COUNT,
         "model": record({"model_type": MODEL_TYPE}, plain),
         "second_model": record({"model_type": MODEL_TYPE}, plain),
+        "objective": IDENTIFIER,
         "vicreg": record({"gamma": number(1e-6, 1e6)}, plain),
     },
     plain,

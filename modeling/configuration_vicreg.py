@@ -1,4 +1,4 @@
-"""Configuration of VICReg pretraining: an encoder, an expander and the weights of the loss."""
+"""Configuration of pretraining: an encoder, an expander, the objective and the weights of VICReg's loss."""
 
 from typing import Any, Literal
 
@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_bigbird_vit import BigBirdViTConfig
+from .objectives import check_objective
 from .vicreg_weights import Convention, check_weights, convention_factors
 
 
@@ -28,6 +29,8 @@ class VicRegConfig(PreTrainedConfig):
         eps: Added to the variance under the root.
         convention: Whose parts the weights are of: `"official"` (the authors' code), `"paper"`, `"solo-learn"` or
             `"vicregl"`; see `vicreg_weights.py`.
+        objective: What is learned; `"vicreg"`, or another of `objectives.py`, which leaves the weights above aside.
+        objective_settings: Those of the objective that are not at their defaults; `None` for VICReg.
     """
 
     model_type = "vicreg"
@@ -44,6 +47,8 @@ class VicRegConfig(PreTrainedConfig):
     gamma: float | int = 1.0
     eps: float | int = 1e-4
     convention: Convention = "official"
+    objective: str = "vicreg"
+    objective_settings: dict | None = None
 
     def __post_init__(self, **kwargs):
         if self.encoder is None:
@@ -83,6 +88,7 @@ class VicRegConfig(PreTrainedConfig):
             )
         check_weights(self.invariance_weight, self.variance_weight, self.covariance_weight, self.gamma, self.eps)
         convention_factors(self.convention, self.expander_sizes[-1])
+        check_objective(self)
 
 
 def encoder_config(fields: dict) -> PreTrainedConfig:

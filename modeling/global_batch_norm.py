@@ -45,6 +45,13 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
         self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
 
 
+def standardised(rows: torch.Tensor, eps: float, process_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Return rows `(batch, features)` with mean 0 and (biased) variance 1 over the global batch."""
+    if process_group is None:
+        return torch.nn.functional.batch_norm(rows, None, None, training=True, eps=eps)
+    return _Normalise.apply(rows, eps, process_group)[0]
+
+
 class _Normalise(torch.autograd.Function):
     """`(x - mean) / sqrt(var + eps)` with mean and (biased) variance of the global batch."""
 
@@ -78,4 +85,4 @@ class _Normalise(torch.autograd.Function):
         return (gradient - mean_gradient - normalised * mean_projection) * inverse, None, None
 
 
-__all__ = ["GlobalBatchNorm1d"]
+__all__ = ["GlobalBatchNorm1d", "standardised"]

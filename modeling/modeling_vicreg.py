@@ -1,11 +1,11 @@
 """VICReg around an encoder, or two: two views in, the loss and its parts out."""
 
+import contextlib
 import inspect
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,14 +19,25 @@ from transformers.utils.generic import can_return_tuple
 from .call_checks import asks_for, check_keywords
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .configuration_vicreg import VicRegConfig
-from .global_batch_norm import GlobalBatchNorm1d
 from .modeling_bigbird_vit import BigBirdViTModel
+from .objective import View
+from .objectives import OBJECTIVES
+from .patch_tokens import patch_grid
+from .vicreg_expander import VicRegExpander
 from .vicreg_loss import vicreg_loss
 from .vicreg_statistics import share_sizes
 
 logger = logging.get_logger(__name__)
 
-PARAMETERS = ("pixel_values", "local_pixel_values", "second_inputs", "representations", "return_loss")
+PARAMETERS = (
+    "pixel_values",
+    "local_pixel_values",
+    "second_inputs",
+    "representations",
+    "further",
+    "geometry",
+    "return_loss",
+)
 
 
 @dataclass
@@ -34,8 +45,8 @@ class VicRegOutput(ModelOutput):
     """What `VicRegForPreTraining` returns.
 
     Attributes:
-        loss: Scalar, the weighted sum of the three parts over the global batch.
-        invariance: Scalar, unweighted.
+        loss: Scalar, over the global batch; VICReg's is the weighted sum of the three parts.
+        invariance: Scalar, unweighted; `None` from another objective, like the next two.
         variance: Scalar, unweighted.
         covariance: Scalar, unweighted.
         embeddings: `(batch, views, dimensions)`, the expander's output for each view, local ones last.
@@ -43,6 +54,8 @@ class VicRegOutput(ModelOutput):
             tuple of two `(batch, features)`.
         hidden_states: With `output_hidden_states`, for each view what the encoder returns as such, a tuple of layers.
         attentions: With `output_attentions`, likewise.
+        further: Of an objective that needs more than pooled features, tensors with the batch first.
+        parts: Of an objective other than VICReg: the parts of its loss by name, scalars.
     """
 
     loss: torch.Tensor | None = None
@@ -53,35 +66,15 @@ class VicRegOutput(ModelOutput):
     representations: torch.Tensor | tuple[torch.Tensor, ...] | None = None
     hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
     attentions: tuple[tuple[torch.Tensor, ...], ...] | None = None
-
-
-class VicRegExpander(nn.Module):
-    """MLP from representations to embeddings; used in pretraining only.
-
-    Normalisation and ReLU after every layer but the last, which has no bias, as in the authors' code.
-    """
-
-    def __init__(self, in_features: int, sizes: Sequence[int], norm: str):
-        super().__init__()
-        self.in_features = in_features
-        widths = [in_features, *sizes]
-        normalisation = GlobalBatchNorm1d if norm == "batch" else nn.LayerNorm
-        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths[:-1]))
-        self.norm = nn.ModuleList(normalisation(width) for width in widths[1:-1])
-        self.output = nn.Linear(widths[-2], widths[-1], bias=False)
-
-    def forward(self, representations: torch.Tensor, process_group: dist.ProcessGroup | None = None) -> torch.Tensor:
-        """Return embeddings `(batch, dimensions)` of representations `(batch, features)` of one view."""
-        states = representations
-        for linear, norm in zip(self.hidden, self.norm, strict=True):
-            states = linear(states)
-            states = norm(states, process_group) if isinstance(norm, GlobalBatchNorm1d) else norm(states)
-            states = states.relu()
-        return self.output(states)
+    further: tuple[torch.Tensor, ...] | None = None
+    parts: dict[str, torch.Tensor] | None = None
 
 
 class VicRegForPreTraining(PreTrainedModel):
-    """Any vision encoder, an expander and the VICReg loss; with a `second_encoder`, two branches sharing nothing."""
+    """Any vision encoder, an expander and a loss; with a `second_encoder`, two branches sharing nothing.
+
+    The loss is VICReg's, or that of another `objective` of the configuration.
+    """
 
     config: VicRegConfig
     config_class = VicRegConfig
@@ -107,6 +100,7 @@ class VicRegForPreTraining(PreTrainedModel):
             self.second_expander = VicRegExpander(
                 representation_size(config.second_encoder), sizes, config.expander_norm
             )
+        self.objective = OBJECTIVES[config.objective](config, self.encoder, self.expander)
         self.loss_function = vicreg_loss  # transformers would take the class for a language model
         self.encoder_has_batch_norm = any(has_batch_norm(encoder) for encoder in self.encoders)
         self.post_init()
@@ -156,6 +150,8 @@ class VicRegForPreTraining(PreTrainedModel):
         local_pixel_values: torch.Tensor | None = None,
         second_inputs: dict[str, torch.Tensor] | None = None,
         representations: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        further: Sequence[torch.Tensor] = (),
+        geometry: torch.Tensor | None = None,
         return_loss: bool = True,
         **kwargs,
     ) -> VicRegOutput:
@@ -174,6 +170,9 @@ class VicRegForPreTraining(PreTrainedModel):
             second_inputs: What a second encoder takes where that is not an image of the same size: its
                 `pixel_values`, or the inputs of another modality.
             representations: In place of images, what an earlier call returned as such; the encoder is left out.
+            further: Beside them, what that call returned as such.
+            geometry: `(batch, views, 6)`, where the views were cut out, of an objective with `needs_tokens`; see
+                `objective.View`.
             return_loss: False leaves the expander out and returns representations alone. The two together take a batch
                 through the encoder in pieces and through the loss as a whole.
             kwargs: `return_dict`, `output_hidden_states`, `output_attentions`.
@@ -188,7 +187,8 @@ class VicRegForPreTraining(PreTrainedModel):
             name: [] for name in ("hidden_states", "attentions") if asks_for(name, self.config, kwargs)
         }
         if representations is None:
-            encoded = self._encode(self._inputs(pixel_values, local_pixel_values, second_inputs), recorded)
+            inputs = self._inputs(pixel_values, local_pixel_values, second_inputs)
+            encoded, further = self._encode(inputs, geometry, recorded)
         elif pixel_values is None and local_pixel_values is None and second_inputs is None:
             encoded = self._given(representations)
         else:
@@ -196,10 +196,11 @@ class VicRegForPreTraining(PreTrainedModel):
         joined = torch.stack(encoded, dim=1) if self.second_encoder is None else tuple(encoded)
         states: dict[str, Any] = {name: tuple(of_views) or None for name, of_views in recorded.items()}
         if not return_loss:
-            return VicRegOutput(representations=joined, **states)
+            return VicRegOutput(representations=joined, further=tuple(further) or None, **states)
         group = self._process_group()
         num_samples = len(encoded[0])
-        if group is not None and self.config.expander_norm == "batch":
+        is_vicreg = self.config.objective == "vicreg"  # whose loss shares sizes itself
+        if group is not None and (self.config.expander_norm == "batch" or not is_vicreg):
             # before the expander's batch norms wait for each other: as many samples and views everywhere
             sizes = share_sizes([num_samples, len(encoded)], group, encoded[0].device)
             if any(size != sizes[0] for size in sizes):
@@ -213,19 +214,37 @@ class VicRegForPreTraining(PreTrainedModel):
         if self.second_expander is not None:
             expanders[1] = self.second_expander
         embeddings = [expander(one, group) for expander, one in zip(expanders, encoded, strict=True)]
-        parts = vicreg_loss(
-            *embeddings[:2],
-            local_views=embeddings[2:],
-            invariance_weight=self.config.invariance_weight,
-            variance_weight=self.config.variance_weight,
-            covariance_weight=self.config.covariance_weight,
-            gamma=self.config.gamma,
-            eps=self.config.eps,
-            convention=self.config.convention,
-            process_group=group,
-        )
+        device = embeddings[0].device.type
+        with contextlib.nullcontext() if is_vicreg else torch.autocast(device, enabled=False):
+            loss, parts = self.objective(embeddings if is_vicreg else _full(embeddings), further, group)
         embedded = torch.stack(embeddings, dim=1)
-        return VicRegOutput(**parts._asdict(), embeddings=embedded, representations=joined, **states)
+        logged = parts if is_vicreg else {"parts": parts}
+        return VicRegOutput(loss=loss, **logged, embeddings=embedded, representations=joined, **states)
+
+    def encode(self, **inputs: Any) -> list[torch.Tensor]:
+        """Return what the loss needs of some images, as tensors with the batch first; see `loss_of`.
+
+        Args:
+            inputs: Of `forward`.
+        """
+        outputs = self(**inputs, return_loss=False)
+        found = outputs.representations
+        views = found.unbind(1) if isinstance(found, torch.Tensor) else found
+        return [*views, *(outputs.further or ())]
+
+    def loss_of(self, features: Sequence[torch.Tensor]) -> VicRegOutput:
+        """Return the output for the whole batch, from what `encode` returned of its pieces, joined."""
+        objective = self.objective
+        num_views = (len(features) - objective.further_per_image) // (1 + objective.further_per_view)
+        return self(representations=features[:num_views], further=features[num_views:])
+
+    def begin_step(self, step: int, num_steps: int) -> None:
+        """Tell the objective which step of how many is about to begin, so that a resumed run does the same."""
+        self.objective.begin_step(self, step, num_steps)
+
+    def end_step(self) -> None:
+        """Tell the objective that a step has changed the weights."""
+        self.objective.end_step(self)
 
     def _process_group(self) -> dist.ProcessGroup | None:
         if not (self.training and dist.is_available() and dist.is_initialized()):
@@ -238,8 +257,13 @@ class VicRegForPreTraining(PreTrainedModel):
             )
         return dist.group.WORLD
 
-    def _encode(self, inputs: list[dict[str, torch.Tensor]], recorded: dict[str, list]) -> list[torch.Tensor]:
-        """Pooled features `(batch, features)` of each view; fills the lists of what is to be `recorded`."""
+    def _encode(
+        self, inputs: list[dict[str, torch.Tensor]], geometry: torch.Tensor | None, recorded: dict[str, list]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Pooled features `(batch, features)` of each view, and what else the objective needs.
+
+        Fills the lists of what is to be `recorded`.
+        """
         flags = {f"output_{name}": True for name in recorded}
         if self.second_encoder is not None:
             batches = [(encoder, one, 1) for encoder, one in zip(self.encoders, inputs, strict=True)]
@@ -252,13 +276,20 @@ class VicRegForPreTraining(PreTrainedModel):
                 alike = [view for view in views if view.shape == size]
                 batches.append((self.encoder, {"pixel_values": torch.cat(alike)}, len(alike)))
         encoded: list[torch.Tensor] = []
+        tokens: list[torch.Tensor] = []
         for encoder, batch, num_views in batches:
-            outputs = _encoder_outputs(encoder, batch | flags)
+            outputs = encoder_outputs(encoder, batch | flags)
             encoded += pooled_features(outputs).chunk(num_views)
+            if self.objective.needs_tokens:
+                size = batch["pixel_values"].shape[-2:]
+                tokens += patch_grid(outputs.last_hidden_state, encoder.config, *size).chunk(num_views)
             for name, of_views in recorded.items():
                 layers = [one.chunk(num_views) for one in getattr(outputs, name, None) or ()]
                 of_views += [tuple(layer[view] for layer in layers) for view in range(num_views)]
-        return encoded
+        places = (None,) * len(inputs) if geometry is None else geometry.unbind(1)
+        maps = tokens or [None] * len(inputs)
+        views = [View(*one) for one in zip(inputs, maps, places, strict=True)]
+        return encoded, self.objective.further(views)
 
     def _given(self, representations: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Representations of an earlier call, one for each view."""
@@ -307,7 +338,12 @@ class VicRegForPreTraining(PreTrainedModel):
         return [{"pixel_values": pixel_values}, second_inputs]
 
 
-def _encoder_outputs(encoder: PreTrainedModel, inputs: dict[str, Any]) -> ModelOutput:
+def _full(embeddings: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Embeddings in float32 at least, whatever the autocast."""
+    return [one.to(torch.promote_types(one.dtype, torch.float32)) for one in embeddings]
+
+
+def encoder_outputs(encoder: PreTrainedModel, inputs: dict[str, Any]) -> ModelOutput:
     """What an encoder returns; a ViT's learned positions are interpolated where images are not of its own size."""
     pixel_values = inputs.get("pixel_values")
     size = getattr(encoder.config, "image_size", None)

@@ -13,13 +13,14 @@ other one, and v and c are means over all views times two, so that without local
 Source: Bardes, Ponce, LeCun, "VICRegL", NeurIPS 2022 (arXiv 2210.01571), the global criterion of `main_vicregl.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from .objective import view_pairs
 from .vicreg_statistics import centre, covariance_form, share_sizes, squares, view_statistics
 from .vicreg_weights import Convention, Weight, check_weights, convention_factors
 
@@ -178,14 +179,6 @@ def _find_problem(views: Sequence[torch.Tensor]) -> str | None:
     return None
 
 
-def _pairs(num_views: int) -> Iterator[tuple[int, int, float]]:
-    """Yield each two views that shall agree, one of the first two and any other, and their share of the mean."""
-    for one in range(2):
-        for other in range(one + 1, num_views):
-            # the two global views are a pair from either side
-            yield one, other, (2 if other < 2 else 1) / (2 * (num_views - 1))
-
-
 class _VicRegTerms(torch.autograd.Function):
     """s, then v of every view, then c of every view, with their closed-form gradients."""
 
@@ -195,7 +188,7 @@ class _VicRegTerms(torch.autograd.Function):
         num_samples, dimensions = len(views[0]) * world_size, views[0].shape[1]
         of_views = [view_statistics(z, num_samples, group) for z in views]
 
-        distances = [share * squares(views[one] - views[other]) for one, other, share in _pairs(len(views))]
+        distances = [share * squares(views[one] - views[other]) for one, other, share in view_pairs(len(views))]
         sums = torch.stack([torch.stack(distances).sum(), *(one.off_diagonal for one in of_views)])
         if group is not None:
             # the moments' terms are whole on every process already
@@ -227,7 +220,7 @@ class _VicRegTerms(torch.autograd.Function):
             push = torch.where(deviation < gamma, -scale * grad_variance / deviation, 0)
             gradient = product * (4 * scale * grad_covariance)
             gradients.append(gradient.addcmul_(centre(z, (mean, residual)), push))
-        for one, other, share in _pairs(len(views)):
+        for one, other, share in view_pairs(len(views)):
             pull = world_size * grad_invariance * 2 * share / (num_samples * dimensions)
             difference = views[one][0] - views[other][0]
             gradients[one].addcmul_(difference, pull)

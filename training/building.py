@@ -167,14 +167,16 @@ def begin(run: Run) -> None:
     start_folder(run.folder, RECIPE, yaml.safe_dump(recipe, sort_keys=False), run.accelerator)
     sizes = [sum(one.numel() for one in encoder.parameters()) for encoder in run.model.encoders]
     logger.info(
-        "%s images of %s, batch %d, %d steps; encoder of %s M parameters, attention density %.3f; covariance by %s",
+        "%s images of %s, batch %d, %d steps; encoder of %s M parameters, attention density %.3f; %s",
         f"{len(run.source):,}" if isinstance(run.source, ImageSource) else "streamed",
         run.source.name,
         config.step_size,
         loop.step.num_steps,
         " and ".join(f"{size / 1e6:.2f}" for size in sizes),
         run.density,
-        covariance_form(config.step_size, config.vicreg.expander_sizes[-1]),
+        f"covariance by {covariance_form(config.step_size, config.vicreg.expander_sizes[-1])}"
+        if config.run.objective == "vicreg"
+        else f"objective {config.run.objective}",
     )
     if run.probe.possible and "untrained" not in loop.state.knn:
         loop.state.note(run.probe.of_pixels())

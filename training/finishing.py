@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from hf_vicreg.modeling.modeling_vicreg import representation_size
 from hf_vicreg.training.building import Run
 from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.engine.encoders import ADAPTER, merge_adapters, merged
@@ -21,6 +22,7 @@ from hf_vicreg.training.monitor.doctor import health_of
 from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
 from hf_vicreg.training.monitor.summary import summary
 from hf_vicreg.training.monitor.tracking import finish_trackers
+from hf_vicreg.training.objectives.registry import ENTRIES
 
 
 def fit(run: Run) -> None:
@@ -61,12 +63,14 @@ def finish(run: Run) -> dict[str, Any]:
     for encoder in run.encoders:
         encoder.eval()
 
+    entry = ENTRIES[run.config.run.objective]
+
     def write() -> None:
         records = read_log(run.folder / LOG_FILE)
-        results.update(health_of(records, run.config.vicreg.gamma))
+        results.update(health_of(records, run.config.vicreg.gamma, entry))
         with room_in(run.folder):
             write_unusable(run.folder, run.source, state.unusable)
-            draw_curves(with_ends(records, results), run.folder / CURVES_FILE)
+            draw_curves(with_ends(records, results), run.folder / CURVES_FILE, entry.parts)
             export_run(run.folder, run.model, run.encoders, run.processor, run.config.to_recipe(), results)
         print(summary(run.folder, results, records))
 
@@ -79,7 +83,7 @@ def finish(run: Run) -> dict[str, Any]:
 
 def results_of(run: Run, state: RunState) -> dict[str, Any]:
     """Return what `results.json` says of a run at a step."""
-    flags, step_size = run.config.run, run.config.step_size
+    flags, step_size, entry = run.config.run, run.config.step_size, ENTRIES[run.config.run.objective]
     name = flags.dataset_name
     return {
         "dataset": run.source.name,
@@ -93,7 +97,10 @@ def results_of(run: Run, state: RunState) -> dict[str, Any]:
         "training_seconds": round(state.training_seconds, 1),
         "hardware": _hardware(run.accelerator),
         "encoder_parameters": sum(one.numel() for one in run.model.encoder.parameters()),
-        "features": run.model.expander.in_features,
+        "features": representation_size(run.config.vicreg.encoder),
+        "objective": entry.name,
+        "method": entry.title,
+        "loss_parts": list(entry.parts),
         "attention_density": run.density,
         "knn_neighbours": flags.knn_neighbours,
         "knn_train_samples": len(run.bank) if run.bank is not None and run.probe.possible else 0,

@@ -1,6 +1,7 @@
 """Pictures beside a model card: curves of the log, and the attention pattern at the training grid."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hf_vicreg.training.monitor.curves import with_ends
 logger = logging.getLogger(__name__)
 
 MAX_TILES = 1024  # of a pattern: its table has the square of that
-PARTS = ("invariance", "variance", "covariance")
+PARTS = ("invariance", "variance", "covariance")  # of a run of before other objectives
+COLOURS_OF_PARTS = ("#1b9e77", "#d95f02", "#7570b3", "#66a61e", "#e7298a", "#a6761d")
 
 
 def draw_pictures(folder: Path, config: Any, log: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
@@ -31,7 +33,7 @@ def draw_pictures(folder: Path, config: Any, log: list[dict[str, Any]], results:
         return []
     drawn = []
     if any("loss" in record for record in log):
-        _draw_curves(folder / "training_curves.png", with_ends(log, results))
+        _draw_curves(folder / "training_curves.png", with_ends(log, results), results.get("loss_parts") or PARTS)
         drawn.append("training_curves.png")
     if config.model_type == "bigbird_vit" and config.attention_type == "block_sparse":
         pattern = layer_pattern(config, *config.grid_size(*config.image_size_hw))
@@ -43,22 +45,23 @@ def draw_pictures(folder: Path, config: Any, log: list[dict[str, Any]], results:
     return drawn
 
 
-def _draw_curves(path: Path, log: list[dict[str, Any]]) -> None:
+def _draw_curves(path: Path, log: list[dict[str, Any]], parts: Sequence[str]) -> None:
     from matplotlib.figure import Figure
 
     steps = [record for record in log if "loss" in record]
     measured = [record for record in log if "knn_accuracy" in record]
     figure = Figure(figsize=(10, 3.2), layout="constrained")
-    has_parts = all(part in record for record in steps for part in PARTS)
+    has_parts = all(part in record for record in steps for part in parts)
     panels = figure.subplots(1, 1 + has_parts + bool(measured), squeeze=False)[0]
     at = [record["step"] for record in steps]
     panels[0].plot(at, [record["loss"] for record in steps], color="#222222")
     panels[0].set_title("loss")
     if has_parts:
-        for part, colour in zip(PARTS, ("#1b9e77", "#d95f02", "#7570b3"), strict=True):
+        for part, colour in zip(parts, COLOURS_OF_PARTS, strict=False):
             panels[1].plot(at, [record[part] for record in steps], label=part, color=colour)
         panels[1].set_title("its parts, unweighted")
-        panels[1].set_yscale("log")
+        if all(record[part] > 0 for record in steps for part in parts):
+            panels[1].set_yscale("log")
         panels[1].legend(frameon=False)
     if measured:
         at = [record["step"] for record in measured]

@@ -23,6 +23,8 @@ from hf_vicreg.training.launch.distributed import largest, restore_rng, rng_stat
 from hf_vicreg.training.launch.signals import StopReason, StopRequest
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.monitor.run_log import RunLog, Stopwatch
+from hf_vicreg.training.objectives.entry import ObjectiveEntry
+from hf_vicreg.training.objectives.vicreg import VICREG
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class TrainingLoop:
         measure: Callable[[], dict[str, float]] | None = None,
         stop: StopRequest | None = None,
         gamma: float | None = None,
+        objective: ObjectiveEntry = VICREG,
     ):
         """Take no step yet.
 
@@ -92,9 +95,11 @@ class TrainingLoop:
             measure: Called on every process; returns figures by the names they have in the log.
             stop: Asked after every step.
             gamma: Target of the embeddings' standard deviation where the log is to be watched for a collapse.
+            objective: What the log is then judged by.
         """
         self.step, self.settings, self.accelerator, self.state = step, settings, accelerator, state
-        self.folder, self.measure, self.stop, self.gamma = folder, measure, stop, gamma
+        self.folder, self.measure, self.stop = folder, measure, stop
+        self.gamma, self.objective = gamma, objective
         # called on the main process after each checkpoint that training goes on from
         self.on_checkpoint: Callable[[RunState], None] | None = None
         self.guard = StepGuard(step.model, settings.max_skipped_steps, accelerator.scaler)
@@ -130,7 +135,7 @@ class TrainingLoop:
         step, state, settings, accelerator = self.step, self.state, self.settings, self.accelerator
         if self.folder is not None and accelerator.is_main_process:
             remove_leftovers(self.folder / "checkpoints")
-        log = self.log = RunLog(self.folder, state.step, accelerator, self.gamma)
+        log = self.log = RunLog(self.folder, state.step, accelerator, self.gamma, self.objective)
         step.train_mode()
         progress = Progress(step.num_steps, state.step, shown=accelerator.is_local_main_process)
         seconds_before, started = state.training_seconds, time.perf_counter()
@@ -221,8 +226,7 @@ class TrainingLoop:
         self.stopping = StopReason(common)
         if self.guard.allows(Verdict(verdict), state, settings.learning_rate):
             step.optimizer.step()
-            if step.average is not None:
-                step.average.update()
+            step.end()
         step.model.zero_grad()  # also what the optimiser leaves alone
         return outcome, {
             "grad_norm": grad_norm,

@@ -27,6 +27,7 @@ from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.launch.distributed import gather_sets
 from hf_vicreg.training.launch.signals import StopRequest, outlive_signals
 from hf_vicreg.training.monitor.health import measure_health
+from hf_vicreg.training.objectives.registry import ENTRIES
 from hf_vicreg.training.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def pretraining_loop(
         measure=measure,
         stop=stop,
         gamma=config.vicreg.gamma,
+        objective=ENTRIES[config.run.objective],
     )
 
 
@@ -82,6 +84,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         """Set up encoders, optimiser and data order; arguments and errors as for `pretraining_loop`."""
         run = config.run
         self.config, self.run, self.accelerator, self.source, self.model = config, run, accelerator, source, model
+        self.objective = ENTRIES[run.objective]
         self.pieces, self.images_per_step = config.step_size // run.batch_size, config.step_size
         if isinstance(source, ImageSource) and config.step_size > len(source):
             raise InputError(
@@ -130,6 +133,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         parts = [part for batch in batches for part in split_batch(batch, self.splits)]
         device, normalisation = self.accelerator.device, self.config.normalisation
         pieces = [partial(finish_batch, part, device, normalisation) for part in parts]
+        self.model.begin_step(step, self.num_steps)
         outputs = two_pass_backward(self.model, pieces, self.accelerator.backward)
         if self.accelerator.num_processes > 1:
             average_gradients(self.model.parameters())
@@ -142,15 +146,20 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
 
     def record(self, outcome: VicRegOutput) -> dict[str, float]:
         """Return the loss and its parts, and the health of embeddings and representations."""
-        parts = {part: outcome[part].item() for part in ("loss", "invariance", "variance", "covariance")}
-        return parts | measure_health(outcome, self.process_group)
+        parts = outcome if outcome.parts is None else outcome.parts
+        found = {part: parts[part].item() for part in self.objective.parts}
+        health = measure_health(outcome, self.process_group, unit_sphere=self.objective.unit_sphere)
+        return {"loss": outcome["loss"].item()} | found | health
 
     def describe(self, record: dict[str, float]) -> str:
         """Return loss, parts and speed."""
-        return (
-            "loss {loss:.2f} inv {invariance:.3f} var {variance:.3f} cov {covariance:.2f} "
-            "{images_per_second:.0f} img/s".format(**record)
-        )
+        parts = " ".join(f"{name[:5]} {record[name]:.3f}" for name in self.objective.parts)
+        return f"loss {record['loss']:.2f} {parts} {record['images_per_second']:.0f} img/s"
+
+    def end(self) -> None:
+        """Let the average and what the objective keeps beside the model follow its weights."""
+        super().end()
+        self.model.end_step()
 
     def clip(self, max_norm: float) -> tuple[float, float]:
         """Clip the encoders' gradient; return its norm from before, and that of the expanders'."""

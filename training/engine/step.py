@@ -91,6 +91,11 @@ class TrainingStep(ABC, Generic[Outcome]):
             if parameters and not any(one.requires_grad for one in parameters):
                 module.eval()
 
+    def end(self) -> None:
+        """Take note that the optimiser has changed the weights."""
+        if self.average is not None:
+            self.average.update()
+
     def resumed(self, state: RunState) -> None:
         """Take over from a checkpoint's state what the step counts itself."""
 

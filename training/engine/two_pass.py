@@ -56,7 +56,7 @@ def two_pass_backward(
         with torch.set_grad_enabled(len(pieces) == 1):
             for piece in pieces:
                 states.append(rng_states(device))
-                found.append(_views(model(**piece(), return_loss=False)))
+                found.append(model.encode(**piece()))
         return found
 
     def carry_on() -> None:
@@ -65,20 +65,21 @@ def two_pass_backward(
             again = parts
             if len(pieces) > 1:
                 restore_rng(state, device)
-                again = _views(model(**piece(), return_loss=False))
+                again = model.encode(**piece())
             end = start + len(parts[0])
-            # a frozen encoder has no graph
-            gradients = [leaf.grad[start:end] for leaf in leaves if leaf.grad is not None]
-            with_graph = [index for index, one in enumerate(again) if one.requires_grad]
-            if with_graph:
-                torch.autograd.backward(
-                    [again[index] for index in with_graph], [gradients[index] for index in with_graph]
-                )
+            # a frozen encoder has no graph, and places of patches have no gradient
+            seen = [
+                (one, leaf.grad[start:end])
+                for one, leaf in zip(again, leaves, strict=True)
+                if one.requires_grad and leaf.grad is not None
+            ]
+            if seen:
+                torch.autograd.backward([one for one, _ in seen], [gradient for _, gradient in seen])
             start = end
 
     encoded = _together(encode, device)
     leaves = [torch.cat(parts).detach().requires_grad_() for parts in zip(*encoded, strict=True)]
-    outputs = model(representations=leaves)
+    outputs = model.loss_of(leaves)
     backward(outputs.loss)
     _together(carry_on, device)
     return outputs
@@ -130,9 +131,3 @@ def share_buffers(model: VicRegForPreTraining) -> None:
         if has_batch_norm(encoder):
             for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)
-
-
-def _views(outputs: VicRegOutput) -> list[torch.Tensor]:
-    found = outputs.representations
-    assert found is not None
-    return list(found.unbind(1) if isinstance(found, torch.Tensor) else found)

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, pooled_features
+from hf_vicreg.modeling.patch_tokens import patch_grid
 from hf_vicreg.training.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -76,23 +77,10 @@ class VisionEncoder:
         Raises:
             InputError: The model has no token for each patch.
         """
-        states, config = outputs.last_hidden_state, self.model.config
-        if states.ndim == 4:  # of a convolutional network: (batch, channels, rows, columns)
-            return states.permute(0, 2, 3, 1)
-        size = getattr(config, "patch_size", None) or 0
-        patch_height, patch_width = (size, size) if isinstance(size, int) else size
-        rows = columns = 0
-        if hasattr(config, "grid_size"):
-            rows, columns = config.grid_size(height, width)
-        elif patch_height and patch_width:
-            rows, columns = height // patch_height, width // patch_width
-        leading = states.shape[1] - rows * columns  # CLS, distillation, registers: they go first
-        if not rows * columns or not 0 <= leading <= 2 + (getattr(config, "num_register_tokens", None) or 0):
-            raise InputError(
-                f"`patch_tokens`: expected a model with a token for each patch, {self.name} of type "
-                f"{config.model_type!r} has {states.shape[1]} tokens for {height}x{width} pixels; leave it out."
-            )
-        return states[:, leading:].unflatten(1, (rows, columns))
+        try:
+            return patch_grid(outputs.last_hidden_state, self.model.config, height, width)
+        except ValueError as error:
+            raise InputError(f"`patch_tokens`: {self.name}: {error}; leave it out.") from error
 
     @property
     def preprocessing(self) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """A run's curves as one picture."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from hf_vicreg.training.objectives.vicreg import VICREG
 
 logger = logging.getLogger(__name__)
 
@@ -10,7 +13,7 @@ CURVES_FILE = "curves.png"
 DOTS_PER_INCH = 110
 
 
-def draw_curves(records: list[dict[str, Any]], path: Path) -> bool:
+def draw_curves(records: list[dict[str, Any]], path: Path, names_of_parts: Sequence[str] = VICREG.parts) -> bool:
     """Draw loss, spread, rank and accuracies over the steps.
 
     matplotlib is not a requirement of the package: a run on a machine without it says so in the log and goes on.
@@ -18,6 +21,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> bool:
     Args:
         records: Lines of log.jsonl, `with_ends` if accuracies were measured there.
         path: PNG file to write.
+        names_of_parts: Of the loss.
 
     Returns:
         Whether the file was written.
@@ -31,9 +35,10 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> bool:
     ((loss, parts), (spread, accuracy)) = figure.subplots(2, 2)
     _draw(loss, records, {"loss": "loss"})
     loss.set_title("loss")
-    _draw(parts, records, {"invariance": "invariance", "variance": "variance", "covariance": "covariance"})
+    _draw(parts, records, {name: name.replace("_", " ") for name in names_of_parts})
     parts.set_title("its parts, unweighted")
-    parts.set_yscale("log")
+    if all(record.get(name, 1) > 0 for record in records for name in names_of_parts):
+        parts.set_yscale("log")
     _draw(
         spread,
         records,

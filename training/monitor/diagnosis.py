@@ -33,10 +33,14 @@ rate warms up: they may still be an untrained model's.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
+
+from hf_vicreg.training.objectives.entry import ObjectiveEntry
+from hf_vicreg.training.objectives.vicreg import VICREG
 
 Record = dict[str, Any]
 
@@ -79,20 +83,26 @@ class Verdict:
         return f"{self.name}: {self.finding}; {self.remedy}"
 
 
-def diagnose(records: Sequence[Record], gamma: float = 1.0) -> list[Verdict]:
+def diagnose(records: Sequence[Record], gamma: float = 1.0, objective: ObjectiveEntry = VICREG) -> list[Verdict]:
     """Return what is wrong at the last line of a log; nothing if all is well.
 
     Args:
         records: Lines of log.jsonl, oldest first; those without a loss are passed over. The first line and the last
             `WINDOW` + 1 are looked at. A figure that is missing or not finite is no evidence.
         gamma: Target of the embeddings' standard deviation.
+        objective: What is learned: some rules mean nothing for it, some remedies are its own.
     """
     lines = [record for record in records if "loss" in record]
-    rules = [_learning_rate_too_high, _loader_bound]
+    learning_rate = partial(_learning_rate_too_high, loss_falls=objective.loss_falls)
+    rules: list[Callable[[list[Record], float], Verdict | None]] = [learning_rate, _loader_bound]
     if len(lines) >= MIN_LINES and not _value(lines[-1], "learning_rate") > _value(lines[-2], "learning_rate"):
         rules = [*SPREAD_RULES, *rules]
     found = [rule(lines, gamma) for rule in rules] if lines else []
-    return [verdict for verdict in found if verdict is not None]
+    return [
+        replace(verdict, remedy=objective.remedies.get(verdict.name, verdict.remedy))
+        for verdict in found
+        if verdict is not None and verdict.name not in objective.silent
+    ]
 
 
 class Watch:
@@ -103,8 +113,8 @@ class Watch:
         past: What was wrong at some line, by name, as it was first seen.
     """
 
-    def __init__(self, gamma: float = 1.0):
-        self.gamma = gamma
+    def __init__(self, gamma: float = 1.0, objective: ObjectiveEntry = VICREG):
+        self.gamma, self.objective = gamma, objective
         self.lines: list[Record] = []
         self.present: dict[str, Verdict] = {}
         self.past: dict[str, Verdict] = {}
@@ -114,7 +124,7 @@ class Watch:
         if "loss" not in record:
             return []
         self.lines = [*self.lines[:1], *self.lines[1:][-WINDOW:], record]
-        now = diagnose(self.lines, self.gamma)
+        now = diagnose(self.lines, self.gamma, self.objective)
         new = [verdict for verdict in now if verdict.name not in self.past]
         self.past |= {verdict.name: verdict for verdict in new}
         self.present = {verdict.name: replace(verdict, step=self.past[verdict.name].step) for verdict in now}
@@ -209,7 +219,7 @@ SPREAD_RULES = [
 ]
 
 
-def _learning_rate_too_high(lines: list[Record], gamma: float) -> Verdict | None:
+def _learning_rate_too_high(lines: list[Record], gamma: float, *, loss_falls: bool = True) -> Verdict | None:
     recent = lines[-WINDOW:]
     earlier = lines[-WINDOW - 1] if len(lines) > WINDOW else {"skipped_steps": 0}
     skipped = _value(lines[-1], "skipped_steps") - _value(earlier, "skipped_steps")
@@ -226,9 +236,9 @@ def _learning_rate_too_high(lines: list[Record], gamma: float) -> Verdict | None
     spikes = sum(norm > SPIKE * usual for norm in norms)
     if skipped >= NUM_EVENTS:
         finding = f"loss or gradient was not finite in {skipped:.0f} steps of the last {len(recent)} lines"
-    elif len(lines) >= MIN_LINES and now > ABOVE_START * start:
+    elif loss_falls and len(lines) >= MIN_LINES and now > ABOVE_START * start:
         finding = f"the loss is {now:.3g} and was {start:.3g} at the first line"
-    elif len(lines) >= MIN_LINES and jumps:
+    elif loss_falls and len(lines) >= MIN_LINES and jumps:
         finding = "the loss jumped from {:.3g} to {:.3g}".format(*jumps[-1])
     elif spikes >= NUM_EVENTS:
         finding = f"{spikes} of {len(recent)} lines have a gradient over {SPIKE:g} times the usual {usual:.2g}"

@@ -8,6 +8,9 @@ from hf_vicreg.model_cards.schema import FileError, check_recipe, read_checked
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.monitor.diagnosis import MIN_LINES, Record, Watch
 from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
+from hf_vicreg.training.objectives.entry import ObjectiveEntry
+from hf_vicreg.training.objectives.registry import entry_of
+from hf_vicreg.training.objectives.vicreg import VICREG
 
 # what is shown of a line, and what is normal
 FIGURES = {
@@ -26,8 +29,8 @@ FIGURES = {
 }
 
 
-def read_run(folder: Path) -> tuple[list[Record], float]:
-    """Return the lines of a run's log and gamma, the target of its embeddings' standard deviation.
+def read_run(folder: Path) -> tuple[list[Record], float, ObjectiveEntry]:
+    """Return the lines of a run's log, gamma, the target of its embeddings' standard deviation, and its objective.
 
     Raises:
         InputError: Not a run's folder, or no line of a training step in it.
@@ -37,7 +40,8 @@ def read_run(folder: Path) -> tuple[list[Record], float]:
         if not path.is_file():
             raise InputError(f"`RUN`: expected the folder of a run, {folder} has no {path.name}; name its output_dir.")
     try:
-        gamma = (read_checked(recipe, check_recipe).get("vicreg") or {}).get("gamma") or 1.0
+        found = read_checked(recipe, check_recipe)
+        gamma = (found.get("vicreg") or {}).get("gamma") or 1.0
     except FileError as error:
         raise InputError(
             f"`RUN`: expected the recipe of a run in {recipe}, it cannot be read as one: {error}"
@@ -48,18 +52,18 @@ def read_run(folder: Path) -> tuple[list[Record], float]:
         raise InputError(f"`RUN`: expected lines of JSON in {log}, it is not text.") from error
     if not any("loss" in record for record in records):
         raise InputError(f"`RUN`: expected lines of training steps in {log}, found none; wait for the first.")
-    return records, gamma
+    return records, gamma, entry_of(found)
 
 
-def watched(records: list[Record], gamma: float) -> Watch:
+def watched(records: list[Record], gamma: float, objective: ObjectiveEntry = VICREG) -> Watch:
     """Return a watch that has read every line."""
-    watch = Watch(gamma)
+    watch = Watch(gamma, objective)
     for record in records:
         watch.follow(record)
     return watch
 
 
-def health_of(records: list[Record], gamma: float) -> dict[str, Any]:
+def health_of(records: list[Record], gamma: float, objective: ObjectiveEntry = VICREG) -> dict[str, Any]:
     """Return what `results.json` says about health: the last line's figures and all that was found wrong.
 
     Returns:
@@ -67,7 +71,7 @@ def health_of(records: list[Record], gamma: float) -> dict[str, Any]:
         `remedy`, `step` (of the line that showed it first) and `present` (whether the last line still does).
     """
     lines = [record for record in records if "loss" in record]
-    watch = watched(lines, gamma)
+    watch = watched(lines, gamma, objective)
     return {
         "health": {key: lines[-1][key] for key in FIGURES if key in lines[-1]} if lines else {},
         "verdicts": [vars(one) | {"present": name in watch.present} for name, one in watch.past.items()],
@@ -94,9 +98,9 @@ def health_table(records: list[Record]) -> str:
     )
 
 
-def report(records: list[Record], gamma: float) -> tuple[str, bool]:
+def report(records: list[Record], gamma: float, objective: ObjectiveEntry = VICREG) -> tuple[str, bool]:
     """Return what the doctor says, and whether the run is healthy at its last line."""
-    watch = watched(records, gamma)
+    watch = watched(records, gamma, objective)
     lines = sum("loss" in record for record in records)
     paragraphs = [health_table(records)]
     paragraphs += [f"{verdict} (since step {verdict.step})" for verdict in watch.present.values()]

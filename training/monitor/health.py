@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegOutput
 
@@ -39,13 +40,17 @@ class Spread(NamedTuple):
 
 
 @torch.no_grad()
-def measure_health(outputs: VicRegOutput, process_group: dist.ProcessGroup | None = None) -> dict[str, float]:
+def measure_health(
+    outputs: VicRegOutput, process_group: dist.ProcessGroup | None = None, *, unit_sphere: bool = False
+) -> dict[str, float]:
     """Return the health of one step by the names of the log; every process of the group must call.
 
     Args:
         outputs: Of a training step: `embeddings` `(n, views, D)`, `representations` `(n, views, features)` or a tuple
             of one `(n, features)` for each of two encoders. The two global views, which come first, are measured.
         process_group: Processes that hold the global batch in equal shares.
+        unit_sphere: Whether the loss sees the directions of the embeddings alone. Each is then scaled to the length
+            that dimensions of unit variance would give it.
 
     Returns:
         `embedding_std_min`, `embedding_std_mean`, `embedding_rank`, `covariance_ratio`, `covariance_floor` (what
@@ -55,6 +60,8 @@ def measure_health(outputs: VicRegOutput, process_group: dist.ProcessGroup | Non
     assert outputs.embeddings is not None
     assert outputs.representations is not None
     embeddings = outputs.embeddings[:, :GLOBAL_VIEWS]
+    if unit_sphere:
+        embeddings = F.normalize(embeddings.float(), dim=-1) * embeddings.shape[-1] ** 0.5
     found = spread(embeddings, process_group)
     num_samples = len(embeddings) * (1 if process_group is None else dist.get_world_size(process_group))
     health = {

@@ -16,6 +16,8 @@ from hf_vicreg.training.errors import room_in
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.launch.signals import end_workers
 from hf_vicreg.training.monitor.diagnosis import Verdict, Watch
+from hf_vicreg.training.objectives.entry import ObjectiveEntry
+from hf_vicreg.training.objectives.vicreg import VICREG
 
 LOG_FILE = "log.jsonl"
 
@@ -71,7 +73,14 @@ class Stopwatch:
 class RunLog:
     """The log of a run on its main process; the others have none, and what is written there goes nowhere."""
 
-    def __init__(self, folder: Path | None, step: int, accelerator: Accelerator, gamma: float | None = None):
+    def __init__(
+        self,
+        folder: Path | None,
+        step: int,
+        accelerator: Accelerator,
+        gamma: float | None = None,
+        objective: ObjectiveEntry = VICREG,
+    ):
         """Continue the log at a step, or begin it; every process must call.
 
         Args:
@@ -79,12 +88,13 @@ class RunLog:
             step: Steps done; lines of later ones, which will be done again, are dropped.
             accelerator: Its trackers get every line.
             gamma: Target of the embeddings' standard deviation where a log of pretraining is to be watched.
+            objective: What is learned.
 
         Raises:
             InputError: The disk is full.
         """
         self.accelerator = accelerator
-        self.watch = None if gamma is None else Watch(gamma)
+        self.watch = None if gamma is None else Watch(gamma, objective)
         self.path = None if folder is None else folder / LOG_FILE
 
         def begin(path: Path) -> None:

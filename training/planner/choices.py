@@ -12,6 +12,7 @@ from typing import Any
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 from hf_vicreg.training.errors import InputError, as_input_error
+from hf_vicreg.training.objectives.registry import entry_of
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import words
 
@@ -237,8 +238,7 @@ def density(model: dict[str, Any]) -> float:
 
 
 def _choose_batch(made: Choices, wanted: int, images: Images, machine: Machine) -> None:
-    settings = made.settings
-    processes = machine.num_processes
+    settings, processes = made.settings, machine.num_processes
     batch = settings.get("batch_size")
     made.reasons["batch_size"] = "given"
     if settings.get("per_device_train_batch_size") is not None:
@@ -250,11 +250,9 @@ def _choose_batch(made: Choices, wanted: int, images: Images, machine: Machine) 
         batch = max(processes, batch // processes * processes)
         made.fill("batch_size", batch, "for a stable covariance" if batch == wanted else "half of the images or less")
     whole = settings.get("statistics_batch_size") or batch
-    width = min(8192, max(128, 8 * whole))
-    made.fill("vicreg.expander_sizes", [width] * 3, "8 times the batch")
+    made.fill("vicreg.expander_sizes", entry_of(settings).expander_sizes(whole), "8 times the batch")
     base = 1e-3 if settings.get("model", {}).get("hidden_size", 384) <= 192 else 5e-4
-    rate = float(f"{base * math.sqrt(whole / 256):.2g}")
-    made.fill("learning_rate", rate, "grows with the root of the batch")
+    made.fill("learning_rate", float(f"{base * math.sqrt(whole / 256):.2g}"), "grows with the root of the batch")
 
 
 def choose_schedule(
@@ -275,7 +273,7 @@ def choose_schedule(
         made.fill("max_steps", num_steps, "what the time holds" if epochs < MAX_EPOCHS else "more would teach no more")
         made.fill("num_train_epochs", epochs, "passes over the images")
     short = num_steps < SHORT_STEPS
-    for name in ("vicreg.invariance_weight", "vicreg.variance_weight"):
+    for name in ("vicreg.invariance_weight", "vicreg.variance_weight") if entry_of(settings).vicreg_weights else ():
         made.fill(name, 10.0 if short else 25.0, "more decorrelation, for a short run" if short else "the paper's")
     made.fill("warmup_ratio", 0.1, "a tenth of the steps")
     total = num_steps * step_seconds

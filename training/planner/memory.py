@@ -92,11 +92,10 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
         if local:
             inputs["local_pixel_values"] = torch.empty(images, local, 3, side, side)
         with kept, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            found = model(**inputs, return_loss=False).representations
+            found = model.encode(**inputs)
             pixels = {one.untyped_storage()._cdata for one in inputs.values()}
             encoder_bytes = kept.total(without=pixels)
-            views = found.unbind(1) if isinstance(found, torch.Tensor) else found
-            model(representations=[one.detach().requires_grad_() for one in views])
+            model.loss_of([one.detach().requires_grad_() for one in found])
             expander_bytes = kept.total(without=pixels) - encoder_bytes
     trained = 2 + OPTIMIZER_STATES[config.run.optim]
     weights = sum(one.nbytes * (trained if one.requires_grad else 1) for one in model.parameters())

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.objectives.registry import ENTRIES, OBJECTIVE_SECTIONS
 
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 BYTES = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -125,7 +126,7 @@ VIEW_PRESETS: dict[str, dict[str, Any]] = {
 @dataclass
 class PretrainArguments:
     """Flags of a run. Sections of the recipe have dotted flags: `--model.KEY`, `--second_model.KEY`,
-    `--vicreg.KEY`, `--views.KEY`. Each names its group, under which `--help` lists it.
+    `--vicreg.KEY`, `--views.KEY`, `--OBJECTIVE.KEY`. Each names its group, under which `--help` lists it.
     """
 
     output_dir: str = _run(
@@ -146,6 +147,7 @@ class PretrainArguments:
         None, "Begin with the weights of a vision encoder: a run's folder, any that transformers loads, or a Hub id."
     )
     sparse: bool = _model(False, "Make the ViT, DINOv2 or DINOv3 of `model_name_or_path` a BigBirdViT.")
+    objective: str = _loss("vicreg", f"What is learned: {', '.join(ENTRIES)}.")
     batch_size: int = _loss(256, "Images at once over all processes; a step and the loss's batch.")
     statistics_batch_size: int | None = _loss(
         None, "Images a step where that is more than go at once: a multiple of `batch_size`, in two passes."
@@ -241,7 +243,7 @@ RESUMABLE_CHANGES = {
     "per_device_train_batch_size",  # resolved into batch_size
 }
 
-SECTIONS = ("model", "second_model", "vicreg", "views")
+SECTIONS = ("model", "second_model", "vicreg", "views", *OBJECTIVE_SECTIONS)
 # Fields of an encoder that leave the weights of `model_name_or_path` as they are.
 OPEN_FIELDS = {
     "image_size",
@@ -266,6 +268,8 @@ RESERVED = {
     "dtype",
     "encoder",
     "second_encoder",
+    "objective",
+    "objective_settings",
     "stage_names",
     "out_features",
     "out_indices",

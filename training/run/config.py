@@ -52,6 +52,7 @@ class RunConfig:
             **({"second_model": _plain(second)} if second else {}),
             "vicreg": _plain(vicreg),
             "views": _plain(dataclasses.asdict(self.views)),
+            **({self.run.objective: _plain(self.vicreg.objective_settings)} if self.vicreg.objective_settings else {}),
         }
 
 

@@ -5,11 +5,13 @@ import dataclasses
 import shutil
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import yaml
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.objectives.registry import ENTRIES, OBJECTIVE_SECTIONS
 from hf_vicreg.training.run.arguments import SECTIONS, PretrainArguments, ViewsConfig
 from hf_vicreg.training.run.section_flags import MODEL, VICREG, SectionFlag
 from hf_vicreg.training.run.settings import hint, recipe_names
@@ -77,7 +79,7 @@ def add_fields(
         where.add_argument(f"--{prefix}{field.name}", **options)
 
 
-def _add_section(group: Any, section: str, fields: dict[str, SectionFlag]) -> None:
+def _add_section(group: Any, section: str, fields: Mapping[str, SectionFlag]) -> None:
     """Add the dotted flags of a configuration for the help alone: `parse_flags` reads them itself."""
     for name, (default, value, text) in fields.items():
         shown = text if default is None else f"{text} (default: {_as_typed(default)})"
@@ -104,9 +106,9 @@ def pretrain_parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         prog="hf-vicreg pretrain",
         usage="%(prog)s [DATA] [--FLAG VALUE ...]",
-        description="Pretrain an encoder by VICReg on your own images; no labels are needed. What is not given is "
-        "planned for these images, this machine and --time_budget; --plan_only shows the plan. Defaults are those of "
-        "what neither a recipe nor the plan decides.",
+        description="Pretrain an encoder by VICReg, or another --objective, on your own images; no labels are needed. "
+        "What is not given is planned for these images, this machine and --time_budget; --plan_only shows the plan. "
+        "Defaults are those of what neither a recipe nor the plan decides.",
         epilog="With another --model.model_type, --model.KEY are the fields of its configuration. --second_model.KEY "
         "makes a second encoder, for the second view. Values of dotted flags are YAML: "
         '--vicreg.expander_sizes "[512, 512]".',
@@ -139,6 +141,8 @@ def pretrain_parser() -> argparse.ArgumentParser:
     add_fields(parser, ViewsConfig, defaults=False, prefix="views.", groups=groups)
     _add_section(groups["model"], "model", MODEL)
     _add_section(groups["loss"], "vicreg", VICREG)
+    for name in OBJECTIVE_SECTIONS:
+        _add_section(groups["loss"], name, ENTRIES[name].settings)
     return parser
 
 

@@ -5,8 +5,9 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig, encoder_config
+from hf_vicreg.modeling.objectives import OBJECTIVES
 from hf_vicreg.training.errors import InputError, as_input_error
-from hf_vicreg.training.run.arguments import RESERVED, PretrainArguments, ViewsConfig
+from hf_vicreg.training.run.arguments import RESERVED, SECTIONS, PretrainArguments, ViewsConfig
 from hf_vicreg.training.run.checks import check_local_views, check_ranges
 from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.run.settings import explicit_settings, hint
@@ -22,7 +23,7 @@ def resolve(given: dict[str, Any]) -> RunConfig:
         InputError: An unknown key or a value of the wrong type or range, in the recipe or among the settings.
     """
     settings = explicit_settings(given)
-    sections = {section: settings.pop(section, {}) for section in ("model", "second_model", "vicreg", "views")}
+    sections = {section: settings.pop(section, {}) for section in SECTIONS}
     run = PretrainArguments(**settings)
     check_ranges(run)
     if not run.output_dir:
@@ -33,6 +34,16 @@ def resolve(given: dict[str, Any]) -> RunConfig:
     with as_input_error("vicreg"):
         _check_keys(sections["vicreg"], VicRegConfig(), "vicreg")
         vicreg = VicRegConfig(encoder=encoder, second_encoder=second, **sections["vicreg"])
+    if run.objective != "vicreg":
+        with as_input_error(run.objective):
+            defaults = OBJECTIVES[run.objective].defaults
+            vicreg = VicRegConfig(
+                encoder=encoder,
+                second_encoder=second,
+                objective=run.objective,
+                objective_settings=defaults | sections[run.objective],
+                **sections["vicreg"],
+            )
     config = RunConfig(run=run, views=views, vicreg=vicreg)
     check_local_views(config)
     return config

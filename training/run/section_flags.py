@@ -3,16 +3,7 @@
 The configurations themselves need torch, which takes seconds to import; a test holds this table against them.
 """
 
-from typing import Any, NamedTuple
-
-
-class SectionFlag(NamedTuple):
-    """A field of a configuration: its default, what is given for it, and what it is."""
-
-    default: Any
-    value: str
-    text: str
-
+from hf_vicreg.training.objectives.entry import SectionFlag
 
 PIXELS = "INT|[HEIGHT,WIDTH]"
 
@@ -67,6 +58,8 @@ VICREG: dict[str, SectionFlag] = {
     "eps": SectionFlag(1e-4, "FLOAT", "Added to the variance under the root."),
     "convention": SectionFlag("official", "official|paper|solo-learn|vicregl", "Whose parts the weights are of."),
 }
+# of the objectives with `vicreg_weights`; the rest of the section is of all
+VICREG_WEIGHTS = ("invariance_weight", "variance_weight", "covariance_weight", "gamma", "eps", "convention")
 # fields of every configuration of transformers: taken where they are given, and not worth a line of help
 INHERITED = {
     "architectures",
@@ -79,3 +72,5 @@ INHERITED = {
     "problem_type",
     "transformers_version",
 }
+
+__all__ = ["INHERITED", "MODEL", "VICREG", "VICREG_WEIGHTS", "SectionFlag"]

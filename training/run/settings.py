@@ -6,6 +6,7 @@ import logging
 import os
 import types
 import typing
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.objectives.registry import ENTRIES
 from hf_vicreg.training.run.arguments import (
     OPEN_FIELDS,
     RESERVED,
@@ -23,7 +25,7 @@ from hf_vicreg.training.run.arguments import (
 )
 from hf_vicreg.training.run.checks import check_ranges
 from hf_vicreg.training.run.places import data_setting
-from hf_vicreg.training.run.section_flags import INHERITED, MODEL, VICREG
+from hf_vicreg.training.run.section_flags import INHERITED, MODEL, VICREG, VICREG_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ def explicit_settings(given: dict[str, Any]) -> dict[str, Any]:
         of_source = section == "model" and merged.get("model_name_or_path")  # whose fields are not known here
         if section in ("model", "second_model", "vicreg") and not of_source:
             _refuse_unknown(merged.get(section, {}), section)
+    _check_objective(merged)
     views = typed(ViewsConfig, merged.get("views", {}), "views.")
     run = typed(PretrainArguments, {key: value for key, value in merged.items() if key not in SECTIONS}, "")
     ViewsConfig(**views)
@@ -129,6 +132,36 @@ def _refuse_unknown(settings: dict[str, Any], section: str) -> None:
             raise InputError(f"`{section}.{key}`: unknown key{hint(key, list(known))}.")
 
 
+def _check_objective(settings: dict[str, Any]) -> None:
+    """Raise InputError for no such objective, settings of others, unknown keys or a model it cannot train."""
+    name = settings.get("objective", "vicreg")
+    if name not in ENTRIES:
+        raise InputError(
+            f"`objective`: expected one of {', '.join(ENTRIES)}, got {name!r}{hint(name, list(ENTRIES))}."
+        )
+    entry = ENTRIES[name]
+    for key in settings.get(name, {}) if entry.settings else ():
+        if key not in entry.settings:
+            raise InputError(f"`{name}.{key}`: unknown key{hint(key, list(entry.settings))}.")
+    foreign = next(_of_other_objectives(settings, name), None)
+    if foreign is not None:
+        raise InputError(
+            f"`{foreign}`: expected no setting of another objective than {name!r}, got one; leave it out, or choose "
+            "its own --objective."
+        )
+    if entry.one_encoder and settings.get("second_model"):
+        raise InputError(f"`second_model`: expected none with objective {name!r}: {entry.one_encoder}; leave it out.")
+
+
+def _of_other_objectives(settings: dict[str, Any], name: str) -> Iterator[str]:
+    """Yield the settings that are of another objective than the one of a name."""
+    for other, entry in ENTRIES.items():
+        if entry.settings and other != name:
+            yield from (f"{other}.{key}" for key in settings.get(other, {}))
+    if not ENTRIES[name].vicreg_weights:
+        yield from (f"vicreg.{key}" for key in settings.get("vicreg", {}) if key in VICREG_WEIGHTS)
+
+
 def _refuse_architecture(above: dict[str, Any]) -> None:
     """Raise InputError for an architecture chosen beside weights, which decide it.
 
@@ -152,6 +185,13 @@ def same_source(one: str | None, other: str | None) -> bool:
 
 def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
     """Drop from a recipe, in place, what has no meaning beside the settings above it; dropped fields are logged."""
+    name = above.get("objective")
+    if name in ENTRIES and name != below.get("objective", "vicreg"):
+        dropped = list(_of_other_objectives(below, name))
+        for section, _, key in (one.partition(".") for one in dropped):
+            below[section] = {other: value for other, value in below[section].items() if other != key}
+        if dropped:
+            logger.info("the recipe's %s are left out for %s", ", ".join(f"`{one}`" for one in dropped), name)
     if above.get("time_budget") is not None:  # the length is what the time holds
         for key in ("num_train_epochs", "max_steps"):
             below.pop(key, None)

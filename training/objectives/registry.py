@@ -1,0 +1,15 @@
+"""The objectives by name."""
+
+from hf_vicreg.training.objectives.barlow_twins import BARLOW_TWINS
+from hf_vicreg.training.objectives.entry import ObjectiveEntry
+from hf_vicreg.training.objectives.simclr import SIMCLR
+from hf_vicreg.training.objectives.vicreg import VICREG
+
+ENTRIES: dict[str, ObjectiveEntry] = {one.name: one for one in (VICREG, SIMCLR, BARLOW_TWINS)}
+# of the settings: VICReg's own section is older than the others, and holds the expander of all
+OBJECTIVE_SECTIONS = tuple(name for name, one in ENTRIES.items() if one.settings)
+
+
+def entry_of(recipe: dict) -> ObjectiveEntry:
+    """Return the entry of a recipe's objective: VICReg's where it names none, or one of another release."""
+    return ENTRIES.get(str(recipe.get("objective")), VICREG)
