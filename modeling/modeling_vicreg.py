@@ -1,7 +1,6 @@
 """VICReg around an encoder, or two: two views in, the loss and its parts out."""
 
 import contextlib
-import inspect
 import math
 import os
 from collections.abc import Sequence
@@ -19,10 +18,10 @@ from transformers.utils.generic import can_return_tuple
 from .call_checks import asks_for, check_keywords
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .configuration_vicreg import VicRegConfig
+from .encoder_outputs import encoder_outputs, patch_grid, pooled_features
 from .modeling_bigbird_vit import BigBirdViTModel
 from .objective import View
 from .objectives import OBJECTIVES
-from .patch_tokens import patch_grid
 from .vicreg_expander import VicRegExpander
 from .vicreg_loss import vicreg_loss
 from .vicreg_statistics import share_sizes
@@ -216,7 +215,9 @@ class VicRegForPreTraining(PreTrainedModel):
         embeddings = [expander(one, group) for expander, one in zip(expanders, encoded, strict=True)]
         device = embeddings[0].device.type
         with contextlib.nullcontext() if is_vicreg else torch.autocast(device, enabled=False):
-            loss, parts = self.objective(embeddings if is_vicreg else _full(embeddings), further, group)
+            loss, parts = self.objective(
+                *(embeddings, further) if is_vicreg else (_full(embeddings), _full(further)), group
+            )
         embedded = torch.stack(embeddings, dim=1)
         logged = parts if is_vicreg else {"parts": parts}
         return VicRegOutput(loss=loss, **logged, embeddings=embedded, representations=joined, **states)
@@ -338,20 +339,9 @@ class VicRegForPreTraining(PreTrainedModel):
         return [{"pixel_values": pixel_values}, second_inputs]
 
 
-def _full(embeddings: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Embeddings in float32 at least, whatever the autocast."""
-    return [one.to(torch.promote_types(one.dtype, torch.float32)) for one in embeddings]
-
-
-def encoder_outputs(encoder: PreTrainedModel, inputs: dict[str, Any]) -> ModelOutput:
-    """What an encoder returns; a ViT's learned positions are interpolated where images are not of its own size."""
-    pixel_values = inputs.get("pixel_values")
-    size = getattr(encoder.config, "image_size", None)
-    own = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
-    interpolates = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
-    if pixel_values is not None and interpolates and own not in (None, tuple(pixel_values.shape[-2:])):
-        return encoder(**{"interpolate_pos_encoding": True, **inputs})
-    return encoder(**inputs)
+def _full(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors in float32 at least, whatever the autocast."""
+    return [one.to(torch.promote_types(one.dtype, torch.float32)) for one in tensors]
 
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
@@ -376,12 +366,6 @@ def load_encoder(source: str | os.PathLike) -> PreTrainedModel:
     fields, _ = PreTrainedConfig.get_config_dict(source)
     is_default = fields.get("model_type") == BigBirdViTConfig.model_type
     return (BigBirdViTModel if is_default else AutoModel).from_pretrained(source, use_safetensors=True)
-
-
-def pooled_features(outputs: ModelOutput) -> torch.Tensor:
-    """Return `(batch, features)` from a vision encoder's output: its pooled output, or its mean token without one."""
-    pooled = getattr(outputs, "pooler_output", None)
-    return outputs.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
 
 
 def representation_size(config) -> int:

@@ -90,6 +90,11 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def teachers(self) -> list[nn.Module]:
+        """Encoders of its own, which do not learn by gradients."""
+        return []
+
     def begin_step(self, model: nn.Module, step: int, num_steps: int) -> None:
         """Take note of a step that is about to begin, of so many; all that depends on it follows from it alone."""
 

@@ -3,11 +3,16 @@
 from typing import Any
 
 from .barlow_twins import BarlowTwins
+from .byol import BYOL
 from .objective import Objective
+from .sigreg import SIGReg
 from .simclr import SimCLR
 from .vicreg_objective import VicReg
+from .vicregl import VicRegL
 
-OBJECTIVES: dict[str, type[Objective]] = {one.name: one for one in (VicReg, SimCLR, BarlowTwins)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    one.name: one for one in (VicReg, VicRegL, SimCLR, BarlowTwins, SIGReg, BYOL)
+}
 
 
 def check_objective(config: Any) -> None:

@@ -19,7 +19,7 @@ from hf_vicreg.training.engine.optim import build_optimizer
 from hf_vicreg.training.engine.step import TrainingStep
 from hf_vicreg.training.engine.two_pass import average_gradients, refuse_batch_norm, share_buffers, two_pass_backward
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.images.colour import finish_batch
+from hf_vicreg.training.images.colour import finish_batch, placed_batch
 from hf_vicreg.training.images.order import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate, split_batch
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream, stream_batches
@@ -132,7 +132,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         self._hold_encoders(step < self.expander_steps)
         parts = [part for batch in batches for part in split_batch(batch, self.splits)]
         device, normalisation = self.accelerator.device, self.config.normalisation
-        pieces = [partial(finish_batch, part, device, normalisation) for part in parts]
+        finish = placed_batch if self.objective.takes_places else finish_batch
+        pieces = [partial(finish, part, device, normalisation) for part in parts]
         self.model.begin_step(step, self.num_steps)
         outputs = two_pass_backward(self.model, pieces, self.accelerator.backward)
         if self.accelerator.num_processes > 1:

@@ -127,7 +127,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 def share_buffers(model: VicRegForPreTraining) -> None:
     """Give every process the main one's buffers of encoders with batch norms; every one must call."""
-    for encoder in model.encoders:
+    for encoder in (*model.encoders, *model.objective.teachers):
         if has_batch_norm(encoder):
             for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)

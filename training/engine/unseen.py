@@ -8,7 +8,7 @@ of the optimiser. Found by structure:
   of the expander's linear layers before a batch norm, and of the encoder's last layer norm: it shifts all features
   alike.
 - The latter under an expander of one linear layer, too, if both views go through it: invariance, variance and
-  covariance are made of differences.
+  covariance are made of differences. Not under an objective that sees such shifts.
 - A key's bias in softmax attention: it adds one number to all the scores of a query. Not with rotary positions, which
   turn it differently for each key.
 """
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hf_vicreg.modeling.global_batch_norm import GlobalBatchNorm1d
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.modeling.vicreg_expander import VicRegExpander
 
 # Types of encoders without rotary positions, whose layers of attention name their projections `q_proj` and `k_proj`.
 PLAIN_KEYS = {"vit", "deit", "dinov2", "dinov2_with_registers", "siglip_vision_model"}
@@ -42,17 +43,22 @@ def unseen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 if hasattr(one, "q_proj") and isinstance(key, nn.Linear) and key.bias is not None:
                     found.add(key.bias)
     if isinstance(model, VicRegForPreTraining):
+        for head in model.modules():  # expanders, and a predictor
+            if isinstance(head, VicRegExpander):
+                hidden = zip(head.hidden, head.norm, strict=True)
+                found |= {linear.bias for linear, norm in hidden if isinstance(norm, GlobalBatchNorm1d)}
         expanders = [one for one in (model.expander, model.second_expander) if one is not None]
         for encoder, expander in zip(model.encoders, expanders, strict=True):
-            normalised = [isinstance(norm, GlobalBatchNorm1d) for norm in expander.norm]
-            for linear, by_batch in zip(expander.hidden, normalised, strict=True):
-                if by_batch:
-                    found.add(linear.bias)
-            if normalised[0] if normalised else len(expanders) == 1:
+            of_differences = len(expanders) == 1 and not model.objective.sees_shifts
+            if isinstance(expander.norm[0], GlobalBatchNorm1d) if len(expander.norm) else of_differences:
                 bias = _shift_of_features(encoder)
                 if bias is not None:
                     found.add(bias)
-    return {name: parameter for name, parameter in model.named_parameters() if parameter in found}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter in found and not name.startswith("objective.teacher.")  # which learns nothing anyway
+    }
 
 
 def _has_plain_keys(module: nn.Module) -> bool:

@@ -24,9 +24,9 @@ from transformers import (
 from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
+from hf_vicreg.modeling.encoder_outputs import patch_grid
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, pooled_features
-from hf_vicreg.modeling.patch_tokens import patch_grid
 from hf_vicreg.training.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -44,6 +44,11 @@ def finish_batch(
     return images
 
 
+def placed_batch(batch: dict[str, Any], device: torch.device, normalisation: Normalisation) -> dict[str, torch.Tensor]:
+    """Return what `finish_batch` does, and where the views lie in their images, of an objective that asks."""
+    return finish_batch(batch, device, normalisation) | {"geometry": batch["geometry"].to(device)}
+
+
 def finish_views(crops: torch.Tensor, colours: torch.Tensor, normalisation: Normalisation = IMAGENET) -> torch.Tensor:
     """Return views ready for the encoder: colour operations, then the image processor's normalisation.
 

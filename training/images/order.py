@@ -33,7 +33,8 @@ class ViewDataset(Dataset):
         """Return the views of one image.
 
         `views` `(2, 3, height, width)` uint8, `local_views` `(local views, 3, side, side)` uint8 if there are any,
-        `colours` `(views, parameters)` float32, local ones last, and `unusable` indices. An unusable image is replaced
+        `colours` `(views, parameters)` and `geometry` `(views, 6)` float32, local ones last,
+        and `unusable` indices. An unusable image is replaced
         by another one drawn at random, the same in every run: batches keep their size. `views` is None when too many
         in a row are unusable.
         """
@@ -48,13 +49,13 @@ class ViewDataset(Dataset):
             if image is not None:
                 return draw_views(self.samplers, image, key_of_views) | {"unusable": unusable}
             unusable.append(index)
-        return {"views": None, "colours": None, "unusable": unusable}
+        return {"views": None, "colours": None, "geometry": None, "unusable": unusable}
 
 
 def draw_views(samplers: list[ViewSampler], image: Image.Image, key: str) -> dict[str, torch.Tensor]:
-    """Return `views`, `colours` and, if there are any, `local_views` of the image with this key."""
-    views, colours = zip(*(sampler(image, view_rng(key, sampler)) for sampler in samplers), strict=True)
-    sample = {"views": torch.stack(views[:2]), "colours": torch.tensor(colours)}
+    """Return `views`, `colours`, `geometry` and, if there are any, `local_views` of the image with this key."""
+    views, colours, places = zip(*(one.draw(image, view_rng(key, one)) for one in samplers), strict=True)
+    sample = {"views": torch.stack(views[:2]), "colours": torch.tensor(colours), "geometry": torch.tensor(places)}
     return sample | ({"local_views": torch.stack(views[2:])} if len(views) > 2 else {})
 
 

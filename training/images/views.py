@@ -15,6 +15,8 @@ from PIL import Image
 
 from hf_vicreg.training.run.arguments import ViewsConfig
 
+UNTURNED = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # Pillow's coefficients, output pixel to input pixel
+
 
 class ViewSampler:
     """Draws one view: a uint8 crop and the parameters of its colour operations.
@@ -41,19 +43,29 @@ class ViewSampler:
 
     def __call__(self, image: Image.Image, rng: random.Random) -> tuple[torch.Tensor, list[float]]:
         """Return a crop `(3, height, width)` uint8 and its colour parameters."""
+        return self.draw(image, rng)[:2]
+
+    def draw(self, image: Image.Image, rng: random.Random) -> tuple[torch.Tensor, list[float], list[float]]:
+        """Return a crop `(3, height, width)` uint8, its colour parameters and where it lies in the image.
+
+        The last is a 2 x 3 matrix, row by row: from a place (x, y, 1) in the crop, in shares of its width and height,
+        to the place in the image, in units of its longer side.
+        """
         config = self.config
+        turn = UNTURNED
         if self._is_affine:
-            image = image.transform(
-                image.size, Image.Transform.AFFINE, self._draw_affine(image, rng), Image.Resampling.BILINEAR
-            )
+            turn = self._draw_affine(image, rng)
+            image = image.transform(image.size, Image.Transform.AFFINE, turn, Image.Resampling.BILINEAR)
         left, top, width, height = crop_box(image.width, image.height, self.crop_ratios, rng)
         # rows of pixels, channels last: the layout in which resizing of bytes is vectorised
         pixels = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).permute(2, 0, 1)
         if (height, width) != self.image_size:
             pixels = F.interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
-        if rng.random() < config.flip_probability:
+        flipped = rng.random() < config.flip_probability
+        if flipped:
             pixels = pixels.flip(2)
-        return pixels.contiguous(), self._draw_colour(rng)
+        place = _place((left, top, width, height), flipped, turn, max(image.size))
+        return pixels.contiguous(), self._draw_colour(rng), place
 
     def reduction(self, width: int, height: int, rng: random.Random) -> int:
         """Return how many times smaller the image may be decoded: its crop then still has the view's pixels.
@@ -104,6 +116,16 @@ class ViewSampler:
         sigma = sigma if rng.random() < of_view(config.blur_probability, self.view) else 0.0
         solarize = float(rng.random() < of_view(config.solarize_probability, self.view))
         return [*factors, hue, grayscale, sigma, solarize]
+
+
+def _place(box: tuple[int, int, int, int], flipped: bool, turn: tuple[float, ...], longer_side: int) -> list[float]:
+    """Return the matrix of `ViewSampler.draw` for a box (left, top, width, height) of an image that was turned."""
+    left, top, width, height = box
+    to_box = (-width, left + width) if flipped else (width, left)  # x in pixels = slope * share + start
+    rows = []
+    for across, down, shift in (turn[:3], turn[3:]):
+        rows += [across * to_box[0], down * height, across * to_box[1] + down * top + shift]
+    return [one / longer_side for one in rows]
 
 
 def of_view(probability: float | tuple[float, float], view: int) -> float:

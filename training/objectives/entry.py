@@ -31,9 +31,10 @@ class ObjectiveEntry:
         silent: Names of what the doctor finds that mean nothing here.
         unit_sphere: Whether the loss sees the directions of the embeddings alone. Their health is then measured after
             each is scaled to the length that unit standard deviations would give it.
-        loss_falls: Whether a loss that rises is a sign of trouble. Not where an untrained encoder, whose views agree by
-            themselves, may have a low one.
+        loss_falls: Whether a loss that rises is a sign of trouble. Not where an untrained encoder, whose views agree
+            by themselves, may have a low one.
         vicreg_weights: Whether the weights of the section `vicreg` are of this loss. Its expander is everybody's.
+        takes_places: Whether the model is to be told where in its image each view lies.
         one_encoder: Why two branches cannot be trained, where they cannot.
         expander_sizes: Widths that a plan gives the expander, of the batch of the loss.
     """
@@ -47,5 +48,6 @@ class ObjectiveEntry:
     unit_sphere: bool = False
     loss_falls: bool = False
     vicreg_weights: bool = False
+    takes_places: bool = False
     one_encoder: str | None = None
     expander_sizes: Callable[[int], list[int]] = expander_for

@@ -91,6 +91,8 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
         inputs = {"pixel_values": torch.empty(images, 2, 3, height, width)}
         if local:
             inputs["local_pixel_values"] = torch.empty(images, local, 3, side, side)
+        if model.objective.needs_tokens:
+            inputs["geometry"] = torch.empty(images, 2 + local, 6)
         with kept, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             found = model.encode(**inputs)
             pixels = {one.untyped_storage()._cdata for one in inputs.values()}

@@ -1,7 +1,28 @@
-"""Where an encoder's patch tokens are in its output, for any vision encoder."""
+"""What a vision encoder of any kind returns: its outputs, its pooled features, its patch tokens."""
+
+import inspect
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+
+def encoder_outputs(encoder: PreTrainedModel, inputs: dict[str, Any]) -> ModelOutput:
+    """What an encoder returns; a ViT's learned positions are interpolated where images are not of its own size."""
+    pixel_values = inputs.get("pixel_values")
+    size = getattr(encoder.config, "image_size", None)
+    own = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
+    interpolates = "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters
+    if pixel_values is not None and interpolates and own not in (None, tuple(pixel_values.shape[-2:])):
+        return encoder(**{"interpolate_pos_encoding": True, **inputs})
+    return encoder(**inputs)
+
+
+def pooled_features(outputs: ModelOutput) -> torch.Tensor:
+    """Return `(batch, features)` from a vision encoder's output: its pooled output, or its mean token without one."""
+    pooled = getattr(outputs, "pooler_output", None)
+    return outputs.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
 
 
 def patch_grid(states: torch.Tensor, config: PreTrainedConfig, height: int, width: int) -> torch.Tensor:
@@ -34,4 +55,4 @@ def patch_grid(states: torch.Tensor, config: PreTrainedConfig, height: int, widt
     return states[:, leading:].unflatten(1, (rows, columns))
 
 
-__all__ = ["patch_grid"]
+__all__ = ["encoder_outputs", "patch_grid", "pooled_features"]
