@@ -90,7 +90,7 @@ class BYOL(Objective):
     def forward(self, embeddings, further, process_group):
         teacher = self.teacher["expander"].train(self.training)  # an engine puts what does not learn into evaluation
         with torch.no_grad():
-            targets = [teacher(one, process_group).float() for one in further]
+            targets = [teacher(one, process_group) for one in further]
         predictions = [self.predictor(one, process_group) for one in embeddings]
         # each global view predicts the other, each local view both
         error = embeddings[0].new_zeros(())

@@ -139,6 +139,8 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
             raise InputError(f"`{section}.model_type`: expected an encoder of images, got {found!r}.")
     if config.views.num_local_views:
         _refuse_size(model, config.views.local_image_size)
+    if model.objective.needs_tokens:
+        _refuse_without_tokens(model, config)
     set_seed(run.seed + accelerator.process_index)  # one set of weights, but every process drops paths of its own
     processor = build_processor(config)
     probe = OnlineProbe(
@@ -210,3 +212,13 @@ def _refuse_size(model: VicRegForPreTraining, side: int) -> None:
             f"`views.local_image_size`: the encoder {model.config.encoder.model_type!r} takes no images of {side} "
             f"pixels: {' '.join(str(error).split())}"
         ) from error
+
+
+def _refuse_without_tokens(model: VicRegForPreTraining, config: RunConfig) -> None:
+    """Fail before anything is written when the encoder has no token for each patch, and the objective needs them."""
+    height, width = config.image_size
+    try:
+        with torch.no_grad():
+            model.eval().encode(pixel_values=torch.zeros(2, 2, 3, height, width), geometry=torch.zeros(2, 2, 6))
+    except ValueError as error:
+        raise InputError(f"`objective`: {config.run.objective}: {error}; choose another of either.") from error

@@ -33,10 +33,9 @@ class ViewDataset(Dataset):
         """Return the views of one image.
 
         `views` `(2, 3, height, width)` uint8, `local_views` `(local views, 3, side, side)` uint8 if there are any,
-        `colours` `(views, parameters)` and `geometry` `(views, 6)` float32, local ones last,
-        and `unusable` indices. An unusable image is replaced
-        by another one drawn at random, the same in every run: batches keep their size. `views` is None when too many
-        in a row are unusable.
+        `colours` `(views, parameters)`, `geometry` `(views, 6)`, both float32, local ones last, and `unusable`. An
+        unusable image is replaced by another one drawn at random, the same in every run: batches keep their size.
+        `views` is None when too many in a row are unusable.
         """
         epoch, wanted = key
         unusable: list[int] = []

@@ -41,7 +41,7 @@ def resolve(given: dict[str, Any]) -> RunConfig:
                 encoder=encoder,
                 second_encoder=second,
                 objective=run.objective,
-                objective_settings=defaults | sections[run.objective],
+                objective_settings=defaults | sections.get(run.objective, {}),
                 **sections["vicreg"],
             )
     config = RunConfig(run=run, views=views, vicreg=vicreg)

@@ -205,3 +205,25 @@ def test_local_views_are_small_crops_of_their_own_size():
             spans.append((crop.max() - crop.min()).item() / 200)
         assert (0.75 * low) ** 0.5 * 0.8 < min(spans)
         assert max(spans) < (4 / 3 * high) ** 0.5 + 0.02
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["upright", "turned"])
+def test_a_view_says_where_in_its_image_it_lies(turned):
+    # an image whose colours are its coordinates
+    height, width = 100, 160
+    x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    image = Image.fromarray(np.stack([x, y, np.full_like(x, 255)], axis=-1).astype(np.uint8))
+    extra = {"rotation_degrees": 30.0, "zoom_ratio": 0.2, "translate_ratio": 0.1} if turned else {}
+    sampler = ViewSampler.of_views(ViewsConfig(crop_min_ratio=0.2, **extra), (24, 32))[0]
+    flips = set()
+    for seed in range(8):
+        crop, _, place = sampler.draw(image, random.Random(seed))
+        matrix = torch.tensor(place).view(2, 3)
+        flips.add(bool(matrix[0, 0] < 0))
+        columns, rows = torch.meshgrid((torch.arange(32) + 0.5) / 32, (torch.arange(24) + 0.5) / 24, indexing="xy")
+        where = torch.einsum("ij,jhw->ihw", matrix, torch.stack([columns, rows, torch.ones(24, 32)])) * width
+        inside = crop[2] == 255  # not what a turn has brought in from outside
+        inside[[0, -1], :] = inside[:, [0, -1]] = False  # where resizing runs out of pixels
+        assert inside.sum() > 100
+        assert (crop[:2].float() + 0.5 - where)[:, inside].abs().max() < 2.5
+    assert flips == {False, True}

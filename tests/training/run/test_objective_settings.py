@@ -1,0 +1,112 @@
+"""The objective of a run and its section: given, stored, given way to, and refused in one line."""
+
+import logging
+
+import pytest
+
+from hf_vicreg.modeling.objectives import OBJECTIVES
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.objectives.registry import ENTRIES
+from hf_vicreg.training.run.flags import parse_flags, pretrain_parser
+from hf_vicreg.training.run.resolve import resolve
+from hf_vicreg.training.run.settings import explicit_settings
+
+RUN = {"dataset_name": "digits", "output_dir": "x"}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_the_command_line_says_is_what_the_model_has(name):
+    entry, kind = ENTRIES[name], OBJECTIVES[name]
+    assert {key: flag.default for key, flag in entry.settings.items()} == kind.defaults
+    assert entry.takes_places == kind.needs_tokens
+    shown = pretrain_parser().format_help()
+    for key in kind.defaults:
+        assert f"--{name}.{key}" in shown
+    config = resolve(RUN | {"objective": name})
+    assert config.vicreg.objective == name
+    assert config.to_recipe()["objective"] == name
+    if kind.defaults:
+        assert config.to_recipe()[name] == kind.defaults
+        again = {key: one for key, one in config.to_recipe().items() if one is not None}
+        assert resolve(again).to_recipe() == config.to_recipe()
+
+
+def test_the_default_leaves_recipes_as_they_were():
+    recipe = resolve(RUN).to_recipe()
+    assert recipe["objective"] == "vicreg"
+    assert not recipe.keys() & (ENTRIES.keys() - {"vicreg"})
+    assert "objective" not in recipe["vicreg"]
+
+
+def test_flags_are_those_of_the_section():
+    given = parse_flags(["digits", "--objective", "simclr", "--simclr.temperature", "1e-1", "--output_dir", "x"])
+    config = resolve(given)
+    assert config.vicreg.objective_settings == {"temperature": 0.1}
+
+
+def test_a_recipe_gives_way_to_another_objective(tmp_path, caplog):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("objective: byol\nbyol: {momentum: 0.9}\nvicreg: {expander_sizes: [64, 32]}\n")
+    with caplog.at_level(logging.INFO):
+        settings = explicit_settings(RUN | {"config": str(recipe), "objective": "simclr"})
+    assert "`byol.momentum` are left out for simclr" in caplog.text
+    config = resolve(settings)
+    assert config.vicreg.objective_settings == {"temperature": 0.5}
+    assert list(config.vicreg.expander_sizes) == [64, 32]
+    recipe.write_text("vicreg: {expander_sizes: [64, 32], gamma: 2.0}\n")
+    kept = explicit_settings(RUN | {"config": str(recipe), "objective": "sigreg"})
+    assert kept["vicreg"] == {"expander_sizes": [64, 32]}
+
+
+BAD = {
+    "unknown": ({"objective": "simclar"}, r"`objective`: expected one of .*, got 'simclar'; did you mean `simclr`\?"),
+    "key": ({"objective": "simclr", "simclr": {"temprature": 1}}, r"`simclr.temprature`: unknown key; did you mean"),
+    "other": (
+        {"simclr": {"temperature": 1}},
+        r"`simclr.temperature`: expected no setting of another objective than 'vi",
+    ),
+    "weights": ({"objective": "byol", "vicreg": {"gamma": 2}}, r"`vicreg.gamma`: expected no setting of another"),
+    "branches": (
+        {"objective": "byol", "second_model": {"hidden_size": 192}},
+        r"`second_model`: expected none with objective 'byol': its predictor",
+    ),
+    "patches": (
+        {"objective": "vicregl", "second_model": {"hidden_size": 192}},
+        r"`second_model`: expected none with objective 'vicregl'",
+    ),
+    "temperature": (
+        {"objective": "simclr", "simclr": {"temperature": 0}},
+        r"`simclr`: .*`temperature`: .* above 0, got",
+    ),
+    "nan": (
+        {"objective": "simclr", "simclr": {"temperature": float("nan")}},
+        r"`temperature`: expected a number above",
+    ),
+    "text": (
+        {"objective": "simclr", "simclr": {"temperature": "warm"}},
+        r"`temperature`: expected a number, got 'warm'",
+    ),
+    "none": (
+        {"objective": "sigreg", "sigreg": {"num_slices": None}},
+        r"`num_slices`: expected a whole number, got None",
+    ),
+    "share": (
+        {"objective": "sigreg", "sigreg": {"sketch_weight": 2}},
+        r"`sketch_weight`: expected a number from 0 to 1",
+    ),
+    "slices": ({"objective": "sigreg", "sigreg": {"num_slices": 0.5}}, r"`num_slices`: expected a whole number"),
+    "momentum": ({"objective": "byol", "byol": {"momentum": -1}}, r"`momentum`: expected a number from 0 to 1"),
+    "matches": ({"objective": "vicregl", "vicregl": {"num_matches": [3]}}, r"`num_matches`: expected two numbers"),
+    "redundancy": (
+        {"objective": "barlow_twins", "barlow_twins": {"redundancy_weight": -1}},
+        r"`redundancy_weight`: expected at least 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_get_one_line(case):
+    given, message = BAD[case]
+    with pytest.raises(InputError, match=message) as raised:
+        resolve(RUN | given)
+    assert "\n" not in str(raised.value)
