@@ -49,8 +49,8 @@ def patch_grid(states: torch.Tensor, config: PreTrainedConfig, height: int, widt
     leading = states.shape[1] - rows * columns  # CLS, distillation, registers: they go first
     if not rows * columns or not 0 <= leading <= 2 + (getattr(config, "num_register_tokens", None) or 0):
         raise ValueError(
-            f"expected an encoder with a token for each patch, {config.model_type!r} has {states.shape[1]} tokens for "
-            f"{height}x{width} pixels"
+            f"expected a model with a token for each patch, {config.model_type!r} has {states.shape[1]} tokens for "
+            f"{height}x{width} pixels; choose another"
         )
     return states[:, leading:].unflatten(1, (rows, columns))
 

@@ -137,10 +137,11 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
         if encoder.main_input_name != "pixel_values":
             found = encoder.config.model_type
             raise InputError(f"`{section}.model_type`: expected an encoder of images, got {found!r}.")
+    if model.objective.needs_tokens:
+        with as_input_error("objective"):
+            _encode_nothing(model, *config.image_size)
     if config.views.num_local_views:
         _refuse_size(model, config.views.local_image_size)
-    if model.objective.needs_tokens:
-        _refuse_without_tokens(model, config)
     set_seed(run.seed + accelerator.process_index)  # one set of weights, but every process drops paths of its own
     processor = build_processor(config)
     probe = OnlineProbe(
@@ -202,23 +203,21 @@ def attention_density(config: RunConfig) -> float:
     return sum(pattern.density for pattern in patterns) / len(patterns)
 
 
+def _encode_nothing(model: VicRegForPreTraining, height: int, width: int) -> None:
+    """Take two black images of a size through the encoder, as the objective wants them."""
+    inputs = {"pixel_values": torch.zeros(2, 2, 3, height, width)}
+    if model.objective.needs_tokens:
+        inputs["geometry"] = torch.zeros(2, 2, 6)
+    with torch.no_grad():
+        model.eval().encode(**inputs)
+
+
 def _refuse_size(model: VicRegForPreTraining, side: int) -> None:
     """Fail before anything is written when the encoder takes no images of a local view's size."""
     try:
-        with torch.no_grad():
-            model.eval()(pixel_values=torch.zeros(2, 2, 3, side, side), return_loss=False)
+        _encode_nothing(model, side, side)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"`views.local_image_size`: the encoder {model.config.encoder.model_type!r} takes no images of {side} "
             f"pixels: {' '.join(str(error).split())}"
         ) from error
-
-
-def _refuse_without_tokens(model: VicRegForPreTraining, config: RunConfig) -> None:
-    """Fail before anything is written when the encoder has no token for each patch, and the objective needs them."""
-    height, width = config.image_size
-    try:
-        with torch.no_grad():
-            model.eval().encode(pixel_values=torch.zeros(2, 2, 3, height, width), geometry=torch.zeros(2, 2, 6))
-    except ValueError as error:
-        raise InputError(f"`objective`: {config.run.objective}: {error}; choose another of either.") from error

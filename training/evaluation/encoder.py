@@ -80,7 +80,7 @@ class VisionEncoder:
         try:
             return patch_grid(outputs.last_hidden_state, self.model.config, height, width)
         except ValueError as error:
-            raise InputError(f"`patch_tokens`: {self.name}: {error}; leave it out.") from error
+            raise InputError(f"`patch_tokens`: {error}, or leave it out.") from error
 
     @property
     def preprocessing(self) -> dict[str, Any]:
