@@ -7,7 +7,9 @@ from typing import Any
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
+from hf_vicreg.training.objectives.registry import ENTRIES
 from hf_vicreg.training.run.arguments import RESERVED, PretrainArguments, ViewsConfig
+from hf_vicreg.training.run.section_flags import VICREG_WEIGHTS
 
 
 @dataclass
@@ -47,6 +49,8 @@ class RunConfig:
             for config in (self.vicreg.encoder, self.vicreg.second_encoder, self.vicreg)
         )
         del vicreg["model_type"]
+        if not ENTRIES[self.run.objective].vicreg_weights:
+            vicreg = {name: value for name, value in vicreg.items() if name not in VICREG_WEIGHTS}
         return dataclasses.asdict(self.run) | {
             "model": _plain(model),
             **({"second_model": _plain(second)} if second else {}),

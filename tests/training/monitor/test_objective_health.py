@@ -21,17 +21,18 @@ ENCODER = {
     "tile_size": 1,
     "num_random_blocks": 1,
 }
-STEPS, EVERY, IMAGES = 90, 6, 32
+STEPS, EVERY, IMAGES, RATE = 120, 8, 32, 1e-2
 SETTINGS = {"vicregl": {"local_expander_sizes": [32, 32]}, "sigreg": {"num_slices": 64}}
 
 
-def followed(name, loss_of=None, settings=None, **fields):
+def followed(name, loss_of=None, settings=None, brightness=0.0, **fields):
     """The names of what the doctor finds at the end of a short training.
 
     Args:
         name: Of the objective.
         loss_of: What is trained in its place, of model and outputs; default: its loss.
         settings: Of the objective.
+        brightness: How far images differ by one number, which is easier to agree on than their texture.
         fields: Of the configuration.
     """
     torch.manual_seed(0)
@@ -39,11 +40,12 @@ def followed(name, loss_of=None, settings=None, **fields):
     fields = {"expander_sizes": [64, 32]} | fields
     config = VicRegConfig(encoder=ENCODER, objective=name, objective_settings=settings, **fields)
     model, entry = VicRegForPreTraining(config).train(), ENTRIES[name]
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=3e-3)
-    pictures = torch.randn(IMAGES, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=RATE)
+    pictures = brightness * torch.randn(IMAGES, 1, 1, 1, 1) + torch.randn(IMAGES, 1, 3, 4, 4)
     records = []
     for step in range(STEPS):
-        batch = {"pixel_values": pictures[:, None] + 0.3 * torch.randn(IMAGES, 2, 3, 16, 16)}
+        patches = pictures + torch.randn(IMAGES, 2, 3, 4, 4)
+        batch = {"pixel_values": patches.repeat_interleave(4, 3).repeat_interleave(4, 4)}
         if entry.takes_places:
             batch["geometry"] = torch.tensor([1.0, 0, 0, 0, 1, 0]).expand(IMAGES, 2, 6)
         model.begin_step(step, STEPS)
@@ -55,7 +57,7 @@ def followed(name, loss_of=None, settings=None, **fields):
         model.end_step()
         if step % EVERY == EVERY - 1:
             health = measure_health(outputs, unit_sphere=entry.unit_sphere)
-            records.append({"step": step + 1, "loss": loss.item(), "learning_rate": 3e-3, "skipped_steps": 0} | health)
+            records.append({"step": step + 1, "loss": loss.item(), "learning_rate": RATE, "skipped_steps": 0} | health)
     found = diagnose(records, 1.0, entry)
     assert all("vicreg." not in one.remedy or entry.vicreg_weights or "expander" in one.remedy for one in found)
     return {one.name for one in found}
@@ -77,7 +79,7 @@ def no_stop_gradient(model, outputs):
 COLLAPSES = {
     "vicregl": ({"variance_weight": 0.0}, {"embedding collapse"}),
     "simclr": ({"loss_of": alignment_alone}, {"embedding collapse"}),
-    "barlow_twins": ({"settings": {"redundancy_weight": 0.0}}, {"dimensional collapse"}),
+    "barlow_twins": ({"settings": {"redundancy_weight": 0.0}, "brightness": 2.0}, {"dimensional collapse"}),
     "sigreg": ({"settings": {"sketch_weight": 0.0}}, {"embedding collapse"}),
     "byol": ({"loss_of": no_stop_gradient}, {"embedding collapse"}),
 }
