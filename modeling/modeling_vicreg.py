@@ -55,6 +55,7 @@ class VicRegOutput(ModelOutput):
         attentions: With `output_attentions`, likewise.
         further: Of an objective that needs more than pooled features, tensors with the batch first.
         parts: Of an objective other than VICReg: the parts of its loss by name, scalars.
+        teacher_error: Scalar, unweighted; of VICReg with a teacher, see `taught.py`.
     """
 
     loss: torch.Tensor | None = None
@@ -67,6 +68,7 @@ class VicRegOutput(ModelOutput):
     attentions: tuple[tuple[torch.Tensor, ...], ...] | None = None
     further: tuple[torch.Tensor, ...] | None = None
     parts: dict[str, torch.Tensor] | None = None
+    teacher_error: torch.Tensor | None = None
 
 
 class VicRegForPreTraining(PreTrainedModel):
@@ -289,7 +291,7 @@ class VicRegForPreTraining(PreTrainedModel):
                 of_views += [tuple(layer[view] for layer in layers) for view in range(num_views)]
         places = (None,) * len(inputs) if geometry is None else geometry.unbind(1)
         maps = tokens or [None] * len(inputs)
-        views = [View(*one) for one in zip(inputs, maps, places, strict=True)]
+        views = [View(*one) for one in zip(inputs, maps, places, encoded, strict=True)]
         return encoded, self.objective.further(views)
 
     def _given(self, representations: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -26,11 +26,13 @@ class View(NamedTuple):
         tokens: `(batch, rows, columns, features)`, those of the patches, of methods with `needs_tokens`.
         geometry: `(batch, 6)`, likewise: row by row the 2 x 3 matrix from a place (x, y, 1) in the view, in shares of
             its width and height, to the place in the image.
+        pooled: `(batch, features)`, the encoder's pooled output.
     """
 
     inputs: dict[str, torch.Tensor]
     tokens: torch.Tensor | None = None
     geometry: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
 
 
 class Objective(nn.Module):
