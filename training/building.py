@@ -15,11 +15,11 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
-from hf_vicreg.training.engine.encoders import add_adapters
 from hf_vicreg.training.engine.loop import TrainingLoop
 from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.engine.resume import checkpoint_to_resume
 from hf_vicreg.training.errors import InputError, as_input_error
+from hf_vicreg.training.evaluation.encoder import public_name
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
 from hf_vicreg.training.hub_push import HubPush, check_account
 from hf_vicreg.training.images.run_images import load_images, usable_images
@@ -28,10 +28,11 @@ from hf_vicreg.training.images.streaming import ImageStream
 from hf_vicreg.training.launch.distributed import build_accelerator, check_device, run_on_main
 from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.monitor.tracking import TRACKERS_FOLDER, start_trackers, tracker_names
+from hf_vicreg.training.pretrained.companions import add_companions
+from hf_vicreg.training.pretrained.warm_start import take_source_weights
 from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.run.processors import build_processor
 from hf_vicreg.training.run.run_folder import RECIPE, refuse_foreign_folder, start_folder
-from hf_vicreg.training.warm_start import take_source_weights
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # one voice for the whole command
 
@@ -127,12 +128,15 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
         model = VicRegForPreTraining(config.vicreg)
     if run.model_name_or_path and checkpoint is None:  # a resumed run has its weights, and needs no source
         take_source_weights(model, config)
+    add_companions(model, config)
     if run.lora_rank:
-        add_adapters(model.encoder, run.lora_rank)
         learn, total = (model.encoder.num_parameters(only_trainable=only) for only in (True, False))
         logger.info(
             "adapters of rank %d: %s of the encoder's %s numbers learn", run.lora_rank, f"{learn:,}", f"{total:,}"
         )
+    if run.teacher:
+        kinds = "pooled features and tokens" if model.objective.with_tokens else "pooled features, for want of tokens,"
+        logger.info("the encoder learns to predict %s of %s", kinds, public_name(run.teacher))
     for section, encoder in zip(("model", "second_model"), model.encoders, strict=False):
         if encoder.main_input_name != "pixel_values":
             found = encoder.config.model_type

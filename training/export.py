@@ -46,9 +46,10 @@ def export_run(
     _save_encoders(folder, encoders, processor)
     # what `hf-vicreg evaluate` has added since stays: a finished run may be resumed
     kept = {key: one for key, one in read_results(folder).items() if key == EVALUATIONS}
-    source = recipe.get("model_name_or_path")
-    if source and os.path.isabs(source):  # where it lies on this machine is nobody's business
-        recipe = recipe | {"model_name_or_path": os.path.basename(source)}
+    for key in ("model_name_or_path", "teacher"):
+        source = recipe.get(key)
+        if source and os.path.isabs(source):  # where it lies on this machine is nobody's business
+            recipe = recipe | {key: os.path.basename(source)}
     (folder / "README.md").write_text(
         model_card(
             CardFacts(

@@ -23,6 +23,7 @@ from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
 from hf_vicreg.training.monitor.summary import summary
 from hf_vicreg.training.monitor.tracking import finish_trackers
 from hf_vicreg.training.objectives.registry import ENTRIES
+from hf_vicreg.training.pretrained.companions import take_away_teacher
 
 
 def fit(run: Run) -> None:
@@ -111,11 +112,12 @@ def results_of(run: Run, state: RunState) -> dict[str, Any]:
 
 
 def _merge(run: Run) -> None:
-    """Keep what adapters have learned, and make it part of the weights; every process must call."""
+    """Make what adapters have learned part of the weights, and part from the teacher; every process must call."""
     first = run.accelerator.is_main_process
     source = public_name(run.config.run.model_name_or_path or "")
     merge_adapters(run.encoders[0], run.folder / ADAPTER if first else None, source)
     merge_adapters(run.model)
+    take_away_teacher(run.model)
 
 
 def _list_unusable(run: Run) -> None:

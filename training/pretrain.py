@@ -18,10 +18,10 @@ from hf_vicreg.training.command import main
 from hf_vicreg.training.finishing import finish, fit
 from hf_vicreg.training.planner.plan import configure, with_stored_plan
 from hf_vicreg.training.planner.schedule import seconds_since_start
+from hf_vicreg.training.pretrained.warm_start import with_source
 from hf_vicreg.training.run.places import with_places
 from hf_vicreg.training.run.resolve import resolve
 from hf_vicreg.training.run.settings import explicit_settings
-from hf_vicreg.training.warm_start import with_source
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
 

@@ -40,12 +40,12 @@ from transformers import (
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTModel, pretrain
 from hf_vicreg.modeling.modeling_vicreg import _encoder_outputs, pooled_features
-from hf_vicreg.training import warm_start
 from hf_vicreg.training.engine.unseen import unseen_parameters
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.finishing import fit
 from hf_vicreg.training.images.colour import NEUTRAL, finish_views
 from hf_vicreg.training.pretrain import main
+from hf_vicreg.training.pretrained import warm_start
 from hf_vicreg.training.run.processors import build_processor
 from hf_vicreg.training.run.resolve import resolve
 

@@ -149,6 +149,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         """Return the loss and its parts, and the health of embeddings and representations."""
         parts = outcome if outcome.parts is None else outcome.parts
         found = {part: parts[part].item() for part in self.objective.parts}
+        if self.run.teacher:
+            found["teacher_error"] = parts["teacher_error"].item()
         health = measure_health(outcome, self.process_group, unit_sphere=self.objective.unit_sphere)
         return {"loss": outcome["loss"].item()} | found | health
 

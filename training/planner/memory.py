@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, has_batch_norm
 from hf_vicreg.training.engine.encoders import add_adapters, set_up_encoders
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.encoder import load_config
 from hf_vicreg.training.planner.machine import Machine, resident_memory
 from hf_vicreg.training.run.config import RunConfig
 
@@ -101,6 +102,8 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
             expander_bytes = kept.total(without=pixels) - encoder_bytes
     trained = 2 + OPTIMIZER_STATES[config.run.optim]
     weights = sum(one.nbytes * (trained if one.requires_grad else 1) for one in model.parameters())
+    if config.run.teacher:
+        weights += _bytes_of(config.run.teacher)
     if config.run.ema_decay:
         weights += sum(one.nbytes for encoder in model.encoders for one in encoder.parameters())
     return StepMemory(
@@ -112,6 +115,12 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
         large_ratio=kept.large(without=pixels) / max(1, encoder_bytes + expander_bytes),
         has_batch_norm=any(has_batch_norm(one) for one in model.encoders),
     )
+
+
+def _bytes_of(teacher: str) -> int:
+    """The weights of a teacher, which keeps nothing for a way back."""
+    with torch.device("meta"):
+        return sum(one.nbytes for one in AutoModel.from_config(load_config(teacher, "teacher")).parameters())
 
 
 def _fill_tables(encoder: PreTrainedModel, size: tuple[int, int]) -> None:

@@ -14,13 +14,13 @@ from accelerate.utils import set_seed
 from transformers import BaseImageProcessor
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
-from hf_vicreg.training.engine.encoders import add_adapters
 from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.evaluation.features import BATCH_SIZE, encoded_batches, model_encoder
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.planner.machine import Machine, give_back_memory, peak_memory, reset_peak
 from hf_vicreg.training.planner.schedule import Rate
+from hf_vicreg.training.pretrained.companions import add_companions
 from hf_vicreg.training.run.config import RunConfig
 
 MOST_STEPS = 2**31
@@ -81,8 +81,7 @@ def try_steps(
     run = replace(config.run, max_steps=MOST_STEPS, dataloader_num_workers=num_workers, expander_warmup_ratio=0.0)
     set_seed(run.seed)
     model = VicRegForPreTraining(config.vicreg)
-    if run.lora_rank:
-        add_adapters(model.encoder, run.lora_rank)
+    add_companions(model, config)
     stop = StopRequest(Path(run.output_dir), None)
     with _quietly():
         loop = pretraining_loop(replace(config, run=run), source, model, accelerator, None, stop)

@@ -148,6 +148,10 @@ class PretrainArguments:
     )
     sparse: bool = _model(False, "Make the ViT, DINOv2 or DINOv3 of `model_name_or_path` a BigBirdViT.")
     objective: str = _loss("vicreg", f"What is learned: {', '.join(ENTRIES)}.")
+    teacher: str | None = _loss(
+        None, "Let the encoder predict the features of a frozen one, too: a run's folder, any that transformers loads."
+    )
+    teacher_weight: float = _loss(25.0, "Weight of the error of that.")
     batch_size: int = _loss(256, "Images at once over all processes; a step and the loss's batch.")
     statistics_batch_size: int | None = _loss(
         None, "Images a step where that is more than go at once: a multiple of `batch_size`, in two passes."

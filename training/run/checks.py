@@ -32,6 +32,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         "weight_decay": 0,
         "warmup_ratio": 0,
         "freeze_layers": 0,
+        "teacher_weight": 0,
         "lora_rank": 0,
         "expander_warmup_ratio": 0,
         "max_grad_norm": 0,

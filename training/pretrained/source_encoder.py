@@ -1,4 +1,4 @@
-"""The source of a warm start: a vision encoder in a folder or on the Hub, its normalisation and its positions."""
+"""A vision encoder in a folder or on the Hub, its normalisation and its positions."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,55 +28,56 @@ FIELD = "model_name_or_path"
 COLOUR = (50, 120, 200)  # of an image that shows how a processor normalises
 
 
-def load_source(name: str, *, sparse: bool) -> tuple[PreTrainedModel, set[str]]:
+def load_source(name: str, *, sparse: bool = False, field: str = FIELD) -> tuple[PreTrainedModel, set[str]]:
     """Return the encoder in a folder or on the Hub, in evaluation mode, and the names of tensors that it has not.
 
     Args:
         name: Of a run, of its `pretraining`, or of another maker; of a model of images and text its vision tower
             is taken.
         sparse: Make a BigBirdViT of it.
+        field: What named it, for errors.
 
     Raises:
         InputError: No vision encoder there, one that lacks tensors, or one that cannot be made sparse.
     """
-    config = load_config(name, FIELD)
+    config = load_config(name, field)
     of_run = config.model_type == VicRegForPreTraining.config_class.model_type
     kind = config.encoder.model_type if of_run else config.model_type
     if sparse and kind not in SOURCES:
         remedy = "--model.attention_type block_sparse" if kind == BigBirdViTModel.config_class.model_type else "none"
         raise InputError(
-            f"`sparse`: expected a `{FIELD}` of type {', '.join(SOURCES)}, got {kind!r}; leave it out"
+            f"`sparse`: expected a `{field}` of type {', '.join(SOURCES)}, got {kind!r}; leave it out"
             f"{'' if remedy == 'none' else f', and add {remedy}'}."
         )
     if sparse and not of_run:
-        with quiet_transformers(), blamed_on(FIELD, f"{name!r} cannot be made sparse"):
+        with quiet_transformers(), blamed_on(field, f"{name!r} cannot be made sparse"):
             encoder: PreTrainedModel = BigBirdViTModel.from_dense(name).float()
         missing: set[str] = set()
     else:
-        encoder, missing = _as_it_is(name, config)
+        encoder, missing = _as_it_is(name, config, field)
         if sparse:
-            with blamed_on(FIELD, f"{name!r} cannot be made sparse"):
+            with blamed_on(field, f"{name!r} cannot be made sparse"):
                 encoder, missing = BigBirdViTModel.from_dense(encoder), set()
     if sparse:
         encoder.config.attention_type = "block_sparse"
-    _refuse_blind(name, encoder.eval())
+    _refuse_blind(name, encoder.eval(), field)
     return encoder, missing
 
 
-def _as_it_is(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, set[str]]:
+def _as_it_is(name: str, config: PreTrainedConfig, field: str) -> tuple[PreTrainedModel, set[str]]:
     tower = getattr(config, "vision_config", None)  # of a model of images and text
     of_run = config.model_type == VicRegForPreTraining.config_class.model_type
     model_class: Any = VicRegForPreTraining if of_run else MODEL_MAPPING.get(type(tower or config), None)
     if model_class is None or model_class.main_input_name != "pixel_values":
         takes = "has no encoder" if model_class is None else f"takes `{model_class.main_input_name}`"
         raise InputError(
-            f"`{FIELD}`: expected a vision encoder, got {name!r} of type {config.model_type!r}, which {takes}; name "
+            f"`{field}`: expected a vision encoder, got {name!r} of type {config.model_type!r}, which {takes}; name "
             "one of images."
         )
     try:
         model, info = load_weights(model_class, name, **({} if tower is None else {"config": tower}))
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise no_model(name, error, FIELD) from error
+        raise no_model(name, error, field) from error
     lacking = sorted(info["missing_keys"])
     if of_run:
         lacking = [one.removeprefix("encoder.") for one in lacking if one.startswith("encoder.")]
@@ -84,14 +85,14 @@ def _as_it_is(name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, set
     if needed:
         more = f" and {len(needed) - 1} more" if len(needed) > 1 else ""
         raise InputError(
-            f"`{FIELD}`: expected weights for the whole encoder in {name!r}, found none for {needed[0]}{more}; name a "
+            f"`{field}`: expected weights for the whole encoder in {name!r}, found none for {needed[0]}{more}; name a "
             "complete checkpoint of it."
         )
     return (model.encoder if of_run else model), set(lacking)
 
 
 @torch.no_grad()
-def _refuse_blind(name: str, encoder: PreTrainedModel) -> None:
+def _refuse_blind(name: str, encoder: PreTrainedModel, field: str) -> None:
     """Raise InputError for a model that makes no features of an image of its own size."""
     size = image_size_of(encoder.config) or (64, 64)
     try:
@@ -99,12 +100,12 @@ def _refuse_blind(name: str, encoder: PreTrainedModel) -> None:
         assert features.shape == (1, representation_size(encoder.config))
     except Exception as error:  # whatever a model of another kind makes of an image
         raise InputError(
-            f"`{FIELD}`: expected a vision encoder, but {name!r} of type {encoder.config.model_type!r} makes no "
+            f"`{field}`: expected a vision encoder, but {name!r} of type {encoder.config.model_type!r} makes no "
             f"features of an image: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
 
 
-def normalisation_of(name: str, config: PreTrainedConfig) -> tuple[list[float], list[float]]:
+def normalisation_of(name: str, config: PreTrainedConfig, field: str = FIELD) -> tuple[list[float], list[float]]:
     """Return mean and deviation by which the source's processor normalises pixels in [0, 1].
 
     Raises:
@@ -112,7 +113,7 @@ def normalisation_of(name: str, config: PreTrainedConfig) -> tuple[list[float], 
     """
     if not (Path(name) / "preprocessor_config.json").exists() and (Path(name).parent / RECIPE).exists():
         name = str(Path(name).parent)  # of the `pretraining` folder of a run
-    processor = load_processor(name, config, FIELD)
+    processor = load_processor(name, config, field)
     stated = processor.to_dict()
     scale = 255 * stated.get("rescale_factor", 1 / 255) if stated.get("do_rescale", True) else 255.0
     mean, std = (stated["image_mean"], stated["image_std"]) if stated.get("do_normalize", True) else (0.0, 1.0)
@@ -122,7 +123,7 @@ def normalisation_of(name: str, config: PreTrainedConfig) -> tuple[list[float], 
     expected = [(value / 255 - one) / other for value, one, other in zip(COLOUR, mean, std, strict=True)]
     if any(abs(one - other) > 1e-3 * (1 + abs(other)) for one, other in zip(found, expected, strict=True)):
         raise InputError(
-            f"`{FIELD}`: expected an image processor that takes a mean from RGB and divides it, {name!r} makes "
+            f"`{field}`: expected an image processor that takes a mean from RGB and divides it, {name!r} makes "
             f"{[round(one, 3) for one in found]} of what would be {[round(one, 3) for one in expected]}; give the "
             "source another one."
         )

@@ -16,13 +16,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, build_encoder
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import public_name
+from hf_vicreg.training.pretrained.source_encoder import (
+    FIELD,
+    image_size_of,
+    load_source,
+    normalisation_of,
+    resampled_table,
+)
 from hf_vicreg.training.run.arguments import OPEN_FIELDS, RESERVED
 from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.run.resolve import resolve
 from hf_vicreg.training.run.run_folder import RECIPE
 from hf_vicreg.training.run.section_flags import INHERITED
 from hf_vicreg.training.run.settings import DEFAULT_MODEL_TYPE, read_recipe, same_source
-from hf_vicreg.training.source_encoder import FIELD, image_size_of, load_source, normalisation_of, resampled_table
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # one voice for the whole command
 
@@ -36,6 +42,9 @@ def with_source(settings: dict[str, Any]) -> dict[str, Any]:
         InputError: No vision encoder there, one that lacks tensors, that cannot be made sparse or whose images are not
             RGB normalised by mean and deviation; or a field that its weights decide, given otherwise.
     """
+    teacher = settings.get("teacher")
+    if teacher and os.path.isdir(teacher):
+        settings = settings | {"teacher": os.path.abspath(teacher)}
     name = settings.get(FIELD)
     if not name:
         return settings
