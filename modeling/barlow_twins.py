@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from .global_batch import global_size, global_sum
 from .global_batch_norm import standardised
-from .objective import Objective, Terms, require, view_pairs
+from .objective import Objective, Terms, mean_over_pairs, require
 from .vicreg_statistics import full_precision
 
 EPS = 1e-5  # torch's default for a batch norm, as in the authors' code
@@ -46,13 +46,12 @@ class BarlowTwins(Objective):
         require(settings, "redundancy_weight", least=0)
 
     def forward(self, embeddings, further, process_group):
-        weight = self.settings["redundancy_weight"]
-        sums = [0.0, 0.0]
-        for one, other, share in view_pairs(len(embeddings)):
-            parts = cross_correlation_terms(embeddings[one], embeddings[other], process_group)
-            sums = [total + share * part for total, part in zip(sums, parts, strict=True)]
-        invariance, redundancy = sums
-        return Terms(invariance + weight * redundancy, {"invariance": invariance, "redundancy": redundancy})
+        invariance, redundancy = mean_over_pairs(
+            len(embeddings),
+            lambda one, other: cross_correlation_terms(embeddings[one], embeddings[other], process_group),
+        )
+        loss = invariance + self.settings["redundancy_weight"] * redundancy
+        return Terms(loss, {"invariance": invariance, "redundancy": redundancy})
 
 
 __all__ = ["BarlowTwins", "cross_correlation_terms"]

@@ -14,7 +14,7 @@ from torch import nn
 
 from .encoder_outputs import encoder_outputs, pooled_features
 from .global_batch import global_size, global_sum
-from .objective import Objective, Terms, view_pairs
+from .objective import Objective, Terms, mean_over_pairs
 from .vicreg_expander import VicRegExpander
 
 
@@ -92,13 +92,14 @@ class BYOL(Objective):
         with torch.no_grad():
             targets = [teacher(one, process_group) for one in further]
         predictions = [self.predictor(one, process_group) for one in embeddings]
+
         # each global view predicts the other, each local view both
-        error = embeddings[0].new_zeros(())
-        for one, other, share in view_pairs(len(embeddings)):
-            errors = [prediction_error(predictions[other], targets[one], process_group)]
-            if other < 2:
-                errors.append(prediction_error(predictions[one], targets[other], process_group))
-            error = error + share * torch.stack(errors).mean()
+        def error_of(one: int, other: int) -> list[torch.Tensor]:
+            pairs = [(other, one), (one, other)] if other < 2 else [(other, one)]
+            errors = [prediction_error(predictions[seen], targets[hidden], process_group) for seen, hidden in pairs]
+            return [torch.stack(errors).mean()]
+
+        (error,) = mean_over_pairs(len(embeddings), error_of)
         return Terms(2 * error, {"prediction_error": error})
 
 

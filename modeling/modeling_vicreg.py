@@ -279,7 +279,7 @@ class VicRegForPreTraining(PreTrainedModel):
                 alike = [view for view in views if view.shape == size]
                 batches.append((self.encoder, {"pixel_values": torch.cat(alike)}, len(alike)))
         encoded: list[torch.Tensor] = []
-        tokens: list[torch.Tensor] = []
+        tokens: list[torch.Tensor | None] = []
         for encoder, batch, num_views in batches:
             outputs = encoder_outputs(encoder, batch | flags)
             encoded += pooled_features(outputs).chunk(num_views)
@@ -289,7 +289,7 @@ class VicRegForPreTraining(PreTrainedModel):
             for name, of_views in recorded.items():
                 layers = [one.chunk(num_views) for one in getattr(outputs, name, None) or ()]
                 of_views += [tuple(layer[view] for layer in layers) for view in range(num_views)]
-        places = (None,) * len(inputs) if geometry is None else geometry.unbind(1)
+        places = [None] * len(inputs) if geometry is None else geometry.unbind(1)
         maps = tokens or [None] * len(inputs)
         views = [View(*one) for one in zip(inputs, maps, places, encoded, strict=True)]
         return encoded, self.objective.further(views)

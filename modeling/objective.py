@@ -3,7 +3,7 @@
 A method is a subclass of `Objective` in a module of its own, entered in `objectives.py`. See the guide "objectives".
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -112,6 +112,16 @@ def view_pairs(num_views: int) -> Iterator[tuple[int, int, float]]:
             yield one, other, (2 if other < 2 else 1) / (2 * (num_views - 1))
 
 
+def mean_over_pairs(num_views: int, terms_of: Callable[[int, int], Sequence[torch.Tensor]]) -> torch.Tensor:
+    """Return the mean over `view_pairs` of a pair's terms `(terms,)`.
+
+    Args:
+        num_views: Views there are.
+        terms_of: Of two views by their numbers: scalars.
+    """
+    return torch.stack([share * torch.stack([*terms_of(*pair)]) for *pair, share in view_pairs(num_views)]).sum(0)
+
+
 def require(settings: dict[str, Any], name: str, *, above: float | None = None, least: float | None = None) -> None:
     """Raise ValueError for a number that is not above, or not at least, another."""
     value = settings[name]
@@ -121,4 +131,4 @@ def require(settings: dict[str, Any], name: str, *, above: float | None = None, 
         raise ValueError(f"`{name}`: expected at least {least:g}, got {value}.")
 
 
-__all__ = ["Objective", "Terms", "View", "require", "view_pairs"]
+__all__ = ["Objective", "Terms", "View", "mean_over_pairs", "require", "view_pairs"]

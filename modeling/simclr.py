@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .global_batch import global_samples, global_size, global_sum
-from .objective import Objective, Terms, require, view_pairs
+from .objective import Objective, Terms, mean_over_pairs, require
 from .vicreg_statistics import full_precision
 
 
@@ -55,11 +55,11 @@ class SimCLR(Objective):
 
     def forward(self, embeddings, further, process_group):
         temperature = self.settings["temperature"]
-        sums = [0.0, 0.0]
-        for one, other, share in view_pairs(len(embeddings)):
-            parts = nt_xent(embeddings[one], embeddings[other], temperature, process_group)
-            sums = [total + share * part for total, part in zip(sums, parts, strict=True)]
-        return Terms(sums[0] + sums[1], {"alignment": sums[0], "uniformity": sums[1]})
+        alignment, uniformity = mean_over_pairs(
+            len(embeddings),
+            lambda one, other: nt_xent(embeddings[one], embeddings[other], temperature, process_group),
+        )
+        return Terms(alignment + uniformity, {"alignment": alignment, "uniformity": uniformity})
 
 
 __all__ = ["SimCLR", "nt_xent"]

@@ -9,13 +9,13 @@ number of matches follows the view that is matched, large or small, not its turn
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from .global_batch import global_samples, global_size, global_sum
-from .objective import Objective, Terms, view_pairs
+from .objective import Objective, Terms, mean_over_pairs
 from .vicreg_expander import VicRegExpander
 from .vicreg_loss import vicreg_loss
 from .vicreg_statistics import full_precision
@@ -40,16 +40,14 @@ def nearest(distances: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
     return chosen, closest.indices.gather(1, chosen)
 
 
-def matched_distance(
-    one: Patches, other: Patches, count: int, *, by: Literal["embeddings", "centres"]
-) -> torch.Tensor:
+def matched_distance(one: Patches, other: Patches, count: int, *, by: str) -> torch.Tensor:
     """Return `sum_pairs |z - z'|^2 / (pairs an image * dimensions)` of this process's images.
 
     Args:
         one: Patches that are matched.
         other: Patches that they are matched with.
         count: How many of an image's patches are: those that have the nearest match.
-        by: What is near: what they look like, or where they lie.
+        by: What is near: "embeddings", what they look like, or "centres", where they lie.
     """
     with torch.no_grad():  # in full precision even where a product would be faster: near ones decide
         exact = "donot_use_mm_for_euclid_dist"
@@ -159,13 +157,16 @@ class VicRegL(Objective):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Invariance by both ways of matching, variance and covariance, in the units of `vicreg_loss`."""
         large, small = self.settings["num_matches"]
-        distance = views[0].embeddings.new_zeros(())
-        for one, other, share in view_pairs(len(views)):
-            for first, second in ((one, other), (other, one)):
-                matches = large if first < 2 else small
-                by_feature = matched_distance(views[first], views[second], matches, by="embeddings")
-                by_place = matched_distance(views[first], views[second], matches, by="centres")
-                distance = distance + share * (by_feature + by_place) / 2
+
+        def distance_of(one: int, other: int) -> list[torch.Tensor]:
+            either = [
+                matched_distance(views[first], views[second], large if first < 2 else small, by=by)
+                for first, second in ((one, other), (other, one))
+                for by in ("embeddings", "centres")
+            ]
+            return [torch.stack(either).sum() / 2]
+
+        (distance,) = mean_over_pairs(len(views), distance_of)
         invariance = global_sum(distance, group) / global_size(views[0].embeddings, group)
         found = [map_statistics(one.embeddings, self.config.gamma, self.config.eps, group) for one in views]
         variance, covariance = (torch.stack(terms).mean() for terms in zip(*found, strict=True))

@@ -69,9 +69,9 @@ def two_pass_backward(
             end = start + len(parts[0])
             # a frozen encoder has no graph, and places of patches have no gradient
             seen = [
-                (one, leaf.grad[start:end])
-                for one, leaf in zip(again, leaves, strict=True)
-                if one.requires_grad and leaf.grad is not None
+                (one, gradient[start:end])
+                for one, gradient in zip(again, [leaf.grad for leaf in leaves], strict=True)
+                if one.requires_grad and gradient is not None
             ]
             if seen:
                 torch.autograd.backward([one for one, _ in seen], [gradient for _, gradient in seen])
@@ -80,6 +80,7 @@ def two_pass_backward(
     encoded = _together(encode, device)
     leaves = [torch.cat(parts).detach().requires_grad_() for parts in zip(*encoded, strict=True)]
     outputs = model.loss_of(leaves)
+    assert outputs.loss is not None
     backward(outputs.loss)
     _together(carry_on, device)
     return outputs

@@ -52,7 +52,7 @@ class ViewSampler:
         to the place in the image, in units of its longer side.
         """
         config = self.config
-        turn = UNTURNED
+        turn: tuple[float, ...] = UNTURNED
         if self._is_affine:
             turn = self._draw_affine(image, rng)
             image = image.transform(image.size, Image.Transform.AFFINE, turn, Image.Resampling.BILINEAR)
