@@ -20,6 +20,8 @@ from .vicreg_expander import VicRegExpander
 from .vicreg_loss import vicreg_loss
 from .vicreg_statistics import full_precision
 
+MOST_DISTANCES = 2**24  # at a time: a batch of large grids has billions
+
 
 class Patches(NamedTuple):
     """One view's: embeddings `(batch, patches, dimensions)` and centres `(batch, patches, 2)` in the image."""
@@ -49,9 +51,15 @@ def matched_distance(one: Patches, other: Patches, count: int, *, by: str) -> to
         count: How many of an image's patches are: those that have the nearest match.
         by: What is near: "embeddings", what they look like, or "centres", where they lie.
     """
+    own, candidates = getattr(one, by), getattr(other, by)
+    at_once = max(1, MOST_DISTANCES // (own.shape[1] * candidates.shape[1]))
     with torch.no_grad():  # in full precision even where a product would be faster: near ones decide
         exact = "donot_use_mm_for_euclid_dist"
-        chosen, found = nearest(torch.cdist(getattr(one, by), getattr(other, by), compute_mode=exact), count)
+        parts = [
+            nearest(torch.cdist(*pair, compute_mode=exact), count)
+            for pair in zip(own.split(at_once), candidates.split(at_once), strict=True)
+        ]
+    chosen, found = (torch.cat(indices) for indices in zip(*parts, strict=True))
     difference = _picked(one.embeddings, chosen) - _picked(other.embeddings, found)
     return difference.square().sum() / (difference.shape[1] * difference.shape[2])
 

@@ -127,7 +127,8 @@ def test_matches_are_those_of_a_plain_loop():
 
 @DTYPES
 @pytest.mark.parametrize("small_views", [0, 1], ids=["two-views", "multi-crop"])
-def test_local_terms_are_the_authors(small_views, dtype, tolerance):
+def test_local_terms_are_the_authors(small_views, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr("hf_vicreg.modeling.vicregl.MOST_DISTANCES", 200)  # some images at a time
     one = objective("vicregl", num_matches=[5, 2], local_expander_sizes=[4])
     sizes = [9, 9, 4][: 2 + small_views]
     maps = [torch.randn(6, size, 4, dtype=torch.float64).to(dtype).requires_grad_() for size in sizes]
@@ -205,7 +206,7 @@ def test_several_processes_have_the_gradient_of_the_joined_batch(results, name, 
     outputs = model(**worker.batch_of(name, dtype))
     outputs.loss.backward()
     expected = worker.gradients(model)
-    for pieces in (1, 2):
+    for pieces in (1, 2) if dtype == torch.float64 else (2,):
         key = f"{name}_{str(dtype).removeprefix('torch.')}_{pieces}"
         assert results[f"{key}_loss"].item() == pytest.approx(outputs.loss.item(), rel=tolerance)
         assert (results[f"{key}_gradient"] - expected).norm() <= tolerance * expected.norm()
