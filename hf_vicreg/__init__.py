@@ -11,10 +11,13 @@ from hf_vicreg._registration import register, register_with_transformers
 from hf_vicreg._version import __version__
 
 if TYPE_CHECKING:
+    from hf_vicreg.modeling.configuration_bigbird_mae import BigBirdViTMAEConfig
     from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
     from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
     from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
     from hf_vicreg.modeling.image_processing_pil_bigbird_vit import BigBirdViTImageProcessorPil
+    from hf_vicreg.modeling.modeling_bigbird_mae import BigBirdViTMAEForPreTraining
+    from hf_vicreg.modeling.modeling_bigbird_masked_image import BigBirdViTForMaskedImageModeling
     from hf_vicreg.modeling.modeling_bigbird_vit import (
         BigBirdViTBackbone,
         BigBirdViTForImageClassification,
@@ -30,8 +33,11 @@ __all__ = [
     "BigBirdViTBackbone",
     "BigBirdViTConfig",
     "BigBirdViTForImageClassification",
+    "BigBirdViTForMaskedImageModeling",
     "BigBirdViTImageProcessor",
     "BigBirdViTImageProcessorPil",
+    "BigBirdViTMAEConfig",
+    "BigBirdViTMAEForPreTraining",
     "BigBirdViTModel",
     "VicRegConfig",
     "VicRegForPreTraining",
@@ -46,8 +52,11 @@ _HOMES = {
     "BigBirdViTBackbone": "hf_vicreg.modeling.modeling_bigbird_vit",
     "BigBirdViTConfig": "hf_vicreg.modeling.configuration_bigbird_vit",
     "BigBirdViTForImageClassification": "hf_vicreg.modeling.modeling_bigbird_vit",
+    "BigBirdViTForMaskedImageModeling": "hf_vicreg.modeling.modeling_bigbird_masked_image",
     "BigBirdViTImageProcessor": "hf_vicreg.modeling.image_processing_bigbird_vit",
     "BigBirdViTImageProcessorPil": "hf_vicreg.modeling.image_processing_pil_bigbird_vit",
+    "BigBirdViTMAEConfig": "hf_vicreg.modeling.configuration_bigbird_mae",
+    "BigBirdViTMAEForPreTraining": "hf_vicreg.modeling.modeling_bigbird_mae",
     "BigBirdViTModel": "hf_vicreg.modeling.modeling_bigbird_vit",
     "VicRegConfig": "hf_vicreg.modeling.configuration_vicreg",
     "VicRegForPreTraining": "hf_vicreg.modeling.modeling_vicreg",

@@ -54,26 +54,34 @@ def _register() -> None:
         AutoImageProcessor,
         AutoModel,
         AutoModelForImageClassification,
+        AutoModelForMaskedImageModeling,
         AutoModelForPreTraining,
     )
 
     from hf_vicreg.modeling import (
+        configuration_bigbird_mae,
         configuration_bigbird_vit,
         configuration_vicreg,
         image_processing_bigbird_vit,
         image_processing_pil_bigbird_vit,
+        modeling_bigbird_mae,
+        modeling_bigbird_masked_image,
         modeling_bigbird_vit,
         modeling_vicreg,
     )
 
     config = configuration_bigbird_vit.BigBirdViTConfig
     vicreg = configuration_vicreg.VicRegConfig
+    mae = configuration_bigbird_mae.BigBirdViTMAEConfig
     AutoConfig.register("bigbird_vit", config)
     AutoConfig.register("vicreg", vicreg)
+    AutoConfig.register("bigbird_vit_mae", mae)
     AutoModel.register(config, modeling_bigbird_vit.BigBirdViTModel)
     AutoBackbone.register(config, modeling_bigbird_vit.BigBirdViTBackbone)
     AutoModelForImageClassification.register(config, modeling_bigbird_vit.BigBirdViTForImageClassification)
+    AutoModelForMaskedImageModeling.register(config, modeling_bigbird_masked_image.BigBirdViTForMaskedImageModeling)
     AutoModelForPreTraining.register(vicreg, modeling_vicreg.VicRegForPreTraining)
+    AutoModelForPreTraining.register(mae, modeling_bigbird_mae.BigBirdViTMAEForPreTraining)
     AutoImageProcessor.register(
         config,
         image_processor_classes={

@@ -66,6 +66,31 @@ def check_inputs(config: BigBirdViTConfig, pixel_values, pixel_mask) -> None:
         )
 
 
+def check_masked(config: BigBirdViTConfig, pixel_values: torch.Tensor, bool_masked_pos) -> torch.Tensor:
+    """Return a mask of patches as bool.
+
+    Raises:
+        ValueError: A mask that is not `(batch, patches)` of bool or of integers 0 and 1, or patches that overlap.
+    """
+    if config.patch_stride_hw != config.patch_size_hw:
+        raise ValueError(
+            f"`patch_stride`: expected `patch_size`, {config.patch_size_hw}, for masked images, got "
+            f"{config.patch_stride_hw}; patches that overlap show what is masked."
+        )
+    rows, columns = config.grid_size(*pixel_values.shape[-2:])
+    expected = len(pixel_values), rows * columns
+    is_tensor = isinstance(bool_masked_pos, torch.Tensor)
+    if not is_tensor or bool_masked_pos.is_floating_point() or tuple(bool_masked_pos.shape) != expected:
+        found = (
+            f"{bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}" if is_tensor else type(bool_masked_pos).__name__
+        )
+        raise ValueError(
+            f"`bool_masked_pos`: expected bool (batch, patches) {expected}, patches in raster order of a grid "
+            f"{rows}x{columns}, got {found}."
+        )
+    return bool_masked_pos.to(torch.bool)
+
+
 def warn_of_eager(implementation: str | None) -> None:
     """Say once that a call which asks for probabilities is computed by another implementation than the model's."""
     if implementation != "eager" and not torch.compiler.is_compiling():
@@ -75,4 +100,4 @@ def warn_of_eager(implementation: str | None) -> None:
         )
 
 
-__all__ = ["asks_for", "check_inputs", "check_keywords", "warn_of_eager"]
+__all__ = ["asks_for", "check_inputs", "check_keywords", "check_masked", "warn_of_eager"]

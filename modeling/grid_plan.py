@@ -36,13 +36,16 @@ class GridPlan(NamedTuple):
     """What all layers share on one grid and device.
 
     Attributes:
-        to_tiles: `(tokens,)` int64, from raster order to tile-major order, CLS and registers first; None where the
-            two are the same.
+        kept: `(tokens,)` int64, the tokens that the pattern is of among all of the grid, CLS and registers first, in
+            raster order; None where it leaves out none.
+        to_tiles: `(tokens,)` int64, of those that are kept from raster order to tile-major order; None where the two
+            are the same.
         to_raster: `(tokens,)` int64, and back.
         rotary: Cosines and sines `(1, 1, tokens, head_dim)` in tile-major order, where every patch is valid; None
             without rotary positions.
     """
 
+    kept: torch.Tensor | None
     to_tiles: torch.Tensor | None
     to_raster: torch.Tensor | None
     rotary: tuple[torch.Tensor, torch.Tensor] | None
@@ -50,16 +53,21 @@ class GridPlan(NamedTuple):
 
 def grid_plan(pattern: BlockPattern, head_dim: int, theta: float | None, device: torch.device) -> GridPlan:
     """Return the plan of a pattern's grid; without `theta` there are no rotary positions."""
-    to_tiles = to_raster = None
+    kept = to_tiles = to_raster = None
+    front = torch.arange(pattern.num_global_tokens)
+    patches, rank = pattern.order.sort()
+    if len(patches) < pattern.grid[0] * pattern.grid[1]:
+        kept = torch.cat([front, patches + len(front)]).to(device)
     if not pattern.is_raster:
-        num_global = pattern.num_global_tokens
-        order = torch.cat([torch.arange(num_global), pattern.order + num_global])
-        to_tiles, to_raster = order.to(device), order.argsort().to(device)
-    return GridPlan(to_tiles, to_raster, rotary_in_order(pattern, to_tiles, None, head_dim, theta, device))
+        to_raster = torch.cat([front, rank + len(front)])
+        to_tiles, to_raster = to_raster.argsort().to(device), to_raster.to(device)
+    rotary = rotary_in_order(pattern, kept, to_tiles, None, head_dim, theta, device)
+    return GridPlan(kept, to_tiles, to_raster, rotary)
 
 
 def rotary_in_order(
     pattern: BlockPattern,
+    kept: torch.Tensor | None,
     to_tiles: torch.Tensor | None,
     valid: torch.Tensor | None,
     head_dim: int,
@@ -68,13 +76,13 @@ def rotary_in_order(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return `rotary_tables` `(batch or 1, 1, tokens, head_dim)`, global tokens first, in tile-major order.
 
-    None without `theta`: there are no rotary positions.
+    None without `theta`: there are no rotary positions. Patches that are not `kept` count for where the others are.
     """
     if theta is None:
         return None
     tables = rotary_tables(head_dim, theta, valid, *pattern.grid, device)
     cos, sin = with_global_tokens(tables, pattern.num_global_tokens)
-    return reorder(cos, to_tiles, 2), reorder(sin, to_tiles, 2)
+    return reorder(reorder(cos, kept, 2), to_tiles, 2), reorder(reorder(sin, kept, 2), to_tiles, 2)
 
 
 def reorder(states: torch.Tensor, index: torch.Tensor | None, dim: int) -> torch.Tensor:

@@ -55,11 +55,22 @@ class BigBirdViTEmbeddings(nn.Module):
             self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + rows * columns, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, pixel_values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        """Return tokens `(batch, 1 + registers + patches, hidden_size)`, patches in raster order."""
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        masked_patches: torch.Tensor | None = None,
+        mask_token: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return tokens `(batch, 1 + registers + patches, hidden_size)`, patches in raster order.
+
+        Where `masked_patches` `(batch, patches)` says so, `mask_token` `(hidden_size,)` stands for the patch.
+        """
         projected = self.projection(pixel_values.to(self.projection.weight.dtype))
         rows, columns = projected.shape[-2:]
         patches: torch.Tensor = projected.flatten(2).transpose(1, 2)
+        if masked_patches is not None and mask_token is not None:
+            patches = torch.where(masked_patches[..., None], mask_token.to(patches.dtype), patches)
         cls: torch.Tensor = self.cls_token
         if self.position_embeddings is not None:
             native = self.config.grid_size(*self.config.image_size_hw)
@@ -254,6 +265,8 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
         attention_patterns: list[BlockPattern] | None = None,
+        masked_patches: torch.Tensor | None = None,
+        mask_token: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
@@ -263,6 +276,9 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             pixel_mask: `(batch, height, width)`, 1 for pixels of the image, 0 for padding. A patch is valid if any of
                 its pixels is; other patches are seen by no token, and what is returned for them means nothing.
             attention_patterns: A pattern for each layer in place of the model's own, all in the same order of patches.
+                With those of `visible_patterns` the layers run on some of the patches, and those alone are returned.
+            masked_patches: `(batch, patches)` bool, the patches that `mask_token` stands for.
+            mask_token: `(hidden_size,)`, what masked patches are before positions are added; both or none.
             kwargs: `output_hidden_states`, `return_dict`, and `output_attentions`, for which a call is computed by
                 `eager` whatever the implementation.
 
@@ -271,7 +287,7 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
             raster order, and `pooler_output` `(batch, hidden_size)`.
 
         Raises:
-            ValueError: No or wrongly shaped `pixel_values` or `pixel_mask`, or an image smaller than a patch.
+            ValueError: No or wrongly shaped `pixel_values` or masks, or an image smaller than a patch.
             TypeError: A keyword that is none of these.
         """
         check_keywords(kwargs, ("pixel_values", "pixel_mask", "attention_patterns", "labels"))
@@ -285,15 +301,16 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
         theta = self.config.rope_theta if self.config.position_embedding_type == "rope" else None
         positions = self.config.head_dim, theta, pixel_values.device
         plan = derived(patterns[0], grid_plan, *positions)
-        to_tiles, to_raster, rotary = plan.to_tiles, plan.to_raster, plan.rotary
+        kept, to_tiles, to_raster, rotary = plan
         num_global = 1 + self.config.num_register_tokens
 
-        key_valid = valid = None
+        key_valid = shown = valid = None
         if pixel_mask is not None:
             valid = self.embeddings.valid_patches(pixel_mask)
-            key_valid = reorder(F.pad(valid.flatten(1), (num_global, 0), value=True), to_tiles, 1)
-            rotary = rotary_in_order(patterns[0], to_tiles, valid, *positions)
-        tokens = self.embeddings(pixel_values, valid)
+            shown = reorder(F.pad(valid.flatten(1), (num_global, 0), value=True), kept, 1)
+            key_valid = reorder(shown, to_tiles, 1)
+            rotary = rotary_in_order(patterns[0], kept, to_tiles, valid, *positions)
+        tokens = reorder(self.embeddings(pixel_values, valid, masked_patches, mask_token), kept, 1)
         if rotary is not None:
             rotary = rotary[0].to(tokens.dtype), rotary[1].to(tokens.dtype)
         # what is recorded is what the next layer reads, so that its gradient can be asked for: then layers permute
@@ -304,12 +321,12 @@ class BigBirdViTModel(BigBirdViTPreTrainedModel):
 
         # layers may lie on other devices than the images
         device = encoded.last_hidden_state.device
-        valid = None if valid is None else valid.to(device)
+        shown = None if shown is None else shown[:, num_global:].to(device)
         back = None if orders or to_raster is None else to_raster.to(device)
         last_hidden_state = self.layernorm(reorder(encoded.last_hidden_state, back, 1))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
-            pooler_output=self._pool(last_hidden_state[:, :1], last_hidden_state[:, num_global:], valid),
+            pooler_output=self._pool(last_hidden_state[:, :1], last_hidden_state[:, num_global:], shown),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )

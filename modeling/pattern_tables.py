@@ -48,7 +48,8 @@ class BlockPattern:
         grid: Rows and columns of patches.
         tile_grid: Rows and columns of tiles.
         num_global_tokens: Tokens in front of the patches that see and are seen by all.
-        order: `(patches,)` int64, raster index of the patch at each tile-major position.
+        order: `(patches,)` int64, raster index of the patch at each tile-major position; where some patches are left
+            out (`visible_patches.py`), of those that stay.
         tile_of_patch: `(patches,)` int64, tile of the patch at each tile-major position, ascending.
         neighbours: `(heads or 1, tiles, slots)` int64, the tiles each tile sees, ascending; -1 fills unused slots. The
             rows of global tiles are not used: they see every tile.
@@ -105,7 +106,7 @@ class BlockPattern:
             "num_see_all": num_global + int(sizes[list(self.global_tiles)].sum()),
             "density": (pairs + 2 * num_global * patches + num_global**2) / num_tokens**2,
             "is_full": bool((seen == patches).all()),
-            "is_raster": bool((self.order == torch.arange(patches, device="cpu")).all()),
+            "is_raster": bool((self.order[1:] > self.order[:-1]).all()),
             "order_name": order_name,
             "name": _digest(f"{order_name} {sizes_of}", self.tile_of_patch, self.neighbours),
         }

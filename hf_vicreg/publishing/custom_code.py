@@ -14,18 +14,23 @@ ENCODER_CLASSES = {
     "AutoConfig": "configuration_bigbird_vit.BigBirdViTConfig",
     "AutoModel": "modeling_bigbird_vit.BigBirdViTModel",
     "AutoModelForImageClassification": "modeling_bigbird_vit.BigBirdViTForImageClassification",
+    "AutoModelForMaskedImageModeling": "modeling_bigbird_masked_image.BigBirdViTForMaskedImageModeling",
     "AutoBackbone": "modeling_bigbird_vit.BigBirdViTBackbone",
 }
 WRAPPER_CLASSES = {
     "AutoConfig": "configuration_vicreg.VicRegConfig",
     "AutoModelForPreTraining": "modeling_vicreg.VicRegForPreTraining",
 }
+MAE_CLASSES = {
+    "AutoConfig": "configuration_bigbird_mae.BigBirdViTMAEConfig",
+    "AutoModelForPreTraining": "modeling_bigbird_mae.BigBirdViTMAEForPreTraining",
+}
 PROCESSOR = "BigBirdViTImageProcessor"
 PROCESSOR_CLASSES = {
     "torchvision": "image_processing_bigbird_vit.BigBirdViTImageProcessor",
     "pil": "image_processing_pil_bigbird_vit.BigBirdViTImageProcessorPil",
 }
-AUTO_MAPS = {"bigbird_vit": ENCODER_CLASSES, "vicreg": WRAPPER_CLASSES}
+AUTO_MAPS = {"bigbird_vit": ENCODER_CLASSES, "vicreg": WRAPPER_CLASSES, "bigbird_vit_mae": MAE_CLASSES}
 
 
 def source_of(module: str) -> str:

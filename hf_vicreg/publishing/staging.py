@@ -170,7 +170,7 @@ def _read_config(run: Path) -> dict[str, Any]:
         raise InputError(f"`RUN`: expected the folder of a run or a fine-tuned model, {run} has no {missing[0]}.")
     config = read_checked(_inside(run, "config.json"), check_config)
     model_type = config.get("model_type")
-    if model_type == "vicreg":
+    if model_type in ("vicreg", "bigbird_vit_mae"):
         raise InputError(f"`RUN`: expected the run's folder, {run} is its wrapper; give the folder above it.")
     if not is_run and model_type not in AUTO_MAPS:
         raise InputError(f"`RUN`: expected a run or a model of type 'bigbird_vit', {run} holds a {model_type!r}.")

@@ -67,7 +67,7 @@ def test_only_what_is_on_the_list_is_staged(run, staged, monkeypatch):
         "recipe.yaml",
         "results.json",
         "training_curves.png",
-        *(f"{name}.py" for name in with_siblings({"modeling_bigbird_vit"})),
+        *(f"{name}.py" for name in with_siblings({"modeling_bigbird_masked_image"})),
         "image_processing_bigbird_vit.py",
         "image_processing_pil_bigbird_vit.py",
         "rgb_image.py",
@@ -141,7 +141,8 @@ def test_every_backend_and_class_is_named_in_the_configurations(run, staged):
         json.loads((found.folder / name).read_text())
         for name in ("config.json", "preprocessor_config.json", "pretraining/config.json")
     )
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}
+    heads = {"AutoModelForImageClassification", "AutoModelForMaskedImageModeling"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoBackbone", *heads}
     assert set(processor["auto_map"]["AutoImageProcessor"]) == {"torchvision", "pil"}
     assert set(wrapper["auto_map"]) == {"AutoConfig", "AutoModelForPreTraining"}
     for auto_map in (config["auto_map"], processor["auto_map"]["AutoImageProcessor"], wrapper["auto_map"]):

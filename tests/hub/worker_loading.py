@@ -40,6 +40,7 @@ def load(role, encoder, classifier, out):
         AutoImageProcessor,
         AutoModel,
         AutoModelForImageClassification,
+        AutoModelForMaskedImageModeling,
         AutoModelForPreTraining,
         DetrConfig,
         DetrForObjectDetection,
@@ -73,6 +74,11 @@ def load(role, encoder, classifier, out):
         answers = sorted(classify(images()[0]), key=lambda one: one["label"])
         assert [one["label"] for one in answers] == ["cat", "dog", "eel"]
         found["scores"] = torch.tensor([one["score"] for one in answers])
+        painter = AutoModelForMaskedImageModeling.from_pretrained(encoder, **trust)  # its linear layer is a new one
+        masked = torch.arange(painter.decoder.in_features) < 2
+        masked = masked[: painter.config.grid_size(*pixels.shape[-2:])[0] ** 2].expand(len(pixels), -1)
+        assert painter(pixels, bool_masked_pos=masked).loss > 0
+        found["features of the painter"] = painter.bigbird_vit(pixels).pooler_output
         wrapper = AutoModelForPreTraining.from_pretrained(encoder, subfolder="pretraining", **trust).eval()
         views = torch.stack([pixels, pixels.flip(-1)], dim=1)
         found["embeddings"] = wrapper(pixel_values=views).embeddings

@@ -99,8 +99,9 @@ def test_a_plan_goes_to_tiles_and_back_and_turns_patches_by_their_place():
     assert torch.equal(plan.to_tiles[plan.to_raster], torch.arange(63))
     for found, expected in zip(plan.rotary, rotary_tables(8, 100.0, None, 6, 10, CPU), strict=True):
         assert torch.equal(found[:, :, 3:], expected[:, :, pattern.order])
+    assert plan.kept is None
     raster = derived(block_pattern(6, 10, layout="raster", block_size=8), grid_plan, 8, None, CPU)
-    assert raster == (None, None, None)
+    assert raster == (None, None, None, None)
 
 
 def test_a_grid_is_made_once_and_follows_the_configuration():

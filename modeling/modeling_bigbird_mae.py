@@ -1,0 +1,230 @@
+"""Masked autoencoder: the encoder runs on the visible patches alone, a light decoder paints the rest."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .bigbird_pattern import block_pattern
+from .call_checks import asks_for, check_inputs, check_keywords, check_masked
+from .configuration_bigbird_mae import BigBirdViTMAEConfig
+from .configuration_bigbird_vit import BigBirdViTConfig
+from .grid_plan import PatternCache, grid_plan, pattern_settings, reorder
+from .image_patches import masked_mean, patch_statistics, patchify, unpatchify
+from .modeling_bigbird_vit import BigBirdViTEncoder, BigBirdViTModel
+from .pattern_tables import BlockPattern, derived
+from .visible_patches import draw_masked_patches, visible_patterns
+
+MAX_BYTES_OF_MASKS = 2**26  # masks come and go: those of a step or two are kept
+
+
+@dataclass
+class BigBirdViTMAEOutput(ModelOutput):
+    """What `BigBirdViTMAEForPreTraining` returns.
+
+    Attributes:
+        loss: Scalar, the mean squared difference over masked patches.
+        reconstruction: `(batch, channels, rows * patch height, columns * patch width)`, pixels of all patches. With
+            `norm_pix_loss` the decoder paints normalised patches; the image's means and deviations are put back.
+        bool_masked_pos: `(batch, patches)` bool, the patches that were masked.
+        representations: `(batch, hidden_size)`, the encoder's pooled output of the visible patches.
+        hidden_states: With `output_hidden_states`, the encoder's, of its visible tokens.
+        attentions: With `output_attentions`, likewise.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    bool_masked_pos: torch.Tensor | None = None
+    representations: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class BigBirdViTMAEDecoder(nn.Module):
+    """A few layers on all patches of the grid, a mask token in place of each hidden one, and their pixels."""
+
+    def __init__(self, config: BigBirdViTConfig, encoder_size: int):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Linear(encoder_size, config.hidden_size)
+        self.mask_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.encoder = BigBirdViTEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        height, width = config.patch_size_hw
+        self.prediction = nn.Linear(config.hidden_size, height * width * config.num_channels)
+
+    def fill(self, encoded: torch.Tensor, kept: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Return `(batch, num_tokens, decoder width)`: encoded tokens at the places `kept`, mask tokens elsewhere."""
+        embedded = self.embedding(encoded)
+        tokens = self.mask_token.to(embedded.dtype).expand(len(embedded), num_tokens, -1)
+        return tokens.index_copy(1, kept.to(embedded.device), embedded)
+
+    def forward(self, tokens: torch.Tensor, patterns: tuple[BlockPattern, ...]) -> torch.Tensor:
+        """Return `(batch, patches, pixels of a patch)` of tokens in raster order."""
+        plan = derived(patterns[0], grid_plan, self.config.head_dim, self.config.rope_theta, tokens.device)
+        assert plan.rotary is not None  # a decoder's positions are rotary
+        rotary = plan.rotary[0].to(tokens.dtype), plan.rotary[1].to(tokens.dtype)
+        decoded = self.encoder(reorder(tokens, plan.to_tiles, 1), None, patterns, rotary).last_hidden_state
+        patches = reorder(decoded, plan.to_raster, 1)[:, 1 + self.config.num_register_tokens :]
+        return self.prediction(self.layernorm(patches))
+
+
+class BigBirdViTMAEForPreTraining(PreTrainedModel):
+    """A BigBirdViT on the visible patches, a light decoder, and the loss on the masked ones.
+
+    Source: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners" (arXiv 2111.06377), section 3. Masks are
+    of whole tiles, the decoder's positions are rotary, and CLS and registers pass through it as patches do.
+    """
+
+    config: BigBirdViTMAEConfig
+    config_class = BigBirdViTMAEConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a batch's own, not a sum over `num_items_in_batch`
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: BigBirdViTMAEConfig):
+        super().__init__(config)
+        self.encoder = BigBirdViTModel(config.encoder, add_pooling_layer=False)
+        decoder = config.decoder_config()
+        decoder._attn_implementation = config._attn_implementation
+        self.decoder = BigBirdViTMAEDecoder(decoder, config.encoder.hidden_size)
+        self._loss_function = None
+        self._patterns = PatternCache()
+        self._visible = PatternCache(MAX_BYTES_OF_MASKS)
+        self.post_init()
+
+    def _apply(self, *arguments, **keywords):
+        for cache in (self._patterns, self._visible):
+            cache.clear()  # their tables are on the device that the model leaves
+        return super()._apply(*arguments, **keywords)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.encoder.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, BigBirdViTMAEDecoder):
+            init.trunc_normal_(module.mask_token, mean=0.0, std=std)
+
+    def draw_mask(self, height: int, width: int, key: str) -> torch.Tensor:
+        """Return a mask `(patches,)` bool on the CPU for images of `height` x `width` pixels.
+
+        Args:
+            height: In pixels.
+            width: In pixels.
+            key: What the draw depends on, a seed and a step for example.
+
+        Raises:
+            ValueError: Images of a single tile, or smaller than a patch.
+        """
+        grid = self.config.encoder.grid_size(height, width)
+        return draw_masked_patches(grid, self.config.mask_tile_size_hw, self.config.mask_ratio, key)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BigBirdViTMAEOutput:
+        """Return the loss of a batch of images of which some patches are masked, and what is painted.
+
+        Images of one mask go through the encoder together: a batch with one mask costs least, for a mask of each
+        image's own the encoder runs image by image.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            bool_masked_pos: `(batch, patches)` bool, or integers 0 and 1, in raster order: 1 for masked patches. On
+                the CPU no device is waited for. Without it one mask is drawn for the batch: in training from torch's
+                generator, in evaluation always the same.
+            kwargs: `return_dict`, `output_hidden_states`, `output_attentions`; what they record is of one mask alone.
+
+        Raises:
+            ValueError: A mask of another shape or type or of all patches, states of several masks, and what
+                `BigBirdViTModel` refuses.
+            TypeError: A keyword that is none of these.
+        """
+        check_keywords(kwargs, ("pixel_values", "bool_masked_pos"))
+        check_inputs(self.config.encoder, pixel_values, None)
+        assert pixel_values is not None  # for the type checker; checked above
+        height, width = pixel_values.shape[-2:]
+        if bool_masked_pos is None:
+            draw = int(torch.randint(2**62, ())) if self.training else 0
+            bool_masked_pos = self.draw_mask(height, width, str(draw)).expand(len(pixel_values), -1)
+        masked = check_masked(self.config.encoder, pixel_values, bool_masked_pos)
+        flags = {f"output_{name}": asks_for(name, self.config, kwargs) for name in ("hidden_states", "attentions")}
+        tokens, outputs = self._encode(pixel_values, masked, flags)
+        painted = self.decoder(tokens, self._decoder_patterns(height, width))
+        loss, pixels = self._compare(painted, pixel_values, masked.to(painted.device))
+        return BigBirdViTMAEOutput(
+            loss=loss,
+            reconstruction=unpatchify(
+                pixels, self.config.encoder.grid_size(height, width), self.config.encoder.patch_size_hw
+            ),
+            bool_masked_pos=masked,
+            **outputs,
+        )
+
+    def _encode(self, pixel_values: torch.Tensor, masked: torch.Tensor, flags: dict[str, bool]):
+        """Return the decoder's tokens `(batch, tokens, decoder width)`, and what else of the encoder is returned."""
+        masks, mask_of = masked.cpu().unique(dim=0, return_inverse=True)
+        if any(flags.values()) and len(masks) > 1:
+            raise ValueError(
+                f"`output_hidden_states`, `output_attentions`: expected one mask for all images, got {len(masks)}."
+            )
+        tokens, pooled, order = [], [], []
+        for index, mask in enumerate(masks):
+            images = (mask_of == index).nonzero()[:, 0]
+            of_mask = pixel_values if len(masks) == 1 else pixel_values[images.to(pixel_values.device)]
+            patterns = self._visible_patterns(*pixel_values.shape[-2:], ~mask)
+            outputs = self.encoder(of_mask, attention_patterns=patterns, **flags)
+            num_global = patterns[0].num_global_tokens
+            kept = torch.cat([torch.arange(num_global), (~mask).nonzero()[:, 0] + num_global])
+            tokens.append(self.decoder.fill(outputs.last_hidden_state, kept, num_global + len(mask)))
+            pooled.append(outputs.pooler_output)
+            order.append(images)
+        place = None if len(masks) == 1 else torch.cat(order).argsort().to(tokens[0].device)
+        states = {name: getattr(outputs, name) for name in ("hidden_states", "attentions")}
+        return reorder(torch.cat(tokens), place, 0), {
+            "representations": reorder(torch.cat(pooled), place, 0),
+            **states,
+        }
+
+    def _visible_patterns(self, height: int, width: int, visible: torch.Tensor) -> list[BlockPattern]:
+        whole = tuple(self.encoder.attention_patterns(height, width))
+        key = (tuple(one.name for one in dict.fromkeys(whole)), bytes(visible.to(torch.uint8).tolist()))
+        return list(self._visible.get(key, lambda: visible_patterns(whole, visible)))
+
+    def _decoder_patterns(self, height: int, width: int) -> tuple[BlockPattern, ...]:
+        config = self.decoder.config
+        rows, columns = config.grid_size(height, width)
+        settings = pattern_settings(config, rows, columns)
+
+        def make() -> list[BlockPattern]:
+            return [block_pattern(rows, columns, **settings, layer=layer) for layer in range(config.num_hidden_layers)]
+
+        return self._patterns.get((rows, columns, *settings.values()), make)
+
+    def _compare(
+        self, painted: torch.Tensor, pixel_values: torch.Tensor, masked: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss, and what is painted as pixels `(batch, patches, pixels of a patch)`."""
+        dtype = torch.promote_types(painted.dtype, torch.float32)
+        target = patchify(pixel_values, self.config.encoder.patch_size_hw).to(painted.device, dtype)
+        pixels = painted = painted.to(dtype)
+        if self.config.norm_pix_loss:
+            mean, deviation = patch_statistics(target)
+            target, pixels = (target - mean) / deviation, painted * deviation + mean
+        return masked_mean((painted - target).square().mean(-1), masked), pixels
+
+
+__all__ = ["BigBirdViTMAEForPreTraining", "BigBirdViTMAEOutput"]

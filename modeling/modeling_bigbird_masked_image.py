@@ -1,0 +1,85 @@
+"""SimMIM on a BigBirdViT: the encoder sees mask tokens in place of masked patches, a linear layer paints all."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import MaskedImageModelingOutput
+from transformers.utils.generic import can_return_tuple
+
+from .call_checks import check_inputs, check_masked
+from .configuration_bigbird_vit import BigBirdViTConfig
+from .image_patches import masked_mean, patchify, unpatchify
+from .modeling_bigbird_vit import BigBirdViTModel, BigBirdViTPreTrainedModel
+
+
+class BigBirdViTForMaskedImageModeling(BigBirdViTPreTrainedModel):
+    """The encoder and a linear layer from each patch's feature to its pixels.
+
+    The mask token is the head's: the encoder's weights are those of any `BigBirdViTModel`.
+
+    Source: Xie et al. 2021, SimMIM (arXiv 2111.09886), sections 3.2 to 3.4.
+    """
+
+    def __init__(self, config: BigBirdViTConfig):
+        super().__init__(config)
+        self.bigbird_vit = BigBirdViTModel(config, add_pooling_layer=False)
+        self.mask_token = nn.Parameter(torch.zeros(config.hidden_size))
+        height, width = config.patch_size_hw
+        self.decoder = nn.Linear(config.hidden_size, height * width * config.num_channels)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BigBirdViTForMaskedImageModeling):
+            init.trunc_normal_(module.mask_token, mean=0.0, std=self.config.initializer_range)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MaskedImageModelingOutput:
+        """Paint images of which some patches are masked.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            bool_masked_pos: `(batch, patches)` bool, or integers 0 and 1, in raster order: 1 for masked patches.
+            pixel_mask: `(batch, height, width)`, as for `BigBirdViTModel`; padding counts for nothing in the loss.
+            kwargs: As for `BigBirdViTModel`.
+
+        Returns:
+            `reconstruction` `(batch, channels, rows * patch height, columns * patch width)` and, with a mask, `loss`:
+            the mean absolute difference over the pixels of masked patches, image by image (see `masked_mean`).
+
+        Raises:
+            ValueError: A mask of another shape or type, patches that overlap, and what `BigBirdViTModel` refuses.
+        """
+        check_inputs(self.config, pixel_values, pixel_mask)
+        assert pixel_values is not None  # for the type checker; checked above
+        masked = None
+        if bool_masked_pos is not None:
+            masked = check_masked(self.config, pixel_values, bool_masked_pos)
+        masks = {"masked_patches": masked, "mask_token": self.mask_token}
+        outputs = self.bigbird_vit(pixel_values, pixel_mask, **kwargs | masks | {"return_dict": True})
+        painted = self.decoder(outputs.last_hidden_state[:, 1 + self.config.num_register_tokens :])
+        loss = None
+        if masked is not None:
+            if pixel_mask is not None:
+                masked = masked & self.bigbird_vit.embeddings.valid_patches(pixel_mask).flatten(1)
+            target = patchify(pixel_values, self.config.patch_size_hw)
+            dtype = torch.promote_types(painted.dtype, torch.float32)
+            errors = (painted.to(dtype) - target.to(painted.device, dtype)).abs().mean(-1)
+            loss = masked_mean(errors, masked.to(painted.device))
+        grid = self.config.grid_size(*pixel_values.shape[-2:])
+        return MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=unpatchify(painted, grid, self.config.patch_size_hw),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["BigBirdViTForMaskedImageModeling"]
