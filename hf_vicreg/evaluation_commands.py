@@ -1,4 +1,4 @@
-"""The verbs `embed`, `evaluate` and `finetune` of `hf-vicreg`: flags from dataclasses, work when asked for."""
+"""The verbs `embed`, `paint`, `evaluate` and `finetune` of `hf-vicreg`: flags first, work when asked for."""
 
 import argparse
 import dataclasses
@@ -31,13 +31,14 @@ EVALUATIONS = {
     ),
 }
 EMBED_EXAMPLE = "hf-vicreg embed my_images runs/mine embeddings"
+PAINT_EXAMPLE = "hf-vicreg paint photo.png runs/mae --mask 40,40,120,120 --output painted.png"
 FINETUNE_EXAMPLE = (
     f"hf-vicreg finetune classification runs/mine {DATA} --output_dir runs/classifier --num_train_epochs 5"
 )
 
 
 def add_verbs(verbs: Any) -> Any:
-    """Add `embed`, `evaluate` and `finetune` to the command's sub-parsers; returns those of `finetune`."""
+    """Add `embed`, `paint`, `evaluate` and `finetune` to the command's sub-parsers; returns those of `finetune`."""
     embed = add_command(
         verbs,
         "embed",
@@ -49,6 +50,7 @@ def add_verbs(verbs: Any) -> Any:
         out="new or empty folder, or an interrupted call's to go on in",
     )
     embed.add_argument("--num_processes", metavar="INT", type=int, help="Processes on this machine; default: 1.")
+    add_paint(verbs)
     evaluate = verbs.add_parser("evaluate", help="what a model's features are worth on labelled images")
     whats = evaluate.add_subparsers(required=True, metavar="WHAT")
     for name, (kind, text, example) in EVALUATIONS.items():
@@ -64,6 +66,29 @@ def add_verbs(verbs: Any) -> Any:
         _finetune_classification,
     )
     return tasks
+
+
+def add_paint(verbs: Any) -> None:
+    """Add `paint` to the command's sub-parsers."""
+    paint = verbs.add_parser(
+        "paint",
+        help="paint the masked part of an image, with a model of masked images",
+        epilog=f"example: {PAINT_EXAMPLE}",
+    )
+    paint.add_argument("image", metavar="IMAGE", help="file of an image")
+    paint.add_argument("model", metavar="MODEL", help="folder or Hub id of a SimMIM or MAE model, or of its run")
+    paint.add_argument(
+        "--mask",
+        required=True,
+        help="image of the same size, white where to paint; or LEFT,TOP,RIGHT,BOTTOM in pixels",
+    )
+    paint.add_argument("--output", required=True, metavar="FILE", help="image file to write")
+    paint.add_argument(
+        "--num_passes", type=int, default=4, help="most certain tiles first (default: 4); 1: all at once"
+    )
+    paint.add_argument("--temperature", type=float, default=0.0, help="above 0: draw; 1: with the model's own spread")
+    paint.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    paint.set_defaults(run=_paint)
 
 
 def add_command(
@@ -101,6 +126,19 @@ def arguments_of(parsed: argparse.Namespace) -> Any:
     """Return the flags of a command as its dataclass."""
     kind = parsed.arguments_class
     return kind(**{one.name: getattr(parsed, one.name) for one in dataclasses.fields(kind)})
+
+
+def _paint(parsed: argparse.Namespace) -> None:
+    from hf_vicreg.painting import paint
+
+    log_to_stderr()
+    flags = ("mask", "output", "num_passes", "temperature", "seed")
+    done = paint(parsed.image, parsed.model, **{name: getattr(parsed, name) for name in flags})
+    painted = done.pass_of_patch > 0
+    print(
+        f"{parsed.output}: {int(painted.sum())} of {painted.numel()} patches painted in "
+        f"{int(done.pass_of_patch.max())} passes"
+    )
 
 
 def _embed(parsed: argparse.Namespace) -> int:
