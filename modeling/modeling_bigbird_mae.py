@@ -1,6 +1,7 @@
 """Masked autoencoder: the encoder runs on the visible patches alone, a light decoder paints the rest."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ class BigBirdViTMAEOutput(ModelOutput):
         loss: Scalar, the mean squared difference over masked patches.
         reconstruction: `(batch, channels, rows * patch height, columns * patch width)`, pixels of all patches. With
             `norm_pix_loss` the decoder paints normalised patches; the image's means and deviations are put back.
-        bool_masked_pos: `(batch, patches)` bool, the patches that were masked.
+        mask: `(batch, patches)` int64, 1 for patches that were masked; what `bool_masked_pos` takes.
         representations: `(batch, hidden_size)`, the encoder's pooled output of the visible patches.
         hidden_states: With `output_hidden_states`, the encoder's, of its visible tokens.
         attentions: With `output_attentions`, likewise.
@@ -38,7 +39,7 @@ class BigBirdViTMAEOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
-    bool_masked_pos: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     representations: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -159,9 +160,13 @@ class BigBirdViTMAEForPreTraining(PreTrainedModel):
         height, width = pixel_values.shape[-2:]
         if bool_masked_pos is None:
             draw = int(torch.randint(2**62, ())) if self.training else 0
-            bool_masked_pos = self.draw_mask(height, width, str(draw)).expand(len(pixel_values), -1)
+            bool_masked_pos = self.draw_mask(height, width, str(draw)).repeat(len(pixel_values), 1)
         masked = check_masked(self.config.encoder, pixel_values, bool_masked_pos)
-        flags = {f"output_{name}": asks_for(name, self.config, kwargs) for name in ("hidden_states", "attentions")}
+        # a keyword may be a list of layers
+        flags = {
+            f"output_{name}": kwargs.get(f"output_{name}") or asks_for(name, self.config, kwargs)
+            for name in ("hidden_states", "attentions")
+        }
         tokens, outputs = self._encode(pixel_values, masked, flags)
         painted = self.decoder(tokens, self._decoder_patterns(height, width))
         loss, pixels = self._compare(painted, pixel_values, masked.to(painted.device))
@@ -170,11 +175,11 @@ class BigBirdViTMAEForPreTraining(PreTrainedModel):
             reconstruction=unpatchify(
                 pixels, self.config.encoder.grid_size(height, width), self.config.encoder.patch_size_hw
             ),
-            bool_masked_pos=masked,
+            mask=masked.long(),
             **outputs,
         )
 
-    def _encode(self, pixel_values: torch.Tensor, masked: torch.Tensor, flags: dict[str, bool]):
+    def _encode(self, pixel_values: torch.Tensor, masked: torch.Tensor, flags: dict[str, Any]):
         """Return the decoder's tokens `(batch, tokens, decoder width)`, and what else of the encoder is returned."""
         masks, mask_of = masked.cpu().unique(dim=0, return_inverse=True)
         if any(flags.values()) and len(masks) > 1:

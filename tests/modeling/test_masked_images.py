@@ -156,20 +156,20 @@ def test_mae_with_a_mask_for_each_image_equals_image_after_image():
         torch.testing.assert_close(getattr(together, name), expected, atol=1e-10, rtol=1e-10)
     # each image counts alike, whatever its mask hides
     torch.testing.assert_close(together.loss, torch.stack([one.loss for one in alone]).mean())
-    assert torch.equal(together.bool_masked_pos, masked)
+    assert torch.equal(together.mask, masked.long())
     with pytest.raises(ValueError, match="expected one mask for all images, got 3"):
         model(pixels, bool_masked_pos=masked, output_hidden_states=True)
 
 
 def test_mae_draws_a_mask_for_the_batch():
     model, pixels = make_mae(), images()
-    drawn = [model(pixels).bool_masked_pos for _ in range(2)]
+    drawn = [model(pixels).mask for _ in range(2)]
     assert not torch.equal(*drawn)
     assert all(torch.equal(one[0], one[2]) for one in drawn)
     assert drawn[0].view(3, *GRID)[:, :6, :12].float().mean() == pytest.approx(0.75, abs=0.1)
     model.eval()
     assert torch.equal(model(pixels).reconstruction, model(pixels).reconstruction)
-    finer = make_mae(mask_tile_size=[1, 3], mask_ratio=0.5)(pixels).bool_masked_pos[0].view(GRID)
+    finer = make_mae(mask_tile_size=[1, 3], mask_ratio=0.5)(pixels).mask[0].view(GRID)
     assert all(len(set(three.tolist())) == 1 for row in finer for three in row.split(3))
 
 

@@ -15,7 +15,8 @@ VICREG = {
     "test_hidden_states_output": NO_STATES,
     "test_retain_grad_hidden_states_attentions": NO_STATES,
 }
-ALL = {"encoder": ENCODER, "VICReg": VICREG}
+MAE = {"test_resize_tokens_embeddings": NO_VOCABULARY}
+ALL = {"encoder": ENCODER, "MAE": MAE, "VICReg": VICREG}
 
 # What upstream says when it skips a test by itself, and why that is right for these models.
 UPSTREAM = {
@@ -41,9 +42,15 @@ UPSTREAM = {
     "This model is not composite": "the encoder is not; VICReg runs it",
     "BigBirdViTModel does not support SDPA": "upstream's words for a test of composite models; VICReg runs it",
     "VicRegForPreTraining does not support SDPA": "upstream's words for a test of other than composite models",
+    "BigBirdViTForMaskedImageModeling does not support SDPA": "as of `BigBirdViTModel`",
+    "BigBirdViTMAEForPreTraining does not support SDPA": "upstream's words for a test of other than composite models",
     "Model does not have both a non-text modality": "of models of images and text",
     "This model has no `base_model_class`": "in tests of RoPE in transformers' own classes",
     "VicRegConfig not in MODEL_MAPPING": "nor should it be: VICReg is a method, and the encoder is the model",
+    "BigBirdViTMAEConfig not in MODEL_MAPPING": "nor should it be: MAE is a method, and the encoder is the model",
+    "keep_in_fp32_modules": "no part of these models has to stay in full precision",
+    "Do not take a cache as input": "caches are of models that write text",
+    "No conversion found for": "no weights are renamed on loading",
     "No validation found for `preprocess`": "of two older forms; `preprocess` is inherited from transformers",
     "Not a prioritized model": "transformers before 5.18 or later looks at its own models alone; later ones run it",
 }

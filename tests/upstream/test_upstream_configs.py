@@ -1,12 +1,12 @@
-"""transformers' ConfigTester on both configurations."""
+"""transformers' ConfigTester on all configurations."""
 
 import unittest
 
 import pytest
-from testers import BigBirdViTTester, VicRegTester
+from testers import BigBirdViTTester, MAETester, VicRegTester
 from transformers_upstream.test_configuration_common import ConfigTester
 
-from hf_vicreg import BigBirdViTConfig, VicRegConfig
+from hf_vicreg import BigBirdViTConfig, BigBirdViTMAEConfig, VicRegConfig
 
 pytestmark = pytest.mark.upstream
 
@@ -23,3 +23,8 @@ class TestConfigs(unittest.TestCase):
         self.model_tester = VicRegTester(self)
         fields = {"expander_sizes": [64, 32], "gamma": 2.0, "expander_norm": "layer"}
         ConfigTester(self, config_class=VicRegConfig, has_text_modality=False, **fields).run_common_tests()
+
+    def test_mae(self):
+        self.model_tester = MAETester(self)
+        fields = {"decoder_num_hidden_layers": 3, "mask_ratio": 0.6, "norm_pix_loss": True}
+        ConfigTester(self, config_class=BigBirdViTMAEConfig, has_text_modality=False, **fields).run_common_tests()

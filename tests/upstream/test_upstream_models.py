@@ -5,8 +5,8 @@ import unittest
 
 import pytest
 import torch
-from own_skips import ENCODER, VICREG, OwnSkips
-from testers import BigBirdViTTester, VicRegTester
+from own_skips import ENCODER, MAE, VICREG, OwnSkips
+from testers import BigBirdViTTester, MAETester, MaskedImageTester, VicRegTester
 from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers_upstream.test_backbone_common import BackboneTesterMixin
@@ -16,6 +16,8 @@ from hf_vicreg import (
     BigBirdViTBackbone,
     BigBirdViTConfig,
     BigBirdViTForImageClassification,
+    BigBirdViTForMaskedImageModeling,
+    BigBirdViTMAEForPreTraining,
     BigBirdViTModel,
     VicRegForPreTraining,
 )
@@ -27,6 +29,8 @@ pytestmark = pytest.mark.upstream
 modeling_auto.MODEL_MAPPING_NAMES["bigbird_vit"] = "BigBirdViTModel"
 modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES["bigbird_vit"] = "BigBirdViTBackbone"
 modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["bigbird_vit"] = "BigBirdViTForImageClassification"
+modeling_auto.MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES["bigbird_vit"] = "BigBirdViTForMaskedImageModeling"
+modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES["bigbird_vit_mae"] = "BigBirdViTMAEForPreTraining"
 modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES["vicreg"] = "VicRegForPreTraining"
 
 
@@ -105,13 +109,52 @@ class TestRasterRotary(EncoderCase, unittest.TestCase):
     arguments = {"attention_layout": "raster", "block_size": 8, "num_register_tokens": 1}  # noqa: RUF012
 
 
-class TestVicReg(ModelCase, unittest.TestCase):
+class TestMaskedImages(ModelCase, unittest.TestCase):
+    """SimMIM's head."""
+
+    all_model_classes = (BigBirdViTForMaskedImageModeling,)
+    make_tester = MaskedImageTester
+    arguments = {"num_register_tokens": 1}  # noqa: RUF012
+    own_skips = ENCODER
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+        if "bool_masked_pos" in inputs:
+            inputs["bool_masked_pos"][:, ::2] = 1  # upstream masks nothing: a loss without gradients
+        return inputs
+
+
+class EncoderWithin(ModelCase):
+    """Models around an encoder, under the name `encoder`."""
+
+    _is_composite = True
+
+    def test_correct_missing_keys(self):
+        """An encoder's checkpoint lacks the rest alone; the wrapper's configuration is not in it, so it is given."""
+        config, (model_class,) = self.model_tester.get_config(), self.all_model_classes
+        with tempfile.TemporaryDirectory() as folder:
+            encoder = model_class(config).encoder
+            encoder.save_pretrained(folder)
+            model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True)
+        assert info["missing_keys"] == {name for name in model.state_dict() if not name.startswith("encoder.")}
+        for name, tensor in encoder.state_dict().items():
+            torch.testing.assert_close(tensor, model.encoder.state_dict()[name])
+
+
+class TestMAE(EncoderWithin, unittest.TestCase):
+    """A masked autoencoder around the encoder."""
+
+    all_model_classes = (BigBirdViTMAEForPreTraining,)
+    make_tester = MAETester
+    own_skips = MAE
+
+
+class TestVicReg(EncoderWithin, unittest.TestCase):
     """VICReg around the encoder, batch norm in the expander."""
 
     all_model_classes = (VicRegForPreTraining,)
     make_tester = VicRegTester
     own_skips = VICREG
-    _is_composite = True
 
     def test_batching_equivalence(self):
         """Embeddings do not depend on the batch in evaluation; upstream's batch of one has no covariance."""
@@ -121,18 +164,6 @@ class TestVicReg(ModelCase, unittest.TestCase):
             whole, part = model(**inputs), model(inputs["pixel_values"][:2])
         torch.testing.assert_close(whole.embeddings[:2], part.embeddings, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(whole.representations[:2], part.representations, atol=1e-5, rtol=1e-5)
-
-    def test_correct_missing_keys(self):
-        """An encoder's checkpoint lacks the expander alone; VICReg's configuration is not in it, so it is given."""
-        config = self.model_tester.get_config()
-        with tempfile.TemporaryDirectory() as folder:
-            encoder = VicRegForPreTraining(config).encoder
-            encoder.save_pretrained(folder)
-            model, info = VicRegForPreTraining.from_pretrained(folder, config=config, output_loading_info=True)
-        expander = {name for name in model.state_dict() if name.startswith("expander.")}
-        assert info["missing_keys"] == expander
-        for name, tensor in encoder.state_dict().items():
-            torch.testing.assert_close(tensor, model.encoder.state_dict()[name])
 
 
 class TestBackbone(BackboneTesterMixin, unittest.TestCase):
@@ -145,7 +176,7 @@ class TestBackbone(BackboneTesterMixin, unittest.TestCase):
         self.model_tester = BigBirdViTTester(self, num_register_tokens=1)
 
 
-@pytest.mark.parametrize("case", [TestTilesRotary, TestRasterAbsolute, TestTilesAbsoluteByBlocks, TestVicReg])
+@pytest.mark.parametrize("case", [TestTilesRotary, TestRasterAbsolute, TestTilesAbsoluteByBlocks, TestMAE, TestVicReg])
 def test_every_own_skip_names_a_test(case):
     """A test that upstream renamed or dropped leaves no skip behind."""
     tests = [name for name in dir(case) if name.startswith("test_")]

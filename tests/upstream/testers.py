@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_vicreg import BigBirdViTConfig, VicRegConfig
+from hf_vicreg import BigBirdViTConfig, BigBirdViTMAEConfig, VicRegConfig
 
 
 class BigBirdViTTester:
@@ -53,6 +53,38 @@ class BigBirdViTTester:
             mask[1, :, self.image_size[1] // 3 :] = 0
             inputs["pixel_mask"] = mask
         return self.get_config(), inputs
+
+
+class MaskedImageTester(BigBirdViTTester):
+    """Makes square images, and what upstream wants to know of masks: an image's side as one number, masked patches."""
+
+    def __init__(self, parent, grid=(6, 6), patch_size=4, num_masks=10, **fields):
+        super().__init__(parent, grid=grid, patch_size=patch_size, **fields)
+        self.num_masks = num_masks
+        self.mask_length = grid[0] * grid[1]
+        self.image_size, self.patch_size = grid[0] * patch_size, patch_size
+        self.fields["image_size"] = self.image_size
+
+    def prepare_config_and_inputs_for_common(self):
+        side = self.image_size
+        return self.get_config(), {"pixel_values": torch.rand(self.batch_size, self.num_channels, side, side)}
+
+
+class MAETester(MaskedImageTester):
+    """Makes configurations of a masked autoencoder around that encoder, whose tokens are those of visible patches."""
+
+    def __init__(self, parent, **fields):
+        super().__init__(parent, **fields)
+        self.seq_length = 1 + 2 * 4  # two of nine tiles
+
+    def get_config(self) -> BigBirdViTMAEConfig:
+        return BigBirdViTMAEConfig(
+            encoder=super().get_config(),
+            decoder_hidden_size=16,
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=24,
+            attn_implementation=self.attn_implementation,
+        )
 
 
 class VicRegTester(BigBirdViTTester):
