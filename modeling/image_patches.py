@@ -34,19 +34,19 @@ def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + NORM_EPS).sqrt()
 
 
-def masked_mean(errors: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Return the mean over images of each image's mean over its masked patches.
+def masked_means(errors: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Return each image's mean over its masked patches, `(batch,)`, whose mean is the loss.
 
-    Where all images have as many masked patches it is the mean over all masked patches, as SimMIM's and MAE's authors
-    take it (SimMIM's add 1e-5 to the number of pixels). Image by image, since then the losses of processes with equal
-    shares of a batch average to that of the batch.
+    Where all images have as many masked patches the loss is the mean over all masked patches, as SimMIM's and MAE's
+    authors take it (SimMIM's add 1e-5 to the number of pixels). Image by image, since then the losses of processes
+    with equal shares of a batch average to that of the batch.
 
     Args:
-        errors: `(batch, patches)`, summed in at least fp32.
+        errors: `(batch, patches)`, in at least fp32.
         masked: `(batch, patches)` bool; an image without a masked patch adds 0.
     """
-    weights = masked.to(torch.promote_types(errors.dtype, torch.float32))
-    return ((errors * weights).sum(1) / weights.sum(1).clamp(min=1)).mean()
+    weights = masked.to(errors.dtype)
+    return (errors * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-__all__ = ["masked_mean", "patch_statistics", "patchify", "unpatchify"]
+__all__ = ["masked_means", "patch_statistics", "patchify", "unpatchify"]

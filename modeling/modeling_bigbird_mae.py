@@ -1,7 +1,7 @@
 """Masked autoencoder: the encoder runs on the visible patches alone, a light decoder paints the rest."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from .call_checks import asks_for, check_inputs, check_keywords, check_masked
 from .configuration_bigbird_mae import BigBirdViTMAEConfig
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .grid_plan import PatternCache, grid_plan, pattern_settings, reorder
-from .image_patches import masked_mean, patch_statistics, patchify, unpatchify
+from .image_patches import masked_means, patch_statistics, patchify, unpatchify
 from .modeling_bigbird_vit import BigBirdViTEncoder, BigBirdViTModel
 from .pattern_tables import BlockPattern, derived
 from .visible_patches import draw_masked_patches, visible_patterns
@@ -45,26 +45,96 @@ class BigBirdViTMAEOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class BigBirdViTMAEDecoder(nn.Module):
-    """A few layers on all patches of the grid, a mask token in place of each hidden one, and their pixels."""
+class Painted(NamedTuple):
+    """What a decoder makes of a batch.
 
-    def __init__(self, config: BigBirdViTConfig, encoder_size: int):
+    Attributes:
+        errors: `(batch,)`, each image's mean squared difference over its masked patches, in at least fp32.
+        pixels: `(batch, patches, pixels of a patch)`, likewise.
+        pooled: `(batch, hidden_size)`, the encoder's pooled output of the visible patches.
+        states: What the encoder recorded.
+    """
+
+    errors: torch.Tensor
+    pixels: torch.Tensor
+    pooled: torch.Tensor
+    states: dict[str, Any]
+
+
+class BigBirdViTMAEDecoder(nn.Module):
+    """A few layers on all patches of the grid, a mask token in place of each hidden one, and their pixels.
+
+    The encoder is an argument, so that the decoder goes with any model that has one.
+    """
+
+    def __init__(self, config: BigBirdViTConfig, encoder_size: int, norm_pix_loss: bool):
         super().__init__()
-        self.config = config
+        self.config, self.norm_pix_loss = config, norm_pix_loss
         self.embedding = nn.Linear(encoder_size, config.hidden_size)
         self.mask_token = nn.Parameter(torch.zeros(config.hidden_size))
+        nn.init.trunc_normal_(self.mask_token, std=config.initializer_range)
         self.encoder = BigBirdViTEncoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         height, width = config.patch_size_hw
         self.prediction = nn.Linear(config.hidden_size, height * width * config.num_channels)
+        self._patterns = PatternCache()
+        self._visible = PatternCache(MAX_BYTES_OF_MASKS)
 
-    def fill(self, encoded: torch.Tensor, kept: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Return `(batch, num_tokens, decoder width)`: encoded tokens at the places `kept`, mask tokens elsewhere."""
+    def _apply(self, *arguments, **keywords):
+        for cache in (self._patterns, self._visible):
+            cache.clear()  # their tables are on the device that the model leaves
+        return super()._apply(*arguments, **keywords)
+
+    def forward(
+        self, encoder: BigBirdViTModel, pixel_values: torch.Tensor, masked: torch.Tensor, flags: dict[str, Any]
+    ) -> Painted:
+        """Return what is painted of images `(batch, channels, height, width)` with masks `(batch, patches)` bool.
+
+        Args:
+            encoder: Runs on the visible patches.
+            pixel_values: The images.
+            masked: Their masks.
+            flags: `output_hidden_states` and `output_attentions`, of the encoder.
+        """
+        size = pixel_values.shape[-2:]
+        tokens, pooled, states = self._encode(encoder, pixel_values, masked, flags)
+        painted = self._decode(tokens, self._whole_patterns(*size))
+        dtype = torch.promote_types(painted.dtype, torch.float32)
+        target = patchify(pixel_values, self.config.patch_size_hw).to(painted.device, dtype)
+        pixels = painted = painted.to(dtype)
+        if self.norm_pix_loss:
+            mean, deviation = patch_statistics(target)
+            target, pixels = (target - mean) / deviation, painted * deviation + mean
+        errors = masked_means((painted - target).square().mean(-1), masked.to(painted.device))
+        return Painted(errors, pixels, pooled, states)
+
+    def _encode(self, encoder: BigBirdViTModel, pixel_values: torch.Tensor, masked: torch.Tensor, flags: dict):
+        """Return tokens `(batch, tokens, width)` with mask tokens, pooled outputs and recorded states."""
+        masks, mask_of = masked.cpu().unique(dim=0, return_inverse=True)
+        if any(flags.values()) and len(masks) > 1:
+            raise ValueError(
+                f"`output_hidden_states`, `output_attentions`: expected one mask for all images, got {len(masks)}."
+            )
+        tokens, pooled, order = [], [], []
+        for index, mask in enumerate(masks):
+            images = (mask_of == index).nonzero()[:, 0]
+            of_mask = pixel_values if len(masks) == 1 else pixel_values[images.to(pixel_values.device)]
+            whole = tuple(encoder.attention_patterns(*pixel_values.shape[-2:]))
+            outputs = encoder(of_mask, attention_patterns=self._visible_patterns(whole, ~mask), **flags)
+            tokens.append(self._with_mask_tokens(outputs.last_hidden_state, ~mask, whole[0].num_global_tokens))
+            pooled.append(outputs.pooler_output)
+            order.append(images)
+        place = None if len(masks) == 1 else torch.cat(order).argsort().to(tokens[0].device)
+        states = {name: getattr(outputs, name) for name in ("hidden_states", "attentions")}
+        return reorder(torch.cat(tokens), place, 0), reorder(torch.cat(pooled), place, 0), states
+
+    def _with_mask_tokens(self, encoded: torch.Tensor, visible: torch.Tensor, num_global: int) -> torch.Tensor:
         embedded = self.embedding(encoded)
-        tokens = self.mask_token.to(embedded.dtype).expand(len(embedded), num_tokens, -1)
-        return tokens.index_copy(1, kept.to(embedded.device), embedded)
+        kept = torch.cat([torch.arange(num_global), visible.nonzero()[:, 0] + num_global]).to(embedded.device)
+        tokens = self.mask_token.to(embedded.dtype).expand(len(embedded), num_global + len(visible), -1)
+        return tokens.index_copy(1, kept, embedded)
 
-    def forward(self, tokens: torch.Tensor, patterns: tuple[BlockPattern, ...]) -> torch.Tensor:
+    def _decode(self, tokens: torch.Tensor, patterns: tuple[BlockPattern, ...]) -> torch.Tensor:
         """Return `(batch, patches, pixels of a patch)` of tokens in raster order."""
         plan = derived(patterns[0], grid_plan, self.config.head_dim, self.config.rope_theta, tokens.device)
         assert plan.rotary is not None  # a decoder's positions are rotary
@@ -72,6 +142,19 @@ class BigBirdViTMAEDecoder(nn.Module):
         decoded = self.encoder(reorder(tokens, plan.to_tiles, 1), None, patterns, rotary).last_hidden_state
         patches = reorder(decoded, plan.to_raster, 1)[:, 1 + self.config.num_register_tokens :]
         return self.prediction(self.layernorm(patches))
+
+    def _visible_patterns(self, whole: tuple[BlockPattern, ...], visible: torch.Tensor) -> list[BlockPattern]:
+        key = (tuple(one.name for one in dict.fromkeys(whole)), bytes(visible.to(torch.uint8).tolist()))
+        return list(self._visible.get(key, lambda: visible_patterns(whole, visible)))
+
+    def _whole_patterns(self, height: int, width: int) -> tuple[BlockPattern, ...]:
+        layers, (rows, columns) = self.config.num_hidden_layers, self.config.grid_size(height, width)
+        settings = pattern_settings(self.config, rows, columns)
+
+        def make() -> list[BlockPattern]:
+            return [block_pattern(rows, columns, **settings, layer=layer) for layer in range(layers)]
+
+        return self._patterns.get((rows, columns, *settings.values()), make)
 
 
 class BigBirdViTMAEForPreTraining(PreTrainedModel):
@@ -96,16 +179,9 @@ class BigBirdViTMAEForPreTraining(PreTrainedModel):
         self.encoder = BigBirdViTModel(config.encoder, add_pooling_layer=False)
         decoder = config.decoder_config()
         decoder._attn_implementation = config._attn_implementation
-        self.decoder = BigBirdViTMAEDecoder(decoder, config.encoder.hidden_size)
+        self.decoder = BigBirdViTMAEDecoder(decoder, config.encoder.hidden_size, config.norm_pix_loss)
         self._loss_function = None
-        self._patterns = PatternCache()
-        self._visible = PatternCache(MAX_BYTES_OF_MASKS)
         self.post_init()
-
-    def _apply(self, *arguments, **keywords):
-        for cache in (self._patterns, self._visible):
-            cache.clear()  # their tables are on the device that the model leaves
-        return super()._apply(*arguments, **keywords)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -167,69 +243,15 @@ class BigBirdViTMAEForPreTraining(PreTrainedModel):
             f"output_{name}": kwargs.get(f"output_{name}") or asks_for(name, self.config, kwargs)
             for name in ("hidden_states", "attentions")
         }
-        tokens, outputs = self._encode(pixel_values, masked, flags)
-        painted = self.decoder(tokens, self._decoder_patterns(height, width))
-        loss, pixels = self._compare(painted, pixel_values, masked.to(painted.device))
+        painted = self.decoder(self.encoder, pixel_values, masked, flags)
+        grid = self.config.encoder.grid_size(height, width)
         return BigBirdViTMAEOutput(
-            loss=loss,
-            reconstruction=unpatchify(
-                pixels, self.config.encoder.grid_size(height, width), self.config.encoder.patch_size_hw
-            ),
+            loss=painted.errors.mean(),
+            reconstruction=unpatchify(painted.pixels, grid, self.config.encoder.patch_size_hw),
             mask=masked.long(),
-            **outputs,
+            representations=painted.pooled,
+            **painted.states,
         )
-
-    def _encode(self, pixel_values: torch.Tensor, masked: torch.Tensor, flags: dict[str, Any]):
-        """Return the decoder's tokens `(batch, tokens, decoder width)`, and what else of the encoder is returned."""
-        masks, mask_of = masked.cpu().unique(dim=0, return_inverse=True)
-        if any(flags.values()) and len(masks) > 1:
-            raise ValueError(
-                f"`output_hidden_states`, `output_attentions`: expected one mask for all images, got {len(masks)}."
-            )
-        tokens, pooled, order = [], [], []
-        for index, mask in enumerate(masks):
-            images = (mask_of == index).nonzero()[:, 0]
-            of_mask = pixel_values if len(masks) == 1 else pixel_values[images.to(pixel_values.device)]
-            patterns = self._visible_patterns(*pixel_values.shape[-2:], ~mask)
-            outputs = self.encoder(of_mask, attention_patterns=patterns, **flags)
-            num_global = patterns[0].num_global_tokens
-            kept = torch.cat([torch.arange(num_global), (~mask).nonzero()[:, 0] + num_global])
-            tokens.append(self.decoder.fill(outputs.last_hidden_state, kept, num_global + len(mask)))
-            pooled.append(outputs.pooler_output)
-            order.append(images)
-        place = None if len(masks) == 1 else torch.cat(order).argsort().to(tokens[0].device)
-        states = {name: getattr(outputs, name) for name in ("hidden_states", "attentions")}
-        return reorder(torch.cat(tokens), place, 0), {
-            "representations": reorder(torch.cat(pooled), place, 0),
-            **states,
-        }
-
-    def _visible_patterns(self, height: int, width: int, visible: torch.Tensor) -> list[BlockPattern]:
-        whole = tuple(self.encoder.attention_patterns(height, width))
-        key = (tuple(one.name for one in dict.fromkeys(whole)), bytes(visible.to(torch.uint8).tolist()))
-        return list(self._visible.get(key, lambda: visible_patterns(whole, visible)))
-
-    def _decoder_patterns(self, height: int, width: int) -> tuple[BlockPattern, ...]:
-        config = self.decoder.config
-        rows, columns = config.grid_size(height, width)
-        settings = pattern_settings(config, rows, columns)
-
-        def make() -> list[BlockPattern]:
-            return [block_pattern(rows, columns, **settings, layer=layer) for layer in range(config.num_hidden_layers)]
-
-        return self._patterns.get((rows, columns, *settings.values()), make)
-
-    def _compare(
-        self, painted: torch.Tensor, pixel_values: torch.Tensor, masked: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss, and what is painted as pixels `(batch, patches, pixels of a patch)`."""
-        dtype = torch.promote_types(painted.dtype, torch.float32)
-        target = patchify(pixel_values, self.config.encoder.patch_size_hw).to(painted.device, dtype)
-        pixels = painted = painted.to(dtype)
-        if self.config.norm_pix_loss:
-            mean, deviation = patch_statistics(target)
-            target, pixels = (target - mean) / deviation, painted * deviation + mean
-        return masked_mean((painted - target).square().mean(-1), masked), pixels
 
 
 __all__ = ["BigBirdViTMAEForPreTraining", "BigBirdViTMAEOutput"]

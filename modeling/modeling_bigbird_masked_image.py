@@ -8,7 +8,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .call_checks import check_inputs, check_masked
 from .configuration_bigbird_vit import BigBirdViTConfig
-from .image_patches import masked_mean, patchify, unpatchify
+from .image_patches import masked_means, patchify, unpatchify
 from .modeling_bigbird_vit import BigBirdViTModel, BigBirdViTPreTrainedModel
 
 
@@ -52,7 +52,7 @@ class BigBirdViTForMaskedImageModeling(BigBirdViTPreTrainedModel):
 
         Returns:
             `reconstruction` `(batch, channels, rows * patch height, columns * patch width)` and, with a mask, `loss`:
-            the mean absolute difference over the pixels of masked patches, image by image (see `masked_mean`).
+            the mean absolute difference over the pixels of masked patches, image by image (see `masked_means`).
 
         Raises:
             ValueError: A mask of another shape or type, patches that overlap, and what `BigBirdViTModel` refuses.
@@ -72,7 +72,7 @@ class BigBirdViTForMaskedImageModeling(BigBirdViTPreTrainedModel):
             target = patchify(pixel_values, self.config.patch_size_hw)
             dtype = torch.promote_types(painted.dtype, torch.float32)
             errors = (painted.to(dtype) - target.to(painted.device, dtype)).abs().mean(-1)
-            loss = masked_mean(errors, masked.to(painted.device))
+            loss = masked_means(errors, masked.to(painted.device)).mean()
         grid = self.config.grid_size(*pixel_values.shape[-2:])
         return MaskedImageModelingOutput(
             loss=loss,

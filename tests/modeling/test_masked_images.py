@@ -118,7 +118,7 @@ def test_mae_loss_and_gradients_equal_the_authors_formula(dtype, tolerance, norm
     model = make_mae(norm_pix_loss=norm_pix_loss).to(dtype)
     pixels, masked = images(dtype=dtype), masks("a").expand(3, -1)
     painted = []
-    model.decoder.register_forward_hook(lambda _module, _inputs, output: painted.append(output))
+    model.decoder.prediction.register_forward_hook(lambda _module, _inputs, output: painted.append(output))
     outputs = model(pixels, bool_masked_pos=masked)
     expected = official_mae_loss(pixels, painted[0], masked.to(dtype), norm_pix_loss)
     torch.testing.assert_close(outputs.loss, expected, atol=0, rtol=tolerance)
@@ -175,13 +175,13 @@ def test_mae_draws_a_mask_for_the_batch():
 
 def test_masks_are_kept_within_bounds():
     model, pixels = make_mae().eval(), images(1)
-    model._visible.max_bytes = 0
+    model.decoder._visible.max_bytes = 0
     for key in "abc":
         model(pixels, bool_masked_pos=masks(key))
-    assert len(model._visible) == 1
-    assert len(copy.deepcopy(model)._visible) == 0
+    assert len(model.decoder._visible) == 1
+    assert len(copy.deepcopy(model).decoder._visible) == 0
     model.double()
-    assert len(model._visible) == 0
+    assert len(model.decoder._visible) == 0
 
 
 @pytest.mark.parametrize(
