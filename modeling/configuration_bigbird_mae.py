@@ -84,7 +84,8 @@ class BigBirdViTMAEConfig(PreTrainedConfig):
         size = self.mask_tile_size
         if size is None:
             return self.encoder.tile_size_hw
-        return (size, size) if isinstance(size, int) else tuple(size)
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
 
     def decoder_config(self) -> BigBirdViTConfig:
         """Return the decoder's configuration: the encoder's pattern and kind of layer, rotary positions."""
