@@ -12,8 +12,38 @@ from .image_patches import masked_means, patchify, unpatchify
 from .modeling_bigbird_vit import BigBirdViTModel, BigBirdViTPreTrainedModel
 
 
+class BigBirdViTSimMIMHead(nn.Module):
+    """A mask token, and a linear layer from each patch's feature to its pixels."""
+
+    def __init__(self, config: BigBirdViTConfig):
+        super().__init__()
+        self.config = config
+        self.mask_token = nn.Parameter(torch.zeros(config.hidden_size))
+        nn.init.trunc_normal_(self.mask_token, std=config.initializer_range)
+        height, width = config.patch_size_hw
+        self.decoder = nn.Linear(config.hidden_size, height * width * config.num_channels)
+
+    def forward(
+        self, last_hidden_state: torch.Tensor, pixel_values: torch.Tensor, masked: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return each image's loss `(batch,)`, in at least fp32, and all pixels `(batch, patches, of a patch)`.
+
+        Args:
+            last_hidden_state: Of the encoder.
+            pixel_values: `(batch, channels, height, width)`, the images.
+            masked: `(batch, patches)` bool, the patches that count; without it there is no loss.
+        """
+        painted = self.decoder(last_hidden_state[:, 1 + self.config.num_register_tokens :])
+        if masked is None:
+            return None, painted
+        dtype = torch.promote_types(painted.dtype, torch.float32)
+        target = patchify(pixel_values, self.config.patch_size_hw).to(painted.device, dtype)
+        errors = (painted.to(dtype) - target).abs().mean(-1)
+        return masked_means(errors, masked.to(painted.device)), painted
+
+
 class BigBirdViTForMaskedImageModeling(BigBirdViTPreTrainedModel):
-    """The encoder and a linear layer from each patch's feature to its pixels.
+    """The encoder and SimMIM's head.
 
     The mask token is the head's: the encoder's weights are those of any `BigBirdViTModel`.
 
@@ -23,15 +53,13 @@ class BigBirdViTForMaskedImageModeling(BigBirdViTPreTrainedModel):
     def __init__(self, config: BigBirdViTConfig):
         super().__init__(config)
         self.bigbird_vit = BigBirdViTModel(config, add_pooling_layer=False)
-        self.mask_token = nn.Parameter(torch.zeros(config.hidden_size))
-        height, width = config.patch_size_hw
-        self.decoder = nn.Linear(config.hidden_size, height * width * config.num_channels)
+        self.head = BigBirdViTSimMIMHead(config)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, BigBirdViTForMaskedImageModeling):
+        if isinstance(module, BigBirdViTSimMIMHead):
             init.trunc_normal_(module.mask_token, mean=0.0, std=self.config.initializer_range)
 
     @can_return_tuple
@@ -62,20 +90,14 @@ class BigBirdViTForMaskedImageModeling(BigBirdViTPreTrainedModel):
         masked = None
         if bool_masked_pos is not None:
             masked = check_masked(self.config, pixel_values, bool_masked_pos)
-        masks = {"masked_patches": masked, "mask_token": self.mask_token}
+        masks = {"masked_patches": masked, "mask_token": self.head.mask_token}
         outputs = self.bigbird_vit(pixel_values, pixel_mask, **kwargs | masks | {"return_dict": True})
-        painted = self.decoder(outputs.last_hidden_state[:, 1 + self.config.num_register_tokens :])
-        loss = None
-        if masked is not None:
-            if pixel_mask is not None:
-                masked = masked & self.bigbird_vit.embeddings.valid_patches(pixel_mask).flatten(1)
-            target = patchify(pixel_values, self.config.patch_size_hw)
-            dtype = torch.promote_types(painted.dtype, torch.float32)
-            errors = (painted.to(dtype) - target.to(painted.device, dtype)).abs().mean(-1)
-            loss = masked_means(errors, masked.to(painted.device)).mean()
+        if masked is not None and pixel_mask is not None:
+            masked = masked & self.bigbird_vit.embeddings.valid_patches(pixel_mask).flatten(1)
+        errors, painted = self.head(outputs.last_hidden_state, pixel_values, masked)
         grid = self.config.grid_size(*pixel_values.shape[-2:])
         return MaskedImageModelingOutput(
-            loss=loss,
+            loss=None if errors is None else errors.mean(),
             reconstruction=unpatchify(painted, grid, self.config.patch_size_hw),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

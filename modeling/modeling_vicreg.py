@@ -22,7 +22,7 @@ from .encoder_outputs import encoder_outputs, patch_grid, pooled_features
 from .modeling_bigbird_vit import BigBirdViTModel
 from .objective import View
 from .objectives import OBJECTIVES
-from .vicreg_expander import VicRegExpander
+from .vicreg_expander import NoExpander, VicRegExpander
 from .vicreg_loss import vicreg_loss
 from .vicreg_statistics import share_sizes
 
@@ -91,9 +91,11 @@ class VicRegForPreTraining(PreTrainedModel):
     def __init__(self, config: VicRegConfig):
         super().__init__(config)
         self.encoder = build_encoder(config.encoder)
-        self.expander = VicRegExpander(
-            representation_size(config.encoder), config.expander_sizes, config.expander_norm
-        )
+        features = representation_size(config.encoder)
+        kind = OBJECTIVES[config.objective]
+        self.expander: VicRegExpander | NoExpander = NoExpander(features)
+        if kind.uses_expander:
+            self.expander = VicRegExpander(features, config.expander_sizes, config.expander_norm)
         self.second_encoder = self.second_expander = None
         if config.second_encoder is not None:
             self.second_encoder = build_encoder(config.second_encoder)
@@ -101,7 +103,7 @@ class VicRegForPreTraining(PreTrainedModel):
             self.second_expander = VicRegExpander(
                 representation_size(config.second_encoder), sizes, config.expander_norm
             )
-        self.objective = OBJECTIVES[config.objective](config, self.encoder, self.expander)
+        self.objective = kind(config, self.encoder, self.expander)
         self.loss_function = vicreg_loss  # transformers would take the class for a language model
         self.encoder_has_batch_norm = any(has_batch_norm(encoder) for encoder in self.encoders)
         self.post_init()
@@ -267,6 +269,8 @@ class VicRegForPreTraining(PreTrainedModel):
 
         Fills the lists of what is to be `recorded`.
         """
+        if self.objective.encodes:
+            return self.objective.encode(self.encoder, inputs)
         flags = {f"output_{name}": True for name in recorded}
         if self.second_encoder is not None:
             batches = [(encoder, one, 1) for encoder, one in zip(self.encoders, inputs, strict=True)]

@@ -43,6 +43,8 @@ class Objective(nn.Module):
         defaults: The settings there are, with their defaults; lists are of whole numbers.
         needs_tokens: Whether `further` is given the patch tokens of each view and where they lie.
         sees_shifts: Whether one vector added to all embeddings changes the loss.
+        encodes: Whether the method takes the views through the encoder itself: `encode` in place of `further`.
+        uses_expander: Whether the loss sees embeddings; without, there is no expander, and these are pooled features.
         further_per_view: How many tensors `further` returns for each view.
         further_per_image: How many it returns beside those.
         settings: Those of this one, complete.
@@ -52,6 +54,8 @@ class Objective(nn.Module):
     defaults: ClassVar[dict[str, Any]] = {}
     needs_tokens: ClassVar[bool] = False
     sees_shifts: ClassVar[bool] = True
+    encodes: ClassVar[bool] = False
+    uses_expander: ClassVar[bool] = True
     further_per_view: ClassVar[int] = 0
     further_per_image: ClassVar[int] = 0
 
@@ -69,6 +73,12 @@ class Objective(nn.Module):
     @classmethod
     def check(cls, settings: dict[str, Any], config: Any) -> None:
         """Raise ValueError for complete settings, of the right types, that make no such loss."""
+
+    def encode(
+        self, encoder: nn.Module, inputs: Sequence[dict[str, torch.Tensor]]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return pooled features `(batch, features)` of each view, and what `further` would; where it `encodes`."""
+        raise NotImplementedError
 
     def further(self, views: Sequence[View]) -> list[torch.Tensor]:
         """Return what the loss needs beside the pooled features of the views, tensors with the batch first.

@@ -4,6 +4,7 @@ from typing import Any
 
 from .barlow_twins import BarlowTwins
 from .byol import BYOL
+from .masked_objectives import MAE, SimMIM
 from .objective import Objective
 from .sigreg import SIGReg
 from .simclr import SimCLR
@@ -11,7 +12,7 @@ from .vicreg_objective import VicReg
 from .vicregl import VicRegL
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    one.name: one for one in (VicReg, VicRegL, SimCLR, BarlowTwins, SIGReg, BYOL)
+    one.name: one for one in (VicReg, VicRegL, SimCLR, BarlowTwins, SIGReg, BYOL, MAE, SimMIM)
 }
 
 

@@ -35,4 +35,18 @@ class VicRegExpander(nn.Module):
         return self.output(states)
 
 
-__all__ = ["VicRegExpander"]
+class NoExpander(nn.Module):
+    """Stands for an expander where a method needs none: representations are the embeddings."""
+
+    hidden = norm = ()
+
+    def __init__(self, in_features: int):
+        super().__init__()
+        self.in_features = in_features
+
+    def forward(self, representations: torch.Tensor, process_group: dist.ProcessGroup | None = None) -> torch.Tensor:
+        """Return the representations."""
+        return representations
+
+
+__all__ = ["NoExpander", "VicRegExpander"]

@@ -75,8 +75,8 @@ def load(role, encoder, classifier, out):
         assert [one["label"] for one in answers] == ["cat", "dog", "eel"]
         found["scores"] = torch.tensor([one["score"] for one in answers])
         painter = AutoModelForMaskedImageModeling.from_pretrained(encoder, **trust)  # its linear layer is a new one
-        masked = torch.arange(painter.decoder.in_features) < 2
-        masked = masked[: painter.config.grid_size(*pixels.shape[-2:])[0] ** 2].expand(len(pixels), -1)
+        rows, columns = painter.config.grid_size(*pixels.shape[-2:])
+        masked = (torch.arange(rows * columns) < 2).expand(len(pixels), -1)
         assert painter(pixels, bool_masked_pos=masked).loss > 0
         found["features of the painter"] = painter.bigbird_vit(pixels).pooler_output
         wrapper = AutoModelForPreTraining.from_pretrained(encoder, subfolder="pretraining", **trust).eval()

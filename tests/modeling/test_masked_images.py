@@ -87,10 +87,10 @@ def test_simmim_equals_transformers_own():
     ours = BigBirdViTForMaskedImageModeling(encoder.config).double().eval()
     ours.bigbird_vit.load_state_dict({name: one for name, one in encoder.state_dict().items() if "pooler" not in name})
     with torch.no_grad():
-        ours.mask_token.copy_(vit.vit.embeddings.mask_token[0, 0])
+        ours.head.mask_token.copy_(vit.vit.embeddings.mask_token[0, 0])
         conv = vit.decoder[0]  # channels are (3, 4, 4), colour first
-        ours.decoder.weight.copy_(conv.weight.view(3, 4, 4, 32).permute(1, 2, 0, 3).reshape(48, 32))
-        ours.decoder.bias.copy_(conv.bias.view(3, 4, 4).permute(1, 2, 0).flatten())
+        ours.head.decoder.weight.copy_(conv.weight.view(3, 4, 4, 32).permute(1, 2, 0, 3).reshape(48, 32))
+        ours.head.decoder.bias.copy_(conv.bias.view(3, 4, 4).permute(1, 2, 0).flatten())
     pixels = images(2, torch.float64, (32, 32))
     masked = masks("a", "b", grid=(8, 8), ratio=0.5)
     expected, found = vit(pixels, bool_masked_pos=masked), ours(pixels, bool_masked_pos=masked)
