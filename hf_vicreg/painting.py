@@ -14,10 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoModelForMaskedImageModeling, AutoModelForPreTraining, BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_vicreg.modeling.configuration_bigbird_mae import BigBirdViTMAEConfig
 from hf_vicreg.modeling.image_patches import patchify, unpatchify
+from hf_vicreg.modeling.masked_objectives import MaskedObjective, painter_of
+from hf_vicreg.modeling.modeling_bigbird_mae import BigBirdViTMAEForPreTraining
+from hf_vicreg.modeling.modeling_bigbird_masked_image import BigBirdViTForMaskedImageModeling
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.rgb_image import upright_rgb
 from hf_vicreg.modeling.visible_patches import draw_masked_patches
 from hf_vicreg.training.errors import InputError, blamed_on
@@ -26,6 +30,11 @@ from hf_vicreg.training.evaluation.encoder import load_config, load_processor, l
 MEMBERS = 6  # paintings that say how certain the model is
 HIDDEN_RATIO = 0.25  # of the visible tiles, hidden from each of them
 WRAPPER = "pretraining"  # of a run: where its whole model is
+KINDS = {
+    "bigbird_vit": BigBirdViTForMaskedImageModeling,
+    "bigbird_vit_mae": BigBirdViTMAEForPreTraining,
+    "vicreg": VicRegForPreTraining,
+}
 
 
 @dataclass(frozen=True)
@@ -126,23 +135,24 @@ def load_painter(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     Raises:
         InputError: No model there, one that does not paint, or one that paints normalised patches.
     """
-    wrapper = str(Path(name) / WRAPPER) if (Path(name) / WRAPPER / "config.json").exists() else name
-    config = load_config(wrapper)
-    is_mae = config.model_type == BigBirdViTMAEConfig.model_type
-    missing = [] if is_mae or config.model_type == "bigbird_vit" else ["decoder"]
-    if not missing:
+    whole = str(Path(name) / WRAPPER) if (Path(name) / WRAPPER / "config.json").exists() else name
+    kind = KINDS.get(load_config(whole).model_type)
+    missing = ["decoder"]
+    if kind is not None:
         try:
-            kind = AutoModelForPreTraining if is_mae else AutoModelForMaskedImageModeling
-            model, info = load_weights(kind, wrapper)
+            model, info = load_weights(kind, whole)
         except (OSError, ValueError) as error:
-            raise no_model(wrapper, error) from error
+            raise no_model(whole, error) from error
         missing = sorted(info["missing_keys"])
+        if isinstance(model, VicRegForPreTraining):
+            missing = [] if isinstance(model.objective, MaskedObjective) else ["decoder"]
+            model = model if missing else painter_of(model)
     if missing:
         raise InputError(
-            f"`MODEL`: expected a model that paints, of a run with --objective mae or simmim, {name} of type "
-            f"{config.model_type!r} has no weights for {missing[0]!r}."
+            f"`MODEL`: expected a model that paints, of a run with --objective mae or simmim, {name} has no weights "
+            f"for {missing[0]!r}."
         )
-    if is_mae and config.norm_pix_loss:
+    if getattr(model.config, "norm_pix_loss", False):
         raise InputError(
             f"`MODEL`: expected a model that paints pixels, {name} paints normalised patches (`norm_pix_loss`), whose "
             "mean and deviation nobody knows where the image is hidden; train one without."

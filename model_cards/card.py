@@ -69,8 +69,8 @@ class CardFacts:
         recipe: The run's resolved configuration; empty for a model that no run of ours left.
         log: The records of `log.jsonl`.
         repo_id: The repository on the Hub; None for a folder on a disk, loaded with the package.
-        pictures: File names of those of `training_curves.png`, `attention_pattern.png` and `neighbours.png` that lie
-            beside the card.
+        pictures: File names of those of `training_curves.png`, `attention_pattern.png`, `neighbours.png` and
+            `masked.png` that lie beside the card.
         has_second_encoder: Whether the folder `second_encoder` comes along.
         has_pretraining: Whether the folder `pretraining` comes along.
         has_adapter: Whether the folder `adapter` does.
@@ -280,6 +280,8 @@ def _training(facts: CardFacts) -> Iterator[str]:
         yield f"| its {part}, unweighted | {figure(last, part, '.4f')} |"
     if "training_curves.png" in facts.pictures:
         yield "\n![The loss, its parts and k-NN accuracy by step](training_curves.png)"
+    if "masked.png" in facts.pictures:
+        yield "\n![Images, what the model sees of them, and what it paints where it sees nothing](masked.png)"
     if facts.recipe:
         yield "\nThe command, with the recipe below as `recipe.yaml`:\n"
         yield f"{code_block(training_command(facts), 'bash')}\n"

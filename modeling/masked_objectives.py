@@ -4,14 +4,16 @@ Each view of a step has one mask, the same for all images, processes and passes:
 the step and the view. So the loss of the whole batch is the mean of its images' losses, however they are shared out.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from .configuration_bigbird_mae import BigBirdViTMAEConfig
 from .global_batch import global_size, global_sum
-from .modeling_bigbird_mae import BigBirdViTMAEDecoder
-from .modeling_bigbird_masked_image import BigBirdViTSimMIMHead
+from .modeling_bigbird_mae import BigBirdViTMAEDecoder, BigBirdViTMAEForPreTraining
+from .modeling_bigbird_masked_image import BigBirdViTForMaskedImageModeling, BigBirdViTSimMIMHead
 from .objective import Objective, Terms
 from .visible_patches import draw_masked_patches
 
@@ -118,6 +120,20 @@ class SimMIM(MaskedObjective):
         return Masked(errors, pixels, outputs.pooler_output)
 
 
+def painter_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the encoder and decoder of a `VicRegForPreTraining` with one of these methods, as a model that paints."""
+    objective = model.objective
+    if isinstance(objective, MAE):
+        painter: PreTrainedModel = BigBirdViTMAEForPreTraining(objective.fields)
+        painter.encoder.load_state_dict(model.encoder.state_dict(), strict=False)  # it pools, and has no pooler
+        painter.decoder.load_state_dict(objective.decoder.state_dict())
+    else:
+        painter = BigBirdViTForMaskedImageModeling(objective.fields.encoder)
+        painter.bigbird_vit.load_state_dict(model.encoder.state_dict(), strict=False)
+        painter.head.load_state_dict(objective.head.state_dict())
+    return painter.eval()
+
+
 def mae_config(encoder, settings) -> BigBirdViTMAEConfig:
     """Return the configuration of a masked autoencoder with the settings of either method.
 
@@ -133,7 +149,8 @@ def mae_config(encoder, settings) -> BigBirdViTMAEConfig:
             f"got {settings['mask_tile_size']}."
         )
     fields["norm_pix_loss"] = bool(fields.get("norm_pix_loss", 0))
-    return BigBirdViTMAEConfig(encoder=encoder, mask_tile_size=settings["mask_tile_size"] or None, **fields)
+    own = copy.deepcopy(encoder)  # a configuration around another tells it how to attend
+    return BigBirdViTMAEConfig(encoder=own, mask_tile_size=settings["mask_tile_size"] or None, **fields)
 
 
-__all__ = ["MAE", "MaskedObjective", "SimMIM"]
+__all__ = ["MAE", "MaskedObjective", "SimMIM", "painter_of"]

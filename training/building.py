@@ -27,6 +27,7 @@ from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream
 from hf_vicreg.training.launch.distributed import build_accelerator, check_device, run_on_main
 from hf_vicreg.training.launch.signals import StopRequest
+from hf_vicreg.training.monitor.masked_pictures import MaskedPictures, drawn_with, masked_pictures
 from hf_vicreg.training.monitor.tracking import TRACKERS_FOLDER, start_trackers, tracker_names
 from hf_vicreg.training.pretrained.companions import add_companions
 from hf_vicreg.training.pretrained.warm_start import take_source_weights
@@ -71,6 +72,7 @@ class Run(OpenRun):
         probe: What the encoders are worth, where there are labels.
         loop: At the step where its checkpoint left it.
         density: Of the encoder's attention at its image size.
+        pictures: Of what is painted, where masked images are.
     """
 
     config: RunConfig
@@ -79,6 +81,7 @@ class Run(OpenRun):
     probe: OnlineProbe
     loop: TrainingLoop
     density: float
+    pictures: MaskedPictures | None
 
     @property
     def encoders(self) -> Sequence[PreTrainedModel]:
@@ -158,12 +161,20 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
         num_queries=run.knn_test_samples,
         linear=run.linear_probe,
     )
-    measure = probe.logged if probe.possible else None
+    pictures = masked_pictures(model, processor, opened.source, opened.folder)
+    measure = drawn_with(pictures, probe.logged if probe.possible else None, accelerator.is_main_process)
     loop = pretraining_loop(config, opened.source, model, accelerator, measure, opened.stop)
     if checkpoint is not None:
         loop.resume(checkpoint)
     return Run(
-        **vars(opened), config=config, model=model, processor=processor, probe=probe, loop=loop, density=density
+        **vars(opened),
+        config=config,
+        model=model,
+        processor=processor,
+        probe=probe,
+        loop=loop,
+        density=density,
+        pictures=pictures,
     )
 
 

@@ -16,6 +16,7 @@ from hf_vicreg.model_cards.card import CardFacts, model_card
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.engine.encoders import ADAPTER
 from hf_vicreg.training.evaluation.results import EVALUATIONS, FILE, read_results, write_results
+from hf_vicreg.training.monitor.masked_pictures import MASKED_FILE
 from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
 from hf_vicreg.training.run.run_folder import RECIPE
 
@@ -61,6 +62,7 @@ def export_run(
                 has_second_encoder=model.second_encoder is not None,
                 has_pretraining=True,
                 has_adapter=(folder / ADAPTER).exists(),
+                pictures=(MASKED_FILE,) if (folder / MASKED_FILE).exists() else (),
             )
         )
     )

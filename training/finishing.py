@@ -72,6 +72,8 @@ def finish(run: Run) -> dict[str, Any]:
         with room_in(run.folder):
             write_unusable(run.folder, run.source, state.unusable)
             draw_curves(with_ends(records, results), run.folder / CURVES_FILE, entry.parts)
+            if run.pictures is not None:
+                run.pictures.draw()
             export_run(run.folder, run.model, run.encoders, run.processor, run.config.to_recipe(), results)
         print(summary(run.folder, results, records))
 

@@ -259,6 +259,8 @@ class TrainingLoop:
         assert self.measure is not None
         figures = self.measure()
         self.step.train_mode()
+        if not figures:
+            return
         self.note(figures)
         place = f"epoch {self.epoch:g}" if self.epoch.is_integer() else f"step {self.state.step}"
         progress.write(f"{place}: " + ", ".join(f"{name} {one:.3f}" for name, one in figures.items()))
