@@ -29,7 +29,8 @@ MAE = ObjectiveEntry(
     remedies={"encoder collapse": "lower learning_rate and weight_decay, or lower mae.mask_ratio"},
     silent=SILENT,
     loss_falls=True,
-    one_encoder="which paints with one encoder",
+    one_encoder="its decoder is of one",
+    expander_sizes=lambda batch: [1],  # there is none
 )
 SIMMIM = ObjectiveEntry(
     name="simmim",
@@ -39,5 +40,6 @@ SIMMIM = ObjectiveEntry(
     remedies={"encoder collapse": "lower learning_rate and weight_decay, or lower simmim.mask_ratio"},
     silent=SILENT,
     loss_falls=True,
-    one_encoder="which paints with one encoder",
+    one_encoder="its decoder is of one",
+    expander_sizes=lambda batch: [1],  # there is none
 )

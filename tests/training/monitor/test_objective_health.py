@@ -22,7 +22,8 @@ ENCODER = {
     "num_random_blocks": 1,
 }
 STEPS, EVERY, IMAGES, RATE = 120, 8, 32, 1e-2
-SETTINGS = {"vicregl": {"local_expander_sizes": [32, 32]}, "sigreg": {"num_slices": 64}}
+MAE = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 24}
+SETTINGS = {"vicregl": {"local_expander_sizes": [32, 32]}, "sigreg": {"num_slices": 64}, "mae": MAE}
 
 
 def followed(name, loss_of=None, settings=None, **fields):
@@ -77,12 +78,19 @@ def no_stop_gradient(model, outputs):
     return (2 - 2 * cosines).mean()
 
 
+def alike(model, outputs):
+    """What asks for the same features of all images, in place of a painting."""
+    return outputs.representations.var(0).sum()
+
+
 COLLAPSES = {
     "vicregl": ({"variance_weight": 0.0}, {"embedding collapse"}),
     "simclr": ({"loss_of": alignment_alone}, {"embedding collapse"}),
     "barlow_twins": ({"settings": {"redundancy_weight": 0.0}}, {"dimensional collapse"}),
     "sigreg": ({"settings": {"sketch_weight": 0.0}}, {"embedding collapse"}),
     "byol": ({"loss_of": no_stop_gradient}, {"embedding collapse"}),
+    "mae": ({"loss_of": alike}, {"encoder collapse"}),
+    "simmim": ({"loss_of": alike, "settings": {"mask_ratio": 0.95}}, {"encoder collapse"}),
 }
 
 
