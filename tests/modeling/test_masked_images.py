@@ -1,6 +1,8 @@
 """SimMIM and MAE: their authors' formulas, masks of all kinds, saving, and what they refuse."""
 
 import copy
+import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import (
     AutoModelForPreTraining,
     ViTConfig,
     ViTForMaskedImageModeling,
+    dynamic_module_utils,
 )
 
 from hf_vicreg import (
@@ -21,6 +24,7 @@ from hf_vicreg import (
 )
 from hf_vicreg.modeling.image_patches import patchify, unpatchify
 from hf_vicreg.modeling.visible_patches import draw_masked_patches
+from hf_vicreg.publishing.custom_code import write_custom_code
 
 ENCODER = {
     "hidden_size": 32,
@@ -196,6 +200,22 @@ def test_saved_and_loaded(make, auto, tmp_path):
     found = loaded(pixels, bool_masked_pos=masked)
     assert torch.equal(found.reconstruction, expected.reconstruction)
     assert torch.equal(found.loss, expected.loss)
+
+
+def test_the_hubs_custom_code_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    pixels = images()
+    for make, auto in ((make_simmim, "AutoModelForMaskedImageModeling"), (make_mae, "AutoModelForPreTraining")):
+        model, folder = make().eval(), tmp_path / make.__name__
+        model.save_pretrained(folder)
+        write_custom_code(folder, [folder / "config.json"])
+        named = json.loads((folder / "config.json").read_text())["auto_map"][auto]
+        loaded = dynamic_module_utils.get_class_from_dynamic_module(named, folder).from_pretrained(folder)
+        assert type(loaded).__module__.startswith("transformers_modules.")
+        masked = masks("a", "b", "a")
+        found, expected = (one(pixels, bool_masked_pos=masked).reconstruction for one in (loaded, model))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_encoder_is_a_common_one(tmp_path):
