@@ -66,7 +66,8 @@ class MaskedObjective(Objective):
         for index, view in enumerate(inputs):
             pixel_values = view["pixel_values"]
             key = f"{self.settings['mask_seed']}/{self.step}/{index}"
-            mask = self.draw_mask(*pixel_values.shape[-2:], key)
+            height, width = pixel_values.shape[-2:]
+            mask = self.draw_mask(height, width, key)
             found.append(self.paint(encoder, pixel_values, mask.expand(len(pixel_values), -1)))
         return [one.pooled for one in found], [torch.stack([one.errors for one in found]).mean(0)]
 

@@ -38,7 +38,8 @@ class VicRegExpander(nn.Module):
 class NoExpander(nn.Module):
     """Stands for an expander where a method needs none: representations are the embeddings."""
 
-    hidden = norm = ()
+    hidden: Sequence[nn.Linear] = ()
+    norm: Sequence[nn.Module] = ()
 
     def __init__(self, in_features: int):
         super().__init__()

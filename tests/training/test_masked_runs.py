@@ -135,6 +135,8 @@ BAD = {
     "normalised": ({"mae": {"norm_pix_loss": 2}}, "`norm_pix_loss`: expected 0 or 1, got 2"),
     "decoder": ({"mae": {"decoder_hidden_size": 10}}, "`decoder_hidden_size`: expected a multiple of 4 times"),
     "batch norm": ({"model": {"model_type": "resnet"}}, "without batch norms, got 'resnet'"),
+    "teacher": ({"teacher": "x"}, "`teacher`: expected none with objective 'mae'"),
+    "compiled": ({"torch_compile": True}, "`torch_compile`: expected none with objective 'mae'"),
     "two": ({"second_model": {"hidden_size": 192}}, "`second_model`: expected none with objective 'mae'"),
 }
 

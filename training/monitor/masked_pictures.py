@@ -44,11 +44,12 @@ class MaskedPictures:
         assert isinstance(objective, MaskedObjective)
         self.model.eval()
         pixel_values = self.pixel_values.to(next(self.model.parameters()).device)
-        size = pixel_values.shape[-2:]
-        masks = torch.stack([objective.draw_mask(*size, f"picture/{index}") for index in range(len(pixel_values))])
+        height, width = pixel_values.shape[-2:]
+        keys = [f"picture/{index}" for index in range(len(pixel_values))]
+        masks = torch.stack([objective.draw_mask(height, width, key) for key in keys])
         with torch.no_grad():
             painted = objective.paint(encoder, pixel_values, masks).pixels
-        patch, grid = encoder.config.patch_size_hw, encoder.config.grid_size(*size)
+        patch, grid = encoder.config.patch_size_hw, encoder.config.grid_size(height, width)
         original = patchify(pixel_values, patch).float().cpu()
         hidden = masks[..., None]
         mean, std = (torch.tensor(one)[:, None, None] for one in (self.processor.image_mean, self.processor.image_std))

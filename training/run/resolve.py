@@ -46,6 +46,13 @@ def resolve(given: dict[str, Any]) -> RunConfig:
             )
     config = RunConfig(run=run, views=views, vicreg=vicreg)
     check_local_views(config)
+    if OBJECTIVES[run.objective].encodes:
+        for name in ("teacher", "torch_compile"):
+            if getattr(run, name):
+                raise InputError(
+                    f"`{name}`: expected none with objective {run.objective!r}, whose encoder gets other masks in "
+                    f"every step, got {getattr(run, name)!r}; leave it out."
+                )
     return config
 
 
