@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_vicreg.modeling.configuration_bigbird_mae import BigBirdViTMAEConfig
     from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
     from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
+    from hf_vicreg.modeling.configuration_vicreg_dual_encoder import VicRegDualEncoderConfig
     from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
     from hf_vicreg.modeling.image_processing_pil_bigbird_vit import BigBirdViTImageProcessorPil
     from hf_vicreg.modeling.modeling_bigbird_mae import BigBirdViTMAEForPreTraining
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         BigBirdViTModel,
     )
     from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+    from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
     from hf_vicreg.modeling.vicreg_loss import vicreg_loss
     from hf_vicreg.publishing.publish import publish
     from hf_vicreg.training.prepare.embed import embed
@@ -40,6 +42,8 @@ __all__ = [
     "BigBirdViTMAEForPreTraining",
     "BigBirdViTModel",
     "VicRegConfig",
+    "VicRegDualEncoder",
+    "VicRegDualEncoderConfig",
     "VicRegForPreTraining",
     "__version__",
     "embed",
@@ -59,6 +63,8 @@ _HOMES = {
     "BigBirdViTMAEForPreTraining": "hf_vicreg.modeling.modeling_bigbird_mae",
     "BigBirdViTModel": "hf_vicreg.modeling.modeling_bigbird_vit",
     "VicRegConfig": "hf_vicreg.modeling.configuration_vicreg",
+    "VicRegDualEncoder": "hf_vicreg.modeling.modeling_vicreg_dual_encoder",
+    "VicRegDualEncoderConfig": "hf_vicreg.modeling.configuration_vicreg_dual_encoder",
     "VicRegForPreTraining": "hf_vicreg.modeling.modeling_vicreg",
     "embed": "hf_vicreg.training.prepare.embed",
     "pretrain": "hf_vicreg.training.pretrain",

@@ -56,18 +56,21 @@ def _register() -> None:
         AutoModelForImageClassification,
         AutoModelForMaskedImageModeling,
         AutoModelForPreTraining,
+        AutoModelForZeroShotImageClassification,
     )
 
     from hf_vicreg.modeling import (
         configuration_bigbird_mae,
         configuration_bigbird_vit,
         configuration_vicreg,
+        configuration_vicreg_dual_encoder,
         image_processing_bigbird_vit,
         image_processing_pil_bigbird_vit,
         modeling_bigbird_mae,
         modeling_bigbird_masked_image,
         modeling_bigbird_vit,
         modeling_vicreg,
+        modeling_vicreg_dual_encoder,
     )
 
     config = configuration_bigbird_vit.BigBirdViTConfig
@@ -82,6 +85,10 @@ def _register() -> None:
     AutoModelForMaskedImageModeling.register(config, modeling_bigbird_masked_image.BigBirdViTForMaskedImageModeling)
     AutoModelForPreTraining.register(vicreg, modeling_vicreg.VicRegForPreTraining)
     AutoModelForPreTraining.register(mae, modeling_bigbird_mae.BigBirdViTMAEForPreTraining)
+    dual = configuration_vicreg_dual_encoder.VicRegDualEncoderConfig
+    AutoConfig.register("vicreg_dual_encoder", dual)
+    for auto in (AutoModel, AutoModelForZeroShotImageClassification):
+        auto.register(dual, modeling_vicreg_dual_encoder.VicRegDualEncoder)
     AutoImageProcessor.register(
         config,
         image_processor_classes={

@@ -12,6 +12,7 @@ from hf_vicreg.training.errors import RunStopped, log_to_stderr, place_for
 from hf_vicreg.training.evaluation.arguments import (
     FewLabelsArguments,
     FinetuneArguments,
+    ImageTextArguments,
     KnnArguments,
     LinearArguments,
     RetrievalArguments,
@@ -30,6 +31,11 @@ EVALUATIONS = {
         f"hf-vicreg evaluate few-labels runs/mine {DATA} --labels 10% 2 --max_steps 10 --num_seeds 2",
     ),
 }
+EVALUATIONS["image-text"] = (
+    ImageTextArguments,
+    "recall between images and captions, and zero-shot accuracy",
+    "hf-vicreg evaluate image-text runs/captions --dataset_name my_captions --caption_column caption",
+)
 EMBED_EXAMPLE = "hf-vicreg embed my_images runs/mine embeddings"
 PAINT_EXAMPLE = "hf-vicreg paint photo.png runs/mae --mask 40,40,120,120 --output painted.png"
 FINETUNE_EXAMPLE = (
@@ -55,6 +61,12 @@ def add_verbs(verbs: Any) -> Any:
     whats = evaluate.add_subparsers(required=True, metavar="WHAT")
     for name, (kind, text, example) in EVALUATIONS.items():
         add_command(whats, name, kind, text, example, _evaluate)
+    search = verbs.add_parser("search", help="images found by words, among those embedded by the same model")
+    search.add_argument("model", metavar="MODEL", help="folder or Hub id of a model of images and texts")
+    search.add_argument("embeddings", metavar="EMBEDDINGS", help="folder that `hf-vicreg embed` made with MODEL")
+    search.add_argument("words", metavar="WORDS", help="what the images shall show, in quotes")
+    search.add_argument("--num_results", type=int, default=10, help="images to name (default: 10)")
+    search.set_defaults(run=_search)
     finetune = verbs.add_parser("finetune", help="a pretrained encoder for a task of your own")
     tasks = finetune.add_subparsers(required=True, metavar="TASK")
     add_command(
@@ -171,6 +183,7 @@ def _embed(parsed: argparse.Namespace) -> int:
 def _evaluate(parsed: argparse.Namespace) -> None:
     log_to_stderr()
     from hf_vicreg.training.evaluation.evaluate import evaluate_knn, evaluate_linear, evaluate_retrieval
+    from hf_vicreg.training.image_text.evaluate import evaluate_image_text
     from hf_vicreg.training.tasks.classification.few_labels import evaluate_few_labels
 
     runs: dict[str, Callable[[str, Any], dict[str, Any]]] = {
@@ -178,9 +191,18 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         "linear": evaluate_linear,
         "retrieval": evaluate_retrieval,
         "few-labels": evaluate_few_labels,
+        "image-text": evaluate_image_text,
     }
     with place_for("output_dir", parsed.output_dir or parsed.model):
         runs[parsed.what](parsed.model, arguments_of(parsed))
+
+
+def _search(parsed: argparse.Namespace) -> None:
+    log_to_stderr()
+    from hf_vicreg.training.image_text.search import search
+
+    for found in search(parsed.model, parsed.embeddings, parsed.words, parsed.num_results):
+        print(f"{found.cosine:.3f}  {found.place}")
 
 
 def _finetune_classification(parsed: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from hf_vicreg.model_cards.dual import DUAL_CODE, DUAL_IMPORTS, DUAL_LOCAL_CODE, DUAL_TYPE, retrieval_table
 from hf_vicreg.model_cards.escaping import code, code_block, one_line, prose, python_string
 from hf_vicreg.model_cards.merging import BEGIN, END, SECTIONS
 from hf_vicreg.model_cards.results import MISSING, count, evaluation_results, evaluations_table, figure, knn_table
@@ -43,6 +44,7 @@ OF_THE_OWNER = {
     "hub_private_repo",
 }
 # code of the card, with nothing in it that is not ours: `name` and `images` are given to it
+DUAL_PARTS = ("vision_config", "text_config")  # of a model of images and texts
 LOCAL_SNIPPET = """\
 import hf_vicreg; from transformers import AutoImageProcessor, AutoModel
 processor, model = AutoImageProcessor.from_pretrained({name}), AutoModel.from_pretrained({name})
@@ -124,6 +126,11 @@ class CardFacts:
         return any(str(one).endswith("ForImageClassification") for one in self.config.get("architectures") or ())
 
     @property
+    def is_dual(self) -> bool:
+        """Whether it is a model of images and texts."""
+        return self.model_type == DUAL_TYPE
+
+    @property
     def model_type(self) -> str:
         """The architecture, in transformers' word for it."""
         return self.config.get("model_type") or MISSING
@@ -159,7 +166,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         license=facts.license,
         library_name="transformers",
-        pipeline_tag="image-classification" if facts.is_classifier else "image-feature-extraction",
+        pipeline_tag=_pipeline(facts),
         tags=[
             facts.results.get("objective") or "vicreg",
             facts.model_type,
@@ -173,20 +180,29 @@ def metadata(facts: CardFacts) -> ModelCardData:
     )
 
 
+def _pipeline(facts: CardFacts) -> str:
+    if facts.is_dual:
+        return "zero-shot-image-classification"
+    return "image-classification" if facts.is_classifier else "image-feature-extraction"
+
+
 def loading_snippet(facts: CardFacts) -> str:
     """Return the code that loads the model and uses it on a list of PIL images called `images`."""
     name = python_string(facts.repo_id or facts.name)
     if facts.is_classifier:
         return f"{CLASSIFIER_IMPORTS}\n\nname = {name}\n{CLASSIFIER_CODE}"
+    if facts.is_dual:
+        return f"{DUAL_IMPORTS}\n\nname = {name}\n{DUAL_LOCAL_CODE if facts.repo_id is None else DUAL_CODE}"
     features = facts.results.get("features") or facts.config.get("hidden_size") or "features"
     if facts.repo_id is None:
         return LOCAL_SNIPPET.format(name=name, features=features)
     return f"{HUB_IMPORTS}\n\nname = {name}\n{HUB_CODE}  # (images, {features})"
 
 
-def executable_snippet(*, is_classifier: bool) -> str:
+def executable_snippet(*, is_classifier: bool, is_dual: bool = False) -> str:
     """Return the code of a card on the Hub to be run with `name` and `images` given: constants of ours alone."""
     parts = (CLASSIFIER_IMPORTS, CLASSIFIER_CODE) if is_classifier else (HUB_IMPORTS, HUB_CODE)
+    parts = (DUAL_IMPORTS, DUAL_CODE) if is_dual else parts
     return "\n".join(parts)
 
 
@@ -197,6 +213,13 @@ def _about(facts: CardFacts) -> str:
     if facts.is_classifier:
         labels = facts.config.get("id2label") or {}
         return f"A {code(facts.model_type)} classifier of {len(labels)} classes. Parameters: {size}."
+    if facts.is_dual:
+        return (
+            "Two encoders in one model, a "
+            + " and a ".join(code((facts.config.get(key) or {}).get("model_type") or MISSING) for key in DUAL_PARTS)
+            + f", that share nothing and were trained together on {count(results, 'num_images')} images of "
+            f"{code(facts.dataset)} and their captions: embeddings of both are compared by cosine. Parameters: {size}."
+        )
     method = prose(results.get("method") or "VICReg")
     pretrained = f"pretrained without labels by {method} on {count(results, 'num_images')} images of"
     text = f"A {code(facts.model_type)} encoder, {pretrained} {code(facts.dataset)}. Parameters: {size}."
@@ -232,7 +255,9 @@ def _loading_note(facts: CardFacts) -> str:
 
 
 def _results(facts: CardFacts) -> Iterator[str]:
-    if not facts.is_classifier:
+    if facts.is_dual:
+        yield from retrieval_table(facts.results)
+    elif not facts.is_classifier:
         yield from knn_table(facts.results, facts.dataset, second_encoder=facts.has_second_encoder)
     elif not facts.results.get("evaluations"):
         yield f"Accuracy on held-out images: {MISSING}."
@@ -305,6 +330,8 @@ def training_command(facts: CardFacts) -> str:
 
 
 def _attention(facts: CardFacts) -> str:
+    if facts.is_dual:
+        return "That of the two encoders; the pattern of a sparse one is in the configuration."
     if facts.model_type != "bigbird_vit":
         return f"That of {code(facts.model_type)}, dense or none."
     if not facts.is_sparse:

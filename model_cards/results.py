@@ -14,6 +14,7 @@ COMMANDS = {
     "linear": "evaluate linear",
     "retrieval": "evaluate retrieval",
     "few_labels": "evaluate few-labels",
+    "image_text": "evaluate image-text",
     "finetune_classification": "finetune classification",
     "finetune_detection": "finetune detection",
     "finetune_captioning": "finetune captioning",

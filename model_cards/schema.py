@@ -239,6 +239,7 @@ RESULTS = record(
         "knn_test_samples": COUNT,
         "knn_accuracy": FIGURES,
         "linear_accuracy": FIGURES,
+        "image_text": FIGURES,
         "health": FIGURES,
         "objective": IDENTIFIER,
         "method": LINE,

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_bigbird_vit import BigBirdViTConfig
+from .contrastive_loss import PairLoss
 from .objectives import check_objective
 from .vicreg_weights import Convention, check_weights, convention_factors
 
@@ -18,7 +19,7 @@ class VicRegConfig(PreTrainedConfig):
         encoder: Configuration of the encoder, an instance or a dictionary with `model_type`: any vision model that
             `AutoModel` builds from a config. Default: `BigBirdViTConfig()`.
         second_encoder: Configuration of the second view's own encoder, of any kind; `None`: one encoder sees both
-            views. Two share no weights, and each sees one view of every image.
+            views. Two share no weights, and each sees one view of every image; one of texts sees its caption.
         expander_sizes: Widths of the expander's layers; the last is the width D of the embeddings.
         second_expander_sizes: Of the second branch's expander, ending in the same D; `None`: as the first.
         expander_norm: Normalisation of its hidden layers: `"batch"` (over the global batch, the paper's) or `"layer"`.
@@ -31,6 +32,7 @@ class VicRegConfig(PreTrainedConfig):
             `"vicregl"`; see `vicreg_weights.py`.
         objective: What is learned; `"vicreg"`, or another of `objectives.py`, which leaves the weights above aside.
         objective_settings: Those of the objective that are not at their defaults; `None` for VICReg.
+        pair_loss: Of two encoders: `"vicreg"`, or a rival, `"infonce"` or `"siglip"`; see `contrastive_loss.py`.
     """
 
     model_type = "vicreg"
@@ -49,6 +51,7 @@ class VicRegConfig(PreTrainedConfig):
     convention: Convention = "official"
     objective: str = "vicreg"
     objective_settings: dict | None = None
+    pair_loss: PairLoss = "vicreg"
 
     def __post_init__(self, **kwargs):
         if self.encoder is None:

@@ -1,4 +1,4 @@
-"""What a vision encoder of any kind returns: its outputs, its pooled features, its patch tokens."""
+"""What an encoder of any kind returns: its outputs, its pooled features, its patch tokens."""
 
 import inspect
 from typing import Any
@@ -19,10 +19,21 @@ def encoder_outputs(encoder: PreTrainedModel, inputs: dict[str, Any]) -> ModelOu
     return encoder(**inputs)
 
 
-def pooled_features(outputs: ModelOutput) -> torch.Tensor:
-    """Return `(batch, features)` from a vision encoder's output: its pooled output, or its mean token without one."""
+def pooled_features(outputs: ModelOutput, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `(batch, features)` from an encoder's output: its pooled output, or its mean token without one.
+
+    Args:
+        outputs: Of an encoder of images or texts.
+        attention_mask: `(batch, tokens)`, 0 for the padding of texts, which is left out of the mean.
+    """
     pooled = getattr(outputs, "pooler_output", None)
-    return outputs.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
+    if pooled is not None:
+        return pooled.flatten(1)
+    tokens = outputs.last_hidden_state
+    if attention_mask is None:
+        return tokens.mean(1)
+    kept = attention_mask.to(tokens.dtype)[..., None]
+    return (tokens * kept).sum(1) / kept.sum(1).clamp(min=1)
 
 
 def patch_grid(states: torch.Tensor, config: PreTrainedConfig, height: int, width: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .call_checks import asks_for, check_keywords
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .configuration_vicreg import VicRegConfig
+from .contrastive_loss import FIRST_BIAS, FIRST_SCALE, contrastive_loss
 from .encoder_outputs import encoder_outputs, patch_grid, pooled_features
 from .modeling_bigbird_vit import BigBirdViTModel
 from .objective import View
@@ -45,7 +46,7 @@ class VicRegOutput(ModelOutput):
 
     Attributes:
         loss: Scalar, over the global batch; VICReg's is the weighted sum of the three parts.
-        invariance: Scalar, unweighted; `None` from another objective, like the next two.
+        invariance: Scalar, unweighted; `None` from another objective or `pair_loss`, like the next two.
         variance: Scalar, unweighted.
         covariance: Scalar, unweighted.
         embeddings: `(batch, views, dimensions)`, the expander's output for each view, local ones last.
@@ -104,6 +105,13 @@ class VicRegForPreTraining(PreTrainedModel):
                 representation_size(config.second_encoder), sizes, config.expander_norm
             )
         self.objective = kind(config, self.encoder, self.expander)
+        if config.pair_loss != "vicreg" and config.second_encoder is None:
+            raise ValueError(f"`pair_loss`: expected 'vicreg' without a `second_encoder`, got {config.pair_loss!r}.")
+        self.logit_scale = self.logit_bias = None
+        if config.pair_loss != "vicreg":
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE[config.pair_loss])))
+        if config.pair_loss == "siglip":
+            self.logit_bias = nn.Parameter(torch.tensor(FIRST_BIAS))
         self.loss_function = vicreg_loss  # transformers would take the class for a language model
         self.encoder_has_batch_norm = any(has_batch_norm(encoder) for encoder in self.encoders)
         self.post_init()
@@ -117,11 +125,20 @@ class VicRegForPreTraining(PreTrainedModel):
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
+        if module is self and self.logit_scale is not None:
+            init.constant_(self.logit_scale, math.log(FIRST_SCALE[self.config.pair_loss]))
+            if self.logit_bias is not None:
+                init.constant_(self.logit_bias, FIRST_BIAS)
 
     @property
     def encoders(self) -> list[PreTrainedModel]:
         """The encoder, or both of two branches."""
         return [one for one in (self.encoder, self.second_encoder) if one is not None]
+
+    @property
+    def branches(self) -> list[nn.Module]:
+        """The encoders, and behind them their expanders."""
+        return [*self.encoders, *(one for one in (self.expander, self.second_expander) if one is not None)]
 
     @classmethod
     def from_encoder_pretrained(
@@ -217,12 +234,17 @@ class VicRegForPreTraining(PreTrainedModel):
         if self.second_expander is not None:
             expanders[1] = self.second_expander
         embeddings = [expander(one, group) for expander, one in zip(expanders, encoded, strict=True)]
+        embedded = torch.stack(embeddings, dim=1)
+        if self.logit_scale is not None:
+            z_a, z_b = embeddings
+            kind = self.config.pair_loss
+            loss = contrastive_loss(z_a, z_b, self.logit_scale, self.logit_bias, kind=kind, process_group=group)
+            return VicRegOutput(loss=loss, embeddings=embedded, representations=joined, **states)
         device = embeddings[0].device.type
         with contextlib.nullcontext() if is_vicreg else torch.autocast(device, enabled=False):
             loss, parts = self.objective(
                 *(embeddings, further) if is_vicreg else (_full(embeddings), _full(further)), group
             )
-        embedded = torch.stack(embeddings, dim=1)
         logged = parts if is_vicreg else {"parts": parts}
         return VicRegOutput(loss=loss, **logged, embeddings=embedded, representations=joined, **states)
 
@@ -286,7 +308,7 @@ class VicRegForPreTraining(PreTrainedModel):
         tokens: list[torch.Tensor | None] = []
         for encoder, batch, num_views in batches:
             outputs = encoder_outputs(encoder, batch | flags)
-            encoded += pooled_features(outputs).chunk(num_views)
+            encoded += pooled_features(outputs, batch.get("attention_mask")).chunk(num_views)
             if self.objective.needs_tokens:
                 size = batch["pixel_values"].shape[-2:]
                 tokens += patch_grid(outputs.last_hidden_state, encoder.config, *size).chunk(num_views)

@@ -21,7 +21,9 @@ from hf_vicreg.training.engine.resume import checkpoint_to_resume
 from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.evaluation.encoder import public_name
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
+from hf_vicreg.training.export import Export, exported_dual, exported_encoders
 from hf_vicreg.training.hub_push import HubPush, check_account
+from hf_vicreg.training.image_text.probe import ImageTextProbe
 from hf_vicreg.training.images.run_images import load_images, usable_images
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream
@@ -30,10 +32,12 @@ from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.monitor.masked_pictures import MaskedPictures, drawn_with, masked_pictures
 from hf_vicreg.training.monitor.tracking import TRACKERS_FOLDER, start_trackers, tracker_names
 from hf_vicreg.training.pretrained.companions import add_companions
+from hf_vicreg.training.pretrained.text_source import refuse_other_encoders, take_text_weights
 from hf_vicreg.training.pretrained.warm_start import take_source_weights
 from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.run.processors import build_processor
 from hf_vicreg.training.run.run_folder import RECIPE, refuse_foreign_folder, start_folder
+from hf_vicreg.training.texts.captions import Captions
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # one voice for the whole command
 
@@ -70,6 +74,7 @@ class Run(OpenRun):
         model: Encoders, expanders and loss.
         processor: The image processor that goes with the encoder.
         probe: What the encoders are worth, where there are labels.
+        captions_probe: What images and captions are worth, where some are kept apart.
         loop: At the step where its checkpoint left it.
         density: Of the encoder's attention at its image size.
         pictures: Of what is painted, where masked images are.
@@ -79,6 +84,7 @@ class Run(OpenRun):
     model: VicRegForPreTraining
     processor: BaseImageProcessor
     probe: OnlineProbe
+    captions_probe: ImageTextProbe | None
     loop: TrainingLoop
     density: float
     pictures: MaskedPictures | None
@@ -86,8 +92,29 @@ class Run(OpenRun):
     @property
     def encoders(self) -> Sequence[PreTrainedModel]:
         """The encoders that are exported: the averages of their weights where they are averaged."""
-        average = self.loop.step.average
-        return self.model.encoders if average is None else average.averages
+        return self.branches[: len(self.model.encoders)]
+
+    @property
+    def branches(self) -> Sequence[Any]:
+        """The same, and behind them their expanders where images have captions."""
+        average, own = self.loop.step.average, self.model.encoders if self.captions is None else self.model.branches
+        return own if average is None else average.averages
+
+    @property
+    def captions(self) -> Captions | None:
+        """Those of the training images."""
+        return self.source.captions if isinstance(self.source, ImageSource) else None
+
+    @property
+    def exports(self) -> list[Export]:
+        """The models that the run's folder holds, at its root the first one."""
+        return self.exported(self.branches)
+
+    def exported(self, branches: Sequence[Any]) -> list[Export]:
+        """Return the same, made of such modules as `branches` are."""
+        if self.captions is None:
+            return exported_encoders(branches, self.processor)
+        return exported_dual(self.model, branches, self.processor, self.captions.tokenizer)
 
 
 def open_run(config: RunConfig) -> OpenRun:
@@ -140,10 +167,9 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
     if run.teacher:
         kinds = "pooled features and tokens" if model.objective.with_tokens else "pooled features, for want of tokens,"
         logger.info("the encoder learns to predict %s of %s", kinds, public_name(run.teacher))
-    for section, encoder in zip(("model", "second_model"), model.encoders, strict=False):
-        if encoder.main_input_name != "pixel_values":
-            found = encoder.config.model_type
-            raise InputError(f"`{section}.model_type`: expected an encoder of images, got {found!r}.")
+    if run.text_model and checkpoint is None:
+        take_text_weights(model, run.text_model)
+    refuse_other_encoders(model, config)
     if model.objective.needs_tokens:
         with as_input_error("objective"):
             _encode_nothing(model, *config.image_size)
@@ -162,7 +188,16 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
         linear=run.linear_probe,
     )
     pictures = masked_pictures(model, processor, opened.source, opened.folder)
-    measure = drawn_with(pictures, probe.logged if probe.possible else None, accelerator.is_main_process)
+    captions_probe = None
+    if opened.test is not None and opened.test.captions is not None:
+        captions_probe = ImageTextProbe(opened.test.first(run.knn_test_samples), processor, model, accelerator)
+
+    def figures() -> dict[str, float]:
+        found = probe.logged() if probe.possible else {}
+        return found | ({} if captions_probe is None else captions_probe.measure())
+
+    can = probe.possible or captions_probe is not None
+    measure = drawn_with(pictures, figures if can else None, accelerator.is_main_process)
     loop = pretraining_loop(config, opened.source, model, accelerator, measure, opened.stop)
     if checkpoint is not None:
         loop.resume(checkpoint)
@@ -172,6 +207,7 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
         model=model,
         processor=processor,
         probe=probe,
+        captions_probe=captions_probe,
         loop=loop,
         density=density,
         pictures=pictures,
@@ -201,6 +237,8 @@ def begin(run: Run) -> None:
         loop.state.note(run.probe.of_encoders("untrained"))
     if loop.step.average is not None:
         run.probe.averages = run.encoders
+        if run.captions_probe is not None:
+            run.captions_probe.averages = run.branches
     start_trackers(run.accelerator, run.folder, recipe, loop.state.step)
 
 

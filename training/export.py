@@ -6,14 +6,15 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from hf_vicreg.model_cards.card import CardFacts, model_card
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.engine.encoders import ADAPTER
 from hf_vicreg.training.evaluation.results import EVALUATIONS, FILE, read_results, write_results
 from hf_vicreg.training.monitor.masked_pictures import MASKED_FILE
@@ -21,13 +22,52 @@ from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
 from hf_vicreg.training.run.run_folder import RECIPE
 
 SECOND = "second_encoder"  # where the second branch's encoder lies
+IMAGES, TEXTS = "image_encoder", "text_encoder"  # where the encoders of a run with captions lie, each by itself
+DUAL_PROCESSOR = "VisionTextDualEncoderProcessor"  # transformers' own: an image processor and a tokenizer, of any kind
+
+
+class Export(NamedTuple):
+    """A model of a run's folder.
+
+    Attributes:
+        place: Folder inside of it; empty is the root.
+        model: What is saved there.
+        companions: Its processor, its tokenizer.
+    """
+
+    place: str
+    model: PreTrainedModel
+    companions: tuple[Any, ...]
+
+
+def exported_encoders(encoders: Sequence[PreTrainedModel], processor: BaseImageProcessor) -> list[Export]:
+    """Return the encoder at the root, and that of a second branch in `second_encoder/`."""
+    return [Export(place, one, (processor,)) for place, one in zip(("", SECOND), encoders, strict=False)]
+
+
+def exported_dual(
+    model: VicRegForPreTraining,
+    branches: Sequence[Any],
+    processor: BaseImageProcessor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Export]:
+    """Return the model of images and texts at the root, and each of its encoders by itself.
+
+    `AutoProcessor` finds image processor and tokenizer by the class that the tokenizer's file names.
+    """
+    dual = VicRegDualEncoder.from_pretraining(model, branches)
+    tokenizer.init_kwargs["processor_class"] = DUAL_PROCESSOR
+    return [
+        Export("", dual, (processor, tokenizer)),
+        Export(IMAGES, dual.vision_model, (processor,)),
+        Export(TEXTS, dual.text_model, (tokenizer,)),
+    ]
 
 
 def export_run(
     folder: Path,
     model: VicRegForPreTraining,
-    encoders: Sequence[PreTrainedModel],
-    processor: BaseImageProcessor,
+    exports: Sequence[Export],
     recipe: dict[str, Any],
     results: dict[str, Any],
 ) -> None:
@@ -36,18 +76,16 @@ def export_run(
     Args:
         folder: The run's `output_dir`.
         model: The trained model, as it is; it goes to `pretraining/`.
-        encoders: The encoder goes to the root, that of a second branch to `second_encoder/`: the model's own, or the
-            averages of their weights.
-        processor: The image processor whose pixels the features were measured on.
+        exports: Models with their processors and tokenizers, the one at the root first.
         recipe: The resolved configuration.
         results: What was measured; stored as `results.json` and read by the card.
     """
     with _without_bars():
         model.save_pretrained(folder / "pretraining")
-    _save_encoders(folder, encoders, processor)
+    _save(folder, exports)
     # what `hf-vicreg evaluate` has added since stays: a finished run may be resumed
     kept = {key: one for key, one in read_results(folder).items() if key == EVALUATIONS}
-    for key in ("model_name_or_path", "teacher"):
+    for key in ("model_name_or_path", "text_model", "teacher"):
         source = recipe.get(key)
         if source and os.path.isabs(source):  # where it lies on this machine is nobody's business
             recipe = recipe | {key: os.path.basename(source)}
@@ -59,7 +97,7 @@ def export_run(
                 results=results,
                 recipe=recipe,
                 log=read_log(folder / LOG_FILE),
-                has_second_encoder=model.second_encoder is not None,
+                has_second_encoder=any(one.place == SECOND for one in exports),
                 has_pretraining=True,
                 has_adapter=(folder / ADAPTER).exists(),
                 pictures=(MASKED_FILE,) if (folder / MASKED_FILE).exists() else (),
@@ -72,8 +110,7 @@ def export_run(
 def export_snapshot(
     folder: Path,
     run_folder: Path,
-    encoders: Sequence[PreTrainedModel],
-    processor: BaseImageProcessor,
+    exports: Sequence[Export],
     recipe: dict[str, Any],
     results: dict[str, Any],
 ) -> None:
@@ -82,23 +119,22 @@ def export_snapshot(
     Args:
         folder: Where to; it exists.
         run_folder: The run's `output_dir`.
-        encoders: As they are now.
-        processor: Its image processor.
+        exports: Its models, as they are now.
         recipe: The resolved configuration.
         results: What has been measured so far.
     """
-    _save_encoders(folder, encoders, processor)
+    _save(folder, exports)
     (folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / FILE).write_text(json.dumps(results, indent=1) + "\n")
     if (run_folder / LOG_FILE).exists():
         shutil.copy(run_folder / LOG_FILE, folder / LOG_FILE)
 
 
-def _save_encoders(folder: Path, encoders: Sequence[PreTrainedModel], processor: BaseImageProcessor) -> None:
+def _save(folder: Path, exports: Sequence[Export]) -> None:
     with _without_bars():
-        for encoder, place in zip(encoders, (folder, folder / SECOND), strict=False):
-            encoder.save_pretrained(place)
-            processor.save_pretrained(place)
+        for one in exports:
+            for part in (one.model, *one.companions):
+                part.save_pretrained(folder / one.place)
 
 
 @contextmanager

@@ -59,10 +59,13 @@ def finish(run: Run) -> dict[str, Any]:
         _merge(run)
     if run.probe.possible:
         state.note(run.probe.of_encoders("trained"))
+    figures = {} if run.captions_probe is None else run.captions_probe.measure()
+    if figures:
+        run.loop.note(figures)
     finish_trackers(run.accelerator)
-    results = results_of(run, state)
-    for encoder in run.encoders:
-        encoder.eval()
+    results = results_of(run, state) | ({"image_text": figures} if figures else {})
+    for one in run.exports:
+        one.model.eval()
 
     entry = ENTRIES[run.config.run.objective]
 
@@ -74,7 +77,7 @@ def finish(run: Run) -> dict[str, Any]:
             draw_curves(with_ends(records, results), run.folder / CURVES_FILE, entry.parts)
             if run.pictures is not None:
                 run.pictures.draw()
-            export_run(run.folder, run.model, run.encoders, run.processor, run.config.to_recipe(), results)
+            export_run(run.folder, run.model, run.exports, run.config.to_recipe(), results)
         print(summary(run.folder, results, records))
 
     run_on_main(write, run.accelerator)
@@ -99,8 +102,8 @@ def results_of(run: Run, state: RunState) -> dict[str, Any]:
         "skipped_steps": state.skipped_steps,
         "training_seconds": round(state.training_seconds, 1),
         "hardware": _hardware(run.accelerator),
-        "encoder_parameters": sum(one.numel() for one in run.model.encoder.parameters()),
-        "features": representation_size(run.config.vicreg.encoder),
+        "encoder_parameters": sum(one.numel() for one in run.exports[0].model.parameters()),
+        "features": _features(run),
         "objective": entry.name,
         "method": entry.title,
         "loss_parts": list(entry.parts),
@@ -111,6 +114,11 @@ def results_of(run: Run, state: RunState) -> dict[str, Any]:
         "knn_accuracy": state.knn,
         "linear_accuracy": state.linear,
     }
+
+
+def _features(run: Run) -> int:
+    vicreg = run.config.vicreg
+    return representation_size(vicreg.encoder) if run.captions is None else vicreg.expander_sizes[-1]
 
 
 def _merge(run: Run) -> None:
@@ -130,10 +138,10 @@ def _list_unusable(run: Run) -> None:
 def _push_snapshot(run: Run, state: RunState) -> None:
     assert run.push is not None
     results, recipe = results_of(run, state), run.config.to_recipe()
-    encoders = [merged(one) for one in run.encoders]
+    exports = run.exported([merged(one) for one in run.branches])
     run.push.offer(
         f"step {state.step}",
-        lambda into: export_snapshot(into, run.folder, encoders, run.processor, recipe, results),
+        lambda into: export_snapshot(into, run.folder, exports, recipe, results),
     )
 
 

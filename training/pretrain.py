@@ -18,6 +18,7 @@ from hf_vicreg.training.command import main
 from hf_vicreg.training.finishing import finish, fit
 from hf_vicreg.training.planner.plan import configure, with_stored_plan
 from hf_vicreg.training.planner.schedule import seconds_since_start
+from hf_vicreg.training.pretrained.text_source import with_text
 from hf_vicreg.training.pretrained.warm_start import with_source
 from hf_vicreg.training.run.places import with_places
 from hf_vicreg.training.run.resolve import resolve
@@ -32,7 +33,7 @@ class PretrainResult:
 
     Attributes:
         output_dir: The run's folder, loadable by `AutoModel.from_pretrained`.
-        encoder: The trained encoder, in evaluation mode.
+        encoder: The trained encoder, in evaluation mode; of images with captions, the `VicRegDualEncoder`.
         processor: Its image processor.
         results: What `results.json` holds.
     """
@@ -83,7 +84,7 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
         RunStopped: The run was asked to stop and has written a checkpoint.
     """
     began = time.monotonic() - seconds_since_start() if began is None else began
-    settings = with_source(with_stored_plan(settings))
+    settings = with_text(with_source(with_stored_plan(settings)))
     config = resolve(settings)
     opened = open_run(config)
     accelerator = opened.accelerator
@@ -98,7 +99,7 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
     begin(run)
     fit(run)
     results = finish(run)
-    return PretrainResult(run.folder, run.encoders[0], run.processor, results)
+    return PretrainResult(run.folder, run.exports[0].model, run.processor, results)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def _features(folders: list[Path], staged: Staged, *, package: bool) -> list[dic
             "folders": {str(folder.resolve()): str(out) for folder, out in zip(folders, outs, strict=True)},
             "subfolders": [SECOND] * facts.has_second_encoder + [PRETRAINING] * facts.has_pretraining,
             # the run itself is loaded as its own card says; what is published, as the one on the Hub will
-            "snippet": "" if package else executable_snippet(is_classifier=facts.is_classifier),
+            "snippet": "" if package else executable_snippet(is_classifier=facts.is_classifier, is_dual=facts.is_dual),
         }
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request))

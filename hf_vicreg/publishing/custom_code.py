@@ -25,12 +25,22 @@ MAE_CLASSES = {
     "AutoConfig": "configuration_bigbird_mae.BigBirdViTMAEConfig",
     "AutoModelForPreTraining": "modeling_bigbird_mae.BigBirdViTMAEForPreTraining",
 }
+DUAL_CLASSES = {
+    "AutoConfig": "configuration_vicreg_dual_encoder.VicRegDualEncoderConfig",
+    "AutoModel": "modeling_vicreg_dual_encoder.VicRegDualEncoder",
+    "AutoModelForZeroShotImageClassification": "modeling_vicreg_dual_encoder.VicRegDualEncoder",
+}
 PROCESSOR = "BigBirdViTImageProcessor"
 PROCESSOR_CLASSES = {
     "torchvision": "image_processing_bigbird_vit.BigBirdViTImageProcessor",
     "pil": "image_processing_pil_bigbird_vit.BigBirdViTImageProcessorPil",
 }
-AUTO_MAPS = {"bigbird_vit": ENCODER_CLASSES, "vicreg": WRAPPER_CLASSES, "bigbird_vit_mae": MAE_CLASSES}
+AUTO_MAPS = {
+    "bigbird_vit": ENCODER_CLASSES,
+    "vicreg": WRAPPER_CLASSES,
+    "bigbird_vit_mae": MAE_CLASSES,
+    "vicreg_dual_encoder": DUAL_CLASSES,
+}
 
 
 def source_of(module: str) -> str:

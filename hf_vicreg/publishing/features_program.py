@@ -50,6 +50,8 @@ def features_of(folder, subfolders, snippet, remote):
     pixels = found[f"pixels {backends[-1]}"]
     architecture = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or [""]
     with torch.no_grad():
+        if architecture[0] == "VicRegDualEncoder":
+            return found | logits_of(folder, pixels, snippet, trust)
         if architecture[0].endswith("ForImageClassification"):
             model = AutoModelForImageClassification.from_pretrained(folder, **trust).eval()
             found["logits"] = model(pixels).logits
@@ -63,6 +65,21 @@ def features_of(folder, subfolders, snippet, remote):
             found["embeddings"] = wrapper(pixel_values=torch.stack([pixels, pixels.flip(-1)], dim=1)).embeddings
         if snippet:
             exec(compile(snippet, "the card's snippet", "exec"), {"images": images(), "name": folder})
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def logits_of(folder, pixels, snippet, trust):
+    """Return logits of a model of images and texts, by both of its Auto classes, and what its processor makes."""
+    from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
+
+    texts = AutoProcessor.from_pretrained(folder, **trust).tokenizer(
+        ["a red flag", "two faces, and a longer text"], padding=True, return_tensors="pt"
+    )
+    found = {"tokens": texts["input_ids"]}
+    for name, auto in (("logits", AutoModel), ("zero-shot logits", AutoModelForZeroShotImageClassification)):
+        found[name] = auto.from_pretrained(folder, **trust).eval()(pixel_values=pixels, **texts).logits_per_image
+    if snippet:
+        exec(compile(snippet, "the card's snippet", "exec"), {"images": images(), "name": folder})
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 

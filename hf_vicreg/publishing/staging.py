@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from hf_vicreg.model_cards.card import OF_THE_OWNER, CardFacts, model_card
 from hf_vicreg.model_cards.schema import check_config, check_plain, check_recipe, check_results, read_checked
@@ -25,14 +26,16 @@ from hf_vicreg.training.errors import InputError, blamed_on
 
 WEIGHTS, INDEX, PROCESSOR = "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+MAX_TOKENIZER = 2**26  # bytes
 MAX_PIXELS = 50_000_000  # of a picture that comes along
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 SECOND, PRETRAINING, ADAPTER, NEIGHBOURS = "second_encoder", "pretraining", "adapter", "neighbours.png"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # names of a repository that publishing writes and takes away again when a run has them no more
 GENERATED = re.compile(
     rf"(({SECOND}|{PRETRAINING})/)?(config\.json|preprocessor_config\.json|model(-\d{{5}}-of-\d{{5}})?\.safetensors"
     r"|model\.safetensors\.index\.json)|results\.json|recipe\.yaml|training_curves\.png|attention_pattern\.png"
-    rf"|{re.escape(NEIGHBOURS)}|{ADAPTER}/(adapter_config\.json|adapter_model\.safetensors)"
+    rf"|{re.escape(NEIGHBOURS)}|tokenizer(_config)?\.json|{ADAPTER}/(adapter_config\.json|adapter_model\.safetensors)"
 )
 
 
@@ -100,6 +103,8 @@ def stage(
         adapter = read_checked(_inside(run, ADAPTER, ADAPTER_CONFIG), check_config)
         _write_json(into / ADAPTER / ADAPTER_CONFIG, _without_paths(adapter))
         _copy_weights(run, ADAPTER, ADAPTER_WEIGHTS, into)
+    if config.get("model_type") == "vicreg_dual_encoder":
+        _copy_tokenizer(run, into)
     if results:
         (into / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     if recipe:
@@ -108,7 +113,8 @@ def stage(
     refuse_secrets(into, _names(into))  # before a message about a value could show one
     write_custom_code(into, [into / part / "config.json" for part in parts])
     log = _read_log(run)
-    pictures = draw_pictures(into, _encoder_config(into), log, results)
+    encoder = _encoder_config(into)
+    pictures = draw_pictures(into, getattr(encoder, "vision_config", encoder), log, results)
     if (run / NEIGHBOURS).exists():
         _copy_picture(_inside(run, NEIGHBOURS), into / NEIGHBOURS)
         pictures.append(NEIGHBOURS)
@@ -208,6 +214,25 @@ def _copy_weights(run: Path, part: str, name: str, into: Path) -> None:
     except SafetensorError as error:
         raise InputError(f"`{name}`: expected safetensors in {run / part}, cannot be read: {error}.") from None
     shutil.copyfile(source, into / part / name)
+
+
+def _copy_tokenizer(run: Path, into: Path) -> None:
+    """Copy the tokenizer of a model of images and texts, checked."""
+    table, settings = TOKENIZER
+    for name in TOKENIZER:
+        if not (run / name).exists():
+            raise InputError(
+                f"`RUN`: expected {name} in {run}, found none; only tokenizers in that form are published."
+            )
+    source = _inside(run, table)
+    try:
+        if source.stat().st_size > MAX_TOKENIZER:
+            raise ValueError(f"it is larger than {MAX_TOKENIZER:,} bytes")
+        Tokenizer.from_file(str(source))  # data, read by a parser of its own
+    except Exception as error:  # the parser raises nothing more special
+        raise InputError(f"`{table}`: expected a tokenizer in {run}, cannot be read: {error}.") from None
+    shutil.copyfile(source, into / table)
+    _write_json(into / settings, read_checked(_inside(run, settings), check_config))
 
 
 def _inside(run: Path, *parts: str) -> Path:

@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTModel, pretrain
-from hf_vicreg.modeling.modeling_vicreg import _encoder_outputs, pooled_features
+from hf_vicreg.modeling.encoder_outputs import encoder_outputs, pooled_features
 from hf_vicreg.training.engine.unseen import unseen_parameters
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.finishing import fit
@@ -88,7 +88,7 @@ def save_source(name, folder):
 
 @torch.no_grad()
 def features(encoder, pixel_values):
-    return pooled_features(_encoder_outputs(encoder.eval(), {"pixel_values": pixel_values}))
+    return pooled_features(encoder_outputs(encoder.eval(), {"pixel_values": pixel_values}))
 
 
 class Begun(BaseException):

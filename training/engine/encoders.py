@@ -27,10 +27,12 @@ def set_up_encoders(
     torch_compile: bool,
     attn_implementation: str = "sdpa",
     freeze_layers: int = 0,
+    freeze_second: bool = False,
 ) -> None:
     """Let the encoders compute their layers again on the way back, compile them, or both; in place.
 
-    With `freeze_layers` the first encoder keeps its embeddings and so many of its layers as they are.
+    With `freeze_layers` the first encoder keeps its embeddings and so many of its layers as they are, with
+    `freeze_second` the second one everything.
 
     Names of weights stay those of encoders that are not compiled. Expander and loss are left alone: they work on the
     batch of all processes.
@@ -50,6 +52,8 @@ def set_up_encoders(
         )
     if freeze_layers:
         _freeze(model.encoder, freeze_layers)
+    if freeze_second and model.second_encoder is not None:
+        model.second_encoder.requires_grad_(False)
     for encoder in model.encoders:
         if attn_implementation != "sdpa":  # what every model has by itself, if it can
             with as_input_error("attn_implementation"):

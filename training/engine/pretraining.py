@@ -64,7 +64,7 @@ def pretraining_loop(
         folder=Path(config.run.output_dir),
         measure=measure,
         stop=stop,
-        gamma=config.vicreg.gamma,
+        gamma=config.vicreg.gamma if config.vicreg.pair_loss == "vicreg" else None,
         objective=ENTRIES[config.run.objective],
     )
 
@@ -85,6 +85,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         run = config.run
         self.config, self.run, self.accelerator, self.source, self.model = config, run, accelerator, source, model
         self.objective = ENTRIES[run.objective]
+        self.parts = self.objective.parts if config.vicreg.pair_loss == "vicreg" else ()
         self.pieces, self.images_per_step = config.step_size // run.batch_size, config.step_size
         if isinstance(source, ImageSource) and config.step_size > len(source):
             raise InputError(
@@ -112,6 +113,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             torch_compile=run.torch_compile,
             attn_implementation=run.attn_implementation,
             freeze_layers=run.freeze_layers,
+            freeze_second=run.freeze_text,
         )
         betas = (run.adam_beta1, run.adam_beta2)
         optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas, run.layer_decay)
@@ -121,7 +123,10 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         # in evaluation mode, accelerate's word for no DistributedDataParallel: gradients are averaged in `backward`
         self.model = accelerator.unwrap_model(accelerator.prepare_model(model, evaluation_mode=True))
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.average = WeightAverage(self.model.encoders, run.ema_decay) if run.ema_decay else None
+        self.captions = source.captions if isinstance(source, ImageSource) else None
+        # images and texts are compared behind their expanders: those are averaged as well
+        averaged = self.model.encoders if self.captions is None else self.model.branches
+        self.average = WeightAverage(averaged, run.ema_decay) if run.ema_decay else None
         self.unusable: set[int] = set()
         self.splits = 1  # of what goes through the encoder at once, after a device has run out of memory
         self.process_group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
@@ -148,7 +153,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
     def record(self, outcome: VicRegOutput) -> dict[str, float]:
         """Return the loss and its parts, and the health of embeddings and representations."""
         parts = outcome if outcome.parts is None else outcome.parts
-        found = {part: parts[part].item() for part in self.objective.parts}
+        found = {part: parts[part].item() for part in self.parts}
         if self.run.teacher:
             found["teacher_error"] = parts["teacher_error"].item()
         health = measure_health(outcome, self.process_group, unit_sphere=self.objective.unit_sphere)
@@ -156,7 +161,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
 
     def describe(self, record: dict[str, float]) -> str:
         """Return loss, parts and speed."""
-        parts = " ".join(f"{name[:5]} {record[name]:.3f}" for name in self.objective.parts)
+        parts = " ".join(f"{name[:5]} {record[name]:.3f}" for name in self.parts)
         return f"loss {record['loss']:.2f} {parts} {record['images_per_second']:.0f} img/s"
 
     def end(self) -> None:
@@ -211,6 +216,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         """Return batches of views, in an order that follows from the seed alone."""
         run, accelerator = self.run, self.accelerator
         samplers = ViewSampler.of_views(self.config.views, self.config.image_size)
+        samplers = samplers if self.captions is None else samplers[:1]
         workers = run.dataloader_num_workers
         if workers is None:
             workers = 0 if accelerator.device.type == "cpu" else min(8, max(1, torch.get_num_threads() - 1))
@@ -242,7 +248,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
                 self.pieces,
             ),
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=partial(collate, captions=self.captions),
             # its own generator: the loader draws a seed when it starts, which would shift a resumed run's randomness
             generator=torch.Generator().manual_seed(run.seed),
             worker_init_fn=outlive_signals,

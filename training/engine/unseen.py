@@ -21,8 +21,9 @@ from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_expander import VicRegExpander
 
-# Types of encoders without rotary positions, whose layers of attention name their projections `q_proj` and `k_proj`.
-PLAIN_KEYS = {"vit", "deit", "dinov2", "dinov2_with_registers", "siglip_vision_model"}
+# Types of encoders without rotary positions, whose layers of attention name their projections `q_proj` and `k_proj`,
+# or `q_lin` and `k_lin`.
+PLAIN_KEYS = {"distilbert", "vit", "deit", "dinov2", "dinov2_with_registers", "siglip_vision_model"}
 # What adds one vector to the pooled features of all images, by type: they are the output of a norm, or a token or a
 # mean of it; SigLIP's are a sum with the output of an MLP.
 SHIFTS = dict.fromkeys(("dinov2", "dinov2_with_registers", "convnext", "convnextv2"), "layernorm.bias")
@@ -39,8 +40,12 @@ def unseen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for module in model.modules():
         if _has_plain_keys(module):
             for one in module.modules():
-                key = getattr(one, "k_proj", None)
-                if hasattr(one, "q_proj") and isinstance(key, nn.Linear) and key.bias is not None:
+                key = getattr(one, "k_proj", getattr(one, "k_lin", None))
+                if (
+                    (hasattr(one, "q_proj") or hasattr(one, "q_lin"))
+                    and isinstance(key, nn.Linear)
+                    and key.bias is not None
+                ):
                     found.add(key.bias)
     if isinstance(model, VicRegForPreTraining):
         for head in model.modules():  # expanders, and a predictor
@@ -71,6 +76,8 @@ def _shift_of_features(encoder: PreTrainedModel) -> nn.Parameter | None:
     """The parameter that adds one vector to the features of all images."""
     if isinstance(encoder, BigBirdViTModel):
         return encoder.layernorm.bias if encoder.pooler is None else None
+    if encoder.config.model_type == "distilbert":
+        return encoder.transformer.layer[-1].output_layer_norm.bias
     return dict(encoder.named_parameters()).get(SHIFTS.get(encoder.config.model_type, ""))
 
 

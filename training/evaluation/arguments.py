@@ -69,6 +69,33 @@ class RetrievalArguments(EvaluationArguments):
 
 
 @dataclass
+class ImageTextArguments:
+    """Images and captions that find each other, and class names that find images."""
+
+    dataset_name: str = flag("", "Hub id, local `datasets` folder, or folder of images with a metadata file.")
+    dataset_config_name: str | None = flag(None, "Configuration of the Hub dataset.")
+    test_split: str | None = flag(None, "Split to measure on; default: `test` or `validation`.")
+    image_column_name: str | None = flag(None, "Column of images; default: the only image column.")
+    caption_column: list[str] | None = field(
+        default=None, metadata={"help": "Columns of captions, for retrieval: texts or lists of them."}
+    )
+    second_image_column_name: str | None = flag(
+        None, "Column of other pictures of the same things, which find each other, beside raw pixels'."
+    )
+    label_column_name: str | None = flag(None, "Column of classes, for zero-shot classification.")
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "What the classes are called, in order; default: as the data set says."}
+    )
+    templates: list[str] = field(
+        default_factory=lambda: ["{}"], metadata={"help": "Texts for a class, `{}` being its name (default: {})."}
+    )
+    max_test_samples: int | None = flag(None, "Use the first so many images.")
+    output_dir: str | None = flag(
+        None, "Folder for results.json; default: MODEL if it is the folder of a run, else ./NAME-evaluation."
+    )
+
+
+@dataclass
 class TuningArguments:
     """How a classifier is fine-tuned, alone or among few-label runs."""
 

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from hf_vicreg.modeling.encoder_outputs import patch_grid
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, pooled_features
+from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,15 @@ class VisionEncoder:
         }
 
 
+class DualImages(VisionEncoder):
+    """The images' side of a model of images and texts: features are embeddings that texts are compared with."""
+
+    @torch.no_grad()
+    def outputs(self, pixel_values: torch.Tensor) -> ModelOutput:
+        """Return as `VisionEncoder.outputs`, the embedding as the pooled output."""
+        return self.model.get_image_features(pixel_values.to(self.model.device, non_blocking=True))
+
+
 def load_vision_encoder(name: str, device: torch.device | None = None) -> VisionEncoder:
     """Return the encoder in a folder or on the Hub: of a run, of a run's `pretraining`, or of another maker.
 
@@ -135,8 +145,10 @@ def load_vision_encoder(name: str, device: torch.device | None = None) -> Vision
         )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     processor = load_processor(name, model.config)
+    dual = config.model_type == VicRegDualEncoder.config_class.model_type
+    encoder = (DualImages if dual else VisionEncoder)(public_name(name), model, processor, "", "")
     try:
-        outputs = model(processor([Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"].to(model.device))
+        outputs = encoder.outputs(processor([Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"])
         pooled = getattr(outputs, "pooler_output", None)
         assert pooled_features(outputs).ndim == 2
     except Exception as error:  # whatever a model of another kind makes of an image
@@ -146,7 +158,7 @@ def load_vision_encoder(name: str, device: torch.device | None = None) -> Vision
         ) from error
     feature = FIRST_TOKEN if in_pooler else MEAN_TOKEN if pooled is None else POOLED
     logger.info("features of %s: %s", name, feature)
-    return VisionEncoder(public_name(name), model, processor, feature, weights_digest(model))
+    return replace(encoder, feature=feature, weights=weights_digest(model))
 
 
 def load_weights(model_class: Any, name: str, **config_fields: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

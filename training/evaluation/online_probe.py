@@ -58,10 +58,11 @@ class OnlineProbe:
         Where their weights are averaged, these are the averages'; `raw_` stands before those of the weights.
         """
         found: Accuracies = {}
-        names = [name, f"second_{name}"]
-        measured = list(zip(names, self.averages or self.model.encoders, strict=False))
+        own = [one for one in self.model.encoders if one.main_input_name == "pixel_values"]  # not one of texts
+        names = [name, f"second_{name}"][: len(own)]
+        measured = list(zip(names, self.averages or own, strict=False))
         if self.averages:
-            measured += zip([f"raw_{one}" for one in names], self.model.encoders, strict=False)
+            measured += zip([f"raw_{one}" for one in names], own, strict=False)
         for key, encoder in measured:
             said = f"the {key.replace('_', ', ')} encoder" if name else ""
             for kind, value in self._accuracies(model_encoder(encoder), said).items():

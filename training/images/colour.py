@@ -31,9 +31,12 @@ Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and deviation of
 
 def finish_batch(
     batch: dict[str, Any], device: torch.device, normalisation: Normalisation = IMAGENET
-) -> dict[str, torch.Tensor]:
-    """Return what `VicRegForPreTraining` takes of a batch of the loader: its views finished on the device."""
-    images = {}
+) -> dict[str, Any]:
+    """Return what `VicRegForPreTraining` takes of a batch of the loader: its views finished on the device.
+
+    Beside captions an image has one view, and they are the other encoder's.
+    """
+    images: dict[str, Any] = {}
     for name, crops, colours in (
         ("pixel_values", batch["views"], batch["colours"][:, :2]),
         ("local_pixel_values", batch.get("local_views"), batch["colours"][:, 2:]),
@@ -41,6 +44,10 @@ def finish_batch(
         if crops is not None:
             crops = crops.to(device, non_blocking=True)
             images[name] = finish_views(crops.flatten(0, 1), colours.flatten(0, 1), normalisation).view_as(crops)
+    if "input_ids" in batch:
+        images["pixel_values"] = images["pixel_values"][:, 0]
+        names = ("input_ids", "attention_mask")
+        images["second_inputs"] = {name: batch[name].to(device, non_blocking=True) for name in names}
     return images
 
 

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from PIL import Image
 
 from hf_vicreg.training.images.decoding import Header, UnusableImage, decode, read_header, unusable
+from hf_vicreg.training.texts.captions import Captions
 
 NUM_SAMPLED = 64
 NUM_DECODED = 16  # of a survey's images
@@ -59,6 +60,7 @@ class ImageSource:
         file_names: One path per image, relative to the folder, or None where images are no files of their own.
         min_size: Smallest usable image, (height, width) in pixels.
         paths: One path per image to open, or None where images are no files of their own.
+        captions: At least one per image, or None.
     """
 
     name: str
@@ -70,6 +72,7 @@ class ImageSource:
     file_names: list[str] | None = None
     min_size: tuple[int, int] = (1, 1)
     paths: list[str] | None = None
+    captions: Captions | None = None
 
     def __len__(self) -> int:
         return self.length

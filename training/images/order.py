@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.views import ViewSampler
+from hf_vicreg.training.texts.captions import Captions
 
 MAX_SUBSTITUTES = 64
 
@@ -33,9 +34,9 @@ class ViewDataset(Dataset):
         """Return the views of one image.
 
         `views` `(2, 3, height, width)` uint8, `local_views` `(local views, 3, side, side)` uint8 if there are any,
-        `colours` `(views, parameters)`, `geometry` `(views, 6)`, both float32, local ones last, and `unusable`. An
-        unusable image is replaced by another one drawn at random, the same in every run: batches keep their size.
-        `views` is None when too many in a row are unusable.
+        `colours` `(views, parameters)`, `geometry` `(views, 6)`, both float32, local ones last, `unusable`, and
+        `tokens`, one of the image's captions, where it has some. An unusable image is replaced by another one drawn at
+        random, the same in every run: batches keep their size. `views` is None when too many in a row are unusable.
         """
         epoch, wanted = key
         unusable: list[int] = []
@@ -46,7 +47,11 @@ class ViewDataset(Dataset):
             key_of_views = f"{self.seed}/{epoch}/{wanted}"
             image = self.source.read(index, partial(joint_reduction, self.samplers, key_of_views))
             if image is not None:
-                return draw_views(self.samplers, image, key_of_views) | {"unusable": unusable}
+                sample = draw_views(self.samplers, image, key_of_views) | {"unusable": unusable}
+                captions = self.source.captions
+                if captions is not None:
+                    sample["tokens"] = captions.draw(index, random.Random(f"{key_of_views}/caption"))
+                return sample
             unusable.append(index)
         return {"views": None, "colours": None, "geometry": None, "unusable": unusable}
 
@@ -68,13 +73,17 @@ def joint_reduction(samplers: list[ViewSampler], key: str, width: int, height: i
     return min(sampler.reduction(width, height, view_rng(key, sampler)) for sampler in samplers)
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a batch: each tensor of the samples stacked, `unusable` a list; `views` None if one sample has none."""
+def collate(samples: list[dict[str, Any]], captions: Captions | None = None) -> dict[str, Any]:
+    """Return a batch: each tensor of the samples stacked, `unusable` a list; `views` None if one sample has none.
+
+    Where there are `captions`, the samples' tokens become `input_ids` and `attention_mask`.
+    """
     unusable = [index for sample in samples for index in sample["unusable"]]
     if any(sample["views"] is None for sample in samples):
         return {"views": None, "colours": None, "unusable": unusable}
-    names = [name for name in samples[0] if name != "unusable"]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in names} | {"unusable": unusable}
+    names = [name for name in samples[0] if name not in ("unusable", "tokens")]
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in names} | {"unusable": unusable}
+    return batch if captions is None else batch | captions.batch([sample["tokens"] for sample in samples])
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:

@@ -1,9 +1,14 @@
 """The images of a run: those to train on, and those of its probes."""
 
+from dataclasses import replace
+from pathlib import Path
+
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.images.sources import ImageSource, load_sources
+from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
 from hf_vicreg.training.images.streaming import ImageStream, load_stream
 from hf_vicreg.training.run.config import RunConfig
+from hf_vicreg.training.texts.captions import fingerprint_of, read_captions, tokenised
+from hf_vicreg.training.texts.tokenizer import run_tokenizer
 
 
 def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSource | None, ImageSource | None]:
@@ -17,6 +22,9 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
         assert run.dataset_name is not None
         stream = load_stream(run.dataset_name, run.dataset_config_name, run.train_split, run.image_column_name)
         return stream.at_least(*smallest_side(config)), None, None
+    if run.caption_column is not None:
+        source, test = load_captioned(config)
+        return source.first(run.max_train_samples), source.first(run.knn_train_samples), test
     source, test = load_sources(
         dataset_name=run.dataset_name,
         dataset_config_name=run.dataset_config_name,
@@ -28,6 +36,37 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
     )
     bank = source.first(run.knn_train_samples)
     return source.first(run.max_train_samples), bank, test
+
+
+def load_captioned(config: RunConfig) -> tuple[ImageSource, ImageSource | None]:
+    """Return the images with captions to train on and, where there is such a split, those to test on.
+
+    Raises:
+        InputError: No captions, an unknown split or column, or a tokenizer that does not go with the text encoder.
+    """
+    run, text = config.run, config.vicreg.second_encoder
+    columns = run.caption_column or []
+    name = run.train_dir or run.dataset_name or ""
+    splits = load_splits(name, run.dataset_config_name)
+    for flag, split in (("train_split", run.train_split), ("test_split", run.test_split)):
+        if split is not None and split not in splits:
+            raise InputError(f"`{flag}`: expected one of {sorted(splits)} in {name}, got {split!r}.")
+    others = [one for one in ("test", "validation") if one in splits and set(columns) <= set(splits[one].features)]
+    test_split = run.test_split or next((one for one in others if one != run.train_split), None)
+    found: list[ImageSource] = []
+    tokenizer = None
+    for split in (run.train_split, test_split):
+        if split is None:
+            continue
+        rows, texts = read_captions(name, splits[split], columns, split)
+        if tokenizer is None:
+            stored = Path(run.output_dir) if run.resume_from_checkpoint is not None else None
+            tokenizer = run_tokenizer(stored, run.text_model, text, texts)
+        source = dataset_source(name, rows, run.image_column_name, run.label_column_name, said=bool(found))
+        captions = tokenised(texts, tokenizer, text, run.max_text_length)
+        fingerprint = f"{source.fingerprint}/{fingerprint_of(texts)}"
+        found.append(replace(source, captions=captions, fingerprint=fingerprint))
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def usable_images(source: ImageSource, config: RunConfig) -> ImageSource:

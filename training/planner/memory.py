@@ -8,6 +8,7 @@ configurations (`benchmarks/planned_memory.py`) and tried on others; see docs/ex
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -88,15 +89,20 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
             gradient_checkpointing=config.run.gradient_checkpointing,
             torch_compile=False,
             freeze_layers=config.run.freeze_layers,
+            freeze_second=config.run.freeze_text,
         )
-        inputs = {"pixel_values": torch.empty(images, 2, 3, height, width)}
+        inputs: dict[str, Any] = {"pixel_values": torch.empty(images, 2, 3, height, width)}
+        if config.run.caption_column is not None:
+            tokens = torch.zeros(images, config.run.max_text_length, dtype=torch.int64)
+            inputs = {"pixel_values": inputs["pixel_values"][:, 0], "second_inputs": {"input_ids": tokens}}
         if local:
             inputs["local_pixel_values"] = torch.empty(images, local, 3, side, side)
         if model.objective.needs_tokens:
             inputs["geometry"] = torch.empty(images, 2 + local, 6)
         with kept, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             found = model.encode(**inputs)
-            pixels = {one.untyped_storage()._cdata for one in inputs.values()}
+            given = [one for one in inputs.values() if isinstance(one, torch.Tensor)]
+            pixels = {one.untyped_storage()._cdata for one in given}
             encoder_bytes = kept.total(without=pixels)
             model.loss_of([one.detach().requires_grad_() for one in found])
             expander_bytes = kept.total(without=pixels) - encoder_bytes
@@ -110,7 +116,7 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
         weights=weights,
         encoder=encoder_bytes,
         expander=expander_bytes,
-        inputs=sum(one.nbytes for one in inputs.values()),
+        inputs=sum(one.nbytes for one in given),
         images=images,
         large_ratio=kept.large(without=pixels) / max(1, encoder_bytes + expander_bytes),
         has_batch_norm=any(has_batch_norm(one) for one in model.encoders),

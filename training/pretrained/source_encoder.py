@@ -14,6 +14,7 @@ from hf_vicreg.modeling.bigbird_positions import resampled_positions
 from hf_vicreg.modeling.dense_weights import SOURCES
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTEmbeddings, BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, pooled_features, representation_size
+from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.encoder import (
     load_config,
@@ -25,6 +26,10 @@ from hf_vicreg.training.evaluation.encoder import (
 from hf_vicreg.training.run.run_folder import RECIPE
 
 FIELD = "model_name_or_path"
+PARTS: dict[str, tuple[Any, str]] = {
+    VicRegForPreTraining.config_class.model_type: (VicRegForPreTraining, "encoder"),
+    VicRegDualEncoder.config_class.model_type: (VicRegDualEncoder, "vision_model"),
+}
 COLOUR = (50, 120, 200)  # of an image that shows how a processor normalises
 
 
@@ -66,8 +71,11 @@ def load_source(name: str, *, sparse: bool = False, field: str = FIELD) -> tuple
 
 def _as_it_is(name: str, config: PreTrainedConfig, field: str) -> tuple[PreTrainedModel, set[str]]:
     tower = getattr(config, "vision_config", None)  # of a model of images and text
-    of_run = config.model_type == VicRegForPreTraining.config_class.model_type
-    model_class: Any = VicRegForPreTraining if of_run else MODEL_MAPPING.get(type(tower or config), None)
+    # of a run of ours: the part of its model that is the encoder
+    part = PARTS.get(config.model_type)
+    if part is not None:
+        tower = None
+    model_class: Any = part[0] if part is not None else MODEL_MAPPING.get(type(tower or config), None)
     if model_class is None or model_class.main_input_name != "pixel_values":
         takes = "has no encoder" if model_class is None else f"takes `{model_class.main_input_name}`"
         raise InputError(
@@ -79,8 +87,9 @@ def _as_it_is(name: str, config: PreTrainedConfig, field: str) -> tuple[PreTrain
     except (OSError, ValueError, StrictDataclassError) as error:
         raise no_model(name, error, field) from error
     lacking = sorted(info["missing_keys"])
-    if of_run:
-        lacking = [one.removeprefix("encoder.") for one in lacking if one.startswith("encoder.")]
+    if part is not None:
+        prefix = f"{part[1]}."
+        lacking = [one.removeprefix(prefix) for one in lacking if one.startswith(prefix)]
     needed = [one for one in lacking if not one.endswith("mask_token") and "pooler" not in one]
     if needed:
         more = f" and {len(needed) - 1} more" if len(needed) > 1 else ""
@@ -88,7 +97,7 @@ def _as_it_is(name: str, config: PreTrainedConfig, field: str) -> tuple[PreTrain
             f"`{field}`: expected weights for the whole encoder in {name!r}, found none for {needed[0]}{more}; name a "
             "complete checkpoint of it."
         )
-    return (model.encoder if of_run else model), set(lacking)
+    return (model if part is None else getattr(model, part[1])), set(lacking)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def with_source(settings: dict[str, Any]) -> dict[str, Any]:
         return _as_stored(settings, read_recipe(str(stored)))
     encoder, missing = load_source(name, sparse=bool(settings.get("sparse")))
     given, views = settings.get("model", {}), settings.get("views", {})
-    fields = _architecture(encoder.config)
+    fields = architecture(encoder.config)
     for key, value in given.items():
         if key not in OPEN_FIELDS and key in fields and _plain(value) != _plain(fields[key]):
             raise InputError(f"`model.{key}`: expected {fields[key]!r} as in `{FIELD}`, got {value!r}; leave it out.")
@@ -144,8 +144,8 @@ def _as_stored(settings: dict[str, Any], recipe: dict[str, Any]) -> dict[str, An
     return settings | {FIELD: name, "model": model, "views": views | settings.get("views", {})}
 
 
-def _architecture(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields that build such an encoder; a file may hold others, of other releases or of a task."""
+def architecture(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the fields that build such an encoder; a file may hold others, of other releases or of a task."""
     known = type(config)().to_dict().keys() - RESERVED - INHERITED
     fields = {key: one for key, one in config.to_dict().items() if key in known and not key.startswith("_")}
     return fields | {"model_type": config.model_type}

@@ -143,9 +143,23 @@ class PretrainArguments:
     image_column_name: str | None = _data(None, "Column of images; default: the only image column.")
     label_column_name: str | None = _data(None, "Column of labels for k-NN; default: `label` if there is one.")
     max_train_samples: int | None = _data(None, "Train on the first so many images.")
+    caption_column: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of captions, texts or lists of them: images are then trained with their captions.",
+            "group": "data",
+        },
+    )
+    max_text_length: int = _data(64, "Longest caption in tokens; longer ones are cut.")
     model_name_or_path: str | None = _model(
         None, "Begin with the weights of a vision encoder: a run's folder, any that transformers loads, or a Hub id."
     )
+    text_model: str | None = _model(
+        None,
+        "Begin with the weights and the tokenizer of a text encoder, a folder or Hub id; default: a small new "
+        "DistilBERT, or --second_model.KEY, and a tokenizer made from the captions.",
+    )
+    freeze_text: bool = _model(False, "Keep the encoder of `text_model` as it is; its expander learns.")
     sparse: bool = _model(False, "Make the ViT, DINOv2 or DINOv3 of `model_name_or_path` a BigBirdViT.")
     objective: str = _loss("vicreg", f"What is learned: {', '.join(ENTRIES)}.")
     teacher: str | None = _loss(

@@ -42,6 +42,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         "checkpoints_total_limit": 1,
         "checkpoints_keep_every_steps": 1,
         "max_time": 0,
+        "max_text_length": 2,
         "max_skipped_steps": 1,
         "knn_every_epochs": 0,
         "knn_neighbours": 1,
@@ -99,6 +100,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
             "`dataset_name`, `train_dir`: expected one of the two, got none; name your images: pretrain DATA."
         )
     check_warm_start(run)
+    check_captions(run)
     if run.streaming:
         if run.dataset_name in (None, "digits"):
             raise InputError("`streaming`: expected a dataset to stream; name a Hub id or a folder of parquet shards.")
@@ -126,6 +128,20 @@ def check_warm_start(run: PretrainArguments) -> None:
     for name, reason in reasons.items():
         if getattr(run, name) and not run.model_name_or_path:
             raise InputError(f"`{name}`: expected a `model_name_or_path` beside it, got none; {reason}: leave it out.")
+
+
+def check_captions(run: PretrainArguments) -> None:
+    """Raise InputError for flags of captions that do not go together."""
+    for name in ("text_model", "freeze_text"):
+        if getattr(run, name) and run.caption_column is None:
+            raise InputError(f"`{name}`: expected a `caption_column` beside it, got none; add --caption_column NAME.")
+    if run.freeze_text and not run.text_model:
+        raise InputError("`freeze_text`: expected a `text_model` beside it; a new encoder has to learn: leave it out.")
+    if run.caption_column is not None and (run.streaming or run.dataset_name == "digits"):
+        what = "a data set that is not streamed" if run.streaming else "images with captions, not the digits"
+        raise InputError(f"`caption_column`: expected {what}; leave one of the two out.")
+    if run.caption_column is not None and not run.caption_column:
+        raise InputError("`caption_column`: expected at least one column, got none.")
 
 
 def _all_of(given: Collection[str] | None, *names: str) -> bool:

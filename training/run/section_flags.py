@@ -57,6 +57,7 @@ VICREG: dict[str, SectionFlag] = {
     "gamma": SectionFlag(1.0, "FLOAT", "Standard deviation that every dimension shall have."),
     "eps": SectionFlag(1e-4, "FLOAT", "Added to the variance under the root."),
     "convention": SectionFlag("official", "official|paper|solo-learn|vicregl", "Whose parts the weights are of."),
+    "pair_loss": SectionFlag("vicreg", "vicreg|infonce|siglip", "Loss of images and captions, or of two encoders."),
 }
 # of the objectives with `vicreg_weights`; the rest of the section is of all
 VICREG_WEIGHTS = ("invariance_weight", "variance_weight", "covariance_weight", "gamma", "eps", "convention")

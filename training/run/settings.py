@@ -263,6 +263,8 @@ def typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
         try:
             if value is None and type(None) in accepted:
                 checked[key] = None
+            elif typing.get_origin(expected) is list:
+                checked[key] = [str(one) for one in (value if isinstance(value, list | tuple) else [value])]
             elif expected is str:
                 checked[key] = "no" if value is False else str(value)  # YAML reads a bare `no` as false
             elif isinstance(value, bool) != (expected is bool) or value is None:

@@ -1,0 +1,1 @@
+"""Texts: captions of images, and the tokens they become."""
