@@ -112,6 +112,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("folder", metavar="RUN", type=Path, help="the run's output_dir")
     doctor.set_defaults(run=_doctor)
+    report = verbs.add_parser(
+        "report",
+        help="a run as one HTML page: curves, views, neighbours, attention, a map",
+        description="Write a run as one HTML file that needs nothing else; of two runs, side by side. No place but "
+        "RUN and IMAGES is read.",
+    )
+    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="the run's output_dir; two are compared")
+    report.add_argument("--data", metavar="IMAGES", help="folder of images, `datasets` folder, Hub id or `digits`")
+    report.add_argument("--output", type=Path, help="HTML file to write; default: report.html in the run's folder")
+    report.set_defaults(run=_report)
     prepare = verbs.add_parser("prepare", help="store images resized, as parquet shards that load faster")
     prepare.add_argument("source", metavar="SOURCE", help="folder of images, local `datasets` folder or Hub id")
     prepare.add_argument("out", metavar="OUT", help="new or empty folder, or an interrupted call's to go on in")
@@ -229,6 +239,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
     text, healthy = report(*found)
     print(text)
     return 0 if healthy else 1
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from hf_vicreg.training.run.places import data_setting
+
+    for folder in arguments.runs:  # before anything heavy is imported
+        if not (folder / "log.jsonl").is_file():
+            raise InputError(f"`RUN`: expected the folder of a run, {folder} has no log.jsonl; name its output_dir.")
+    if arguments.data is not None:
+        data_setting(arguments.data, {})
+    from hf_vicreg.report.report import write_report
+
+    log_to_stderr()
+    with place_for("output", arguments.output or arguments.runs[0]):
+        print(write_report(*arguments.runs, data=arguments.data, output=arguments.output))
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ What is escaped here may hold anything. Its type and length are checked where it
 import json
 import logging
 import re
+from pathlib import PurePath
+from typing import Any
 
 # they move a cursor, change colours, break a line or turn the order of letters around
 STEERING = re.compile(
@@ -48,6 +50,17 @@ def code_block(text: str, language: str) -> str:
 def python_string(text: object) -> str:
     """Return text as a string of Python's, in double quotes."""
     return json.dumps(one_line(text), ensure_ascii=False)
+
+
+def without_paths(value: Any) -> Any:
+    """Return plain values with the last part of a path in place of the path: where it led is a machine's business."""
+    if isinstance(value, dict):
+        return {key: without_paths(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_paths(one) for one in value]
+    if isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith(("./", "../", "~"))):
+        return PurePath(value).name
+    return value
 
 
 class PrintableFormatter(logging.Formatter):

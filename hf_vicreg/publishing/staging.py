@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,11 +18,13 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from hf_vicreg.model_cards.card import OF_THE_OWNER, CardFacts, model_card
+from hf_vicreg.model_cards.escaping import without_paths
 from hf_vicreg.model_cards.schema import check_config, check_plain, check_recipe, check_results, read_checked
 from hf_vicreg.publishing.custom_code import AUTO_MAPS, write_custom_code
 from hf_vicreg.publishing.pictures import draw_pictures
 from hf_vicreg.publishing.secret_scan import refuse_secrets
 from hf_vicreg.training.errors import InputError, blamed_on
+from hf_vicreg.training.run.run_folder import file_inside
 
 WEIGHTS, INDEX, PROCESSOR = "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -85,8 +87,8 @@ def stage(
     config = _read_config(run)
     results = {}
     if (run / "results.json").exists():
-        results = _without_paths(read_checked(_inside(run, "results.json"), check_results))
-    recipe = _without_paths(_read_recipe(run))
+        results = without_paths(read_checked(file_inside(run, "results.json"), check_results))
+    recipe = without_paths(_read_recipe(run))
     parts = [""]
     if (run / SECOND / "config.json").exists():
         parts.append(SECOND)
@@ -100,8 +102,8 @@ def stage(
     has_adapter = (run / ADAPTER / ADAPTER_CONFIG).exists()
     if has_adapter:
         (into / ADAPTER).mkdir()
-        adapter = read_checked(_inside(run, ADAPTER, ADAPTER_CONFIG), check_config)
-        _write_json(into / ADAPTER / ADAPTER_CONFIG, _without_paths(adapter))
+        adapter = read_checked(file_inside(run, ADAPTER, ADAPTER_CONFIG), check_config)
+        _write_json(into / ADAPTER / ADAPTER_CONFIG, without_paths(adapter))
         _copy_weights(run, ADAPTER, ADAPTER_WEIGHTS, into)
     if config.get("model_type") == "vicreg_dual_encoder":
         _copy_tokenizer(run, into)
@@ -116,7 +118,7 @@ def stage(
     encoder = _encoder_config(into)
     pictures = draw_pictures(into, getattr(encoder, "vision_config", encoder), log, results)
     if (run / NEIGHBOURS).exists():
-        _copy_picture(_inside(run, NEIGHBOURS), into / NEIGHBOURS)
+        _copy_picture(file_inside(run, NEIGHBOURS), into / NEIGHBOURS)
         pictures.append(NEIGHBOURS)
     facts = CardFacts(
         name=repo.partition("/")[2],
@@ -174,7 +176,7 @@ def _read_config(run: Path) -> dict[str, Any]:
         )
     if missing:
         raise InputError(f"`RUN`: expected the folder of a run or a fine-tuned model, {run} has no {missing[0]}.")
-    config = read_checked(_inside(run, "config.json"), check_config)
+    config = read_checked(file_inside(run, "config.json"), check_config)
     model_type = config.get("model_type")
     if model_type in ("vicreg", "bigbird_vit_mae"):
         raise InputError(f"`RUN`: expected the run's folder, {run} is its wrapper; give the folder above it.")
@@ -187,10 +189,10 @@ def _copy_model(run: Path, part: str, into: Path) -> None:
     """Copy configuration, processor and weights of the folder `part` of a run, checked."""
     for name in ("config.json", PROCESSOR):
         if name == "config.json" or (run / part / name).exists():
-            _write_json(into / part / name, read_checked(_inside(run, part, name), check_config))
+            _write_json(into / part / name, read_checked(file_inside(run, part, name), check_config))
     names = [WEIGHTS]
     if (run / part / INDEX).exists():
-        index = read_checked(_inside(run, part, INDEX), check_plain)
+        index = read_checked(file_inside(run, part, INDEX), check_plain)
         shards = index.get("weight_map")
         names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
         foreign = [name for name in names if not SHARD.fullmatch(name)]
@@ -207,7 +209,7 @@ def _copy_weights(run: Path, part: str, name: str, into: Path) -> None:
     """Copy a file of safetensors of the folder `part` of a run, once its header holds."""
     if not (run / part / name).exists():
         raise InputError(f"`RUN`: expected {part}{'/' * bool(part)}{name} in {run}, found none; safetensors only.")
-    source = _inside(run, part, name)
+    source = file_inside(run, part, name)
     try:
         with safe_open(source, framework="pt") as weights:  # its header is checked against its length
             weights.keys()
@@ -224,7 +226,7 @@ def _copy_tokenizer(run: Path, into: Path) -> None:
             raise InputError(
                 f"`RUN`: expected {name} in {run}, found none; only tokenizers in that form are published."
             )
-    source = _inside(run, table)
+    source = file_inside(run, table)
     try:
         if source.stat().st_size > MAX_TOKENIZER:
             raise ValueError(f"it is larger than {MAX_TOKENIZER:,} bytes")
@@ -232,15 +234,7 @@ def _copy_tokenizer(run: Path, into: Path) -> None:
     except Exception as error:  # the parser raises nothing more special
         raise InputError(f"`{table}`: expected a tokenizer in {run}, cannot be read: {error}.") from None
     shutil.copyfile(source, into / table)
-    _write_json(into / settings, read_checked(_inside(run, settings), check_config))
-
-
-def _inside(run: Path, *parts: str) -> Path:
-    """Return a file of the run, or raise InputError if it is a link that leads out of its folder."""
-    path = run.joinpath(*parts)
-    if not path.resolve().is_relative_to(run.resolve()):
-        raise InputError(f"`{path.relative_to(run)}`: expected a file of {run}, got a link out of it; copy it there.")
-    return path
+    _write_json(into / settings, read_checked(file_inside(run, settings), check_config))
 
 
 def _read_recipe(run: Path) -> dict[str, Any]:
@@ -252,7 +246,7 @@ def _read_recipe(run: Path) -> dict[str, Any]:
 
     from hf_vicreg.training.run.arguments import SECTIONS, PretrainArguments
 
-    recipe = read_checked(_inside(run, "recipe.yaml"), check_recipe)
+    recipe = read_checked(file_inside(run, "recipe.yaml"), check_recipe)
     known = {one.name for one in fields(PretrainArguments)} | set(SECTIONS)
     return {key: value for key, value in recipe.items() if key in known and value is not None}
 
@@ -261,7 +255,7 @@ def _read_log(run: Path) -> list[dict[str, Any]]:
     from hf_vicreg.training.monitor.run_log import read_log
 
     with blamed_on("log.jsonl", f"expected lines of JSON in {run}"):
-        return read_log(_inside(run, "log.jsonl"))
+        return read_log(file_inside(run, "log.jsonl"))
 
 
 def _encoder_config(folder: Path) -> Any:
@@ -269,17 +263,6 @@ def _encoder_config(folder: Path) -> Any:
 
     with blamed_on("config.json", "expected the configuration of a model"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
-def _without_paths(value: Any) -> Any:
-    """Return results with the last part of a path in place of the path."""
-    if isinstance(value, dict):
-        return {key: _without_paths(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(one) for one in value]
-    if isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith(("./", "../", "~"))):
-        return PurePath(value).name
-    return value
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

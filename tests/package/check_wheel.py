@@ -16,6 +16,8 @@ from pathlib import Path
 
 NEEDED = [
     "hf_vicreg/py.typed",
+    "hf_vicreg/report/page.css",
+    "hf_vicreg/report/page.js",
     "hf_vicreg/training/recipes/digits.yaml",
     "hf_vicreg/training/launch/",
     "hf_vicreg/model_cards/",

@@ -25,6 +25,14 @@ def refuse_foreign_folder(folder: Path, own_file: str, *, resuming: bool) -> Non
         raise InputError(f"`output_dir`: expected the folder of a run to resume, {folder} holds something else.")
 
 
+def file_inside(run: Path, *parts: str) -> Path:
+    """Return a file of a run, or raise InputError if it is a link that leads out of its folder."""
+    path = run.joinpath(*parts)
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise InputError(f"`{path.relative_to(run)}`: expected a file of {run}, got a link out of it; copy it there.")
+    return path
+
+
 def start_folder(folder: Path, own_file: str, text: str, accelerator: "Accelerator") -> None:
     """Make a folder if need be, and write into it what the run is made of; every process must call.
 

@@ -1,0 +1,123 @@
+"""Images inside a page, small copies of their pixels as `data:` addresses, and views as a run's model saw them."""
+
+import base64
+import io
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedConfig
+
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.colour import Normalisation, finish_views
+from hf_vicreg.training.images.image_source import ImageSource
+from hf_vicreg.training.images.order import ViewDataset
+from hf_vicreg.training.images.views import ViewSampler
+from hf_vicreg.training.run.arguments import ViewsConfig
+from hf_vicreg.training.run.settings import typed
+
+LARGEST_SIDE = 320  # in pixels, of an image that is shown
+MAX_SIDE = 1024  # in pixels, of a view that is drawn
+THUMBNAIL = 40  # side in pixels, of a map's
+
+
+def data_uri(image: Image.Image, side: int = LARGEST_SIDE) -> str:
+    """Return an image as a `data:` address: PNG where it is small, else JPEG, no larger than `side`."""
+    image = fitted(image, side)
+    with io.BytesIO() as file:
+        small = image.width * image.height <= 64 * 64
+        # pixels from a new image: comments and profiles of the old one stay behind
+        plain = Image.frombytes("RGB", image.size, image.tobytes())
+        plain.save(file, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 85}))
+        kind = "png" if small else "jpeg"
+        return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """Return an RGB image whose longer side is at most `side` pixels."""
+    image = image.convert("RGB")
+    scale = side / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize([max(1, round(scale * one)) for one in image.size], Image.Resampling.LANCZOS)
+
+
+def atlas(images: list[Image.Image], side: int = THUMBNAIL) -> tuple[Image.Image, int]:
+    """Return all images as one, each in a square of `side` pixels, and how many stand in a row."""
+    columns = max(1, min(len(images), 25))
+    sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * side), (128, 128, 128))
+    for place, image in enumerate(images):
+        small = fitted(image, side)
+        if max(small.size) < side:
+            scale = side / max(small.size)
+            small = small.resize([max(1, round(scale * one)) for one in small.size], Image.Resampling.NEAREST)
+        left, top = place % columns * side, place // columns * side
+        sheet.paste(small, (left + (side - small.width) // 2, top + (side - small.height) // 2))
+    return sheet, columns
+
+
+def image_of(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> Image.Image:
+    """Return what a model was given as an image.
+
+    Args:
+        pixel_values: `(3, height, width)`, normalised.
+        mean: Of each channel, of pixels in [0, 1].
+        std: The same.
+    """
+    deviation, centre = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
+    pixels = (pixel_values.cpu().float() * deviation + centre).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def views_config(recipe: dict[str, Any]) -> ViewsConfig:
+    """Return how a recipe draws views.
+
+    Raises:
+        InputError: It names none that can be drawn.
+    """
+    return ViewsConfig(**typed(ViewsConfig, recipe.get("views") or {}, "views."))
+
+
+def normalisation_of(processor: Any) -> Normalisation:
+    """Return an image processor's mean and deviation of each of three channels."""
+    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
+    return tuple(
+        [float(one) for one in value] if isinstance(value, list | tuple) and len(value) == 3 else [default] * 3
+        for value, default in ((mean, 0.0), (std, 1.0))
+    )  # type: ignore[return-value]
+
+
+def drawn_views(
+    source: ImageSource, places: list[int], recipe: dict[str, Any], encoder: PreTrainedConfig, norm: Normalisation
+) -> list[list[Image.Image]]:
+    """Return the views of some images in a run's first pass over them, the two global ones first.
+
+    Args:
+        source: The run's images.
+        places: Which of them.
+        recipe: The run's settings.
+        encoder: The encoder's configuration, for the size of the views.
+        norm: The image processor's, by which the views are normalised and shown again.
+
+    Raises:
+        InputError: Views that cannot be drawn.
+    """
+    config = views_config(recipe)
+    size = config.image_size or getattr(encoder, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    if max(height, width, config.local_image_size) > MAX_SIDE:
+        raise InputError(f"`views.image_size`: expected at most {MAX_SIDE} pixels to be shown, got {(height, width)}.")
+    seed = recipe.get("seed")
+    dataset = ViewDataset(source, ViewSampler.of_views(config, (height, width)), seed if isinstance(seed, int) else 0)
+    rows = []
+    for place in places:
+        sample = dataset[(0, place)]
+        if sample["views"] is None:
+            continue
+        crops = [*sample["views"], *sample.get("local_views", [])]
+        rows.append([_shown(crop, colour, norm) for crop, colour in zip(crops, sample["colours"], strict=True)])
+    return rows
+
+
+def _shown(crop: torch.Tensor, colour: torch.Tensor, norm: Normalisation) -> Image.Image:
+    return image_of(finish_views(crop[None], colour[None], norm)[0], *map(list, norm))

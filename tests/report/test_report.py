@@ -1,0 +1,301 @@
+"""The page of a run: what it shows equals what the run and the model say, and nothing in it is anybody else's."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+from hf_vicreg import pretrain
+from hf_vicreg.cli import main
+from hf_vicreg.report.attention import attention_maps, lattice
+from hf_vicreg.report.patches import PatchColours
+from hf_vicreg.report.report import write_report
+from hf_vicreg.report.run_facts import read_facts
+from hf_vicreg.report.run_images import open_images
+from hf_vicreg.report.told import panels_of, thinned
+from hf_vicreg.training.errors import InputError
+
+HOSTILE = "\"'><img src=x onerror=alert(1)></script><script>alert(2)</script>\x1b[31m\u202e&lt;"
+NAME = '<b onclick="alert(3)">\'\x07'  # what a file may be called, too
+MAX_BYTES = 8_000_000
+
+
+def noise(index, size=36):
+    generator = torch.Generator().manual_seed(index)
+    return Image.fromarray(torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=generator).numpy())
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes with a hostile name, in splits; one of them has a file that cannot be read."""
+    folder = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 24), ("test", 8)):
+        for label in (NAME, "plain"):
+            place = folder / split / label
+            place.mkdir(parents=True)
+            for index in range(count):
+                noise(len(label) * 1000 + index).save(place / f"{index}{NAME}.png")
+    (folder / "test" / "plain" / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, images, request):
+    """A finished run, its log and results with text and numbers that no run would write."""
+    conftest = request.config.pluginmanager.get_plugin(str(request.config.rootpath / "tests" / "conftest.py"))
+    folder = tmp_path_factory.mktemp("runs") / f"mine {NAME}"
+    threads = torch.get_num_threads()
+    pretrain(out=folder, data=images / "train" / "plain", **conftest.TINY_RECIPE | {"batch_size": 8})
+    torch.set_num_threads(threads)
+    log = folder / "log.jsonl"
+    lines = [*log.read_text().splitlines(), json.dumps({"step": 3, "loss": float("nan"), HOSTILE: 1.0, "x": HOSTILE})]
+    log.write_text("\n".join(lines) + "\n")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["report_to"] = HOSTILE
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | {"dataset": HOSTILE[:300], "hardware": HOSTILE[:300]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run, images, tmp_path_factory):
+    return write_report(run, data=str(images), output=tmp_path_factory.mktemp("page") / "report.html").read_text()
+
+
+def content_of(page):
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    return json.loads(found, parse_constant=refuse)
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.text, self.within = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.within = tag
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        self.within = ""
+
+    def handle_data(self, data):
+        if self.within not in ("script", "style"):
+            self.text.append(data)
+
+
+def test_page_is_one_small_file_that_loads_nothing(page):
+    assert len(page) < MAX_BYTES
+    elements = Elements(page).found
+    for _, attributes in elements:
+        for name in ("src", "href"):
+            assert attributes.get(name, "#").startswith(("data:image/", "#")), attributes
+    policy = next(one["content"] for tag, one in elements if one.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+
+
+def test_page_holds_planted_text_as_text_alone(page, run):
+    parsed = Elements(page)
+    assert [one.get("type") for tag, one in parsed.found if tag == "script"] == ["application/json", None]
+    assert not any(name.startswith("on") for _, attributes in parsed.found for name in attributes)
+    assert not any(tag in ("b", "iframe", "object", "form") for tag, _ in parsed.found)
+    text = "".join(parsed.text)
+    assert "<img src=x onerror=alert(1)></script>" in text  # of results and recipe
+    assert '<b onclick="alert(3)">' in text  # the run's folder
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", page)
+    content = content_of(page)  # which is JSON without NaN
+    assert any(NAME[:-1] in name for name in content["maps"][0]["names"])
+    assert content["maps"][0]["classes"] == [f"{NAME[:-1]}\\x07", "plain"]
+
+
+def test_page_names_no_place_of_the_machine(page, run, images):
+    for place in (run.parent, images):
+        assert str(place) not in page
+
+
+def test_curves_equal_the_log(page, run):
+    content = content_of(page)
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    (loss,) = next(panel for panel in content["panels"] if panel["title"] == "Loss")["curves"]
+    assert loss["steps"] == [one["step"] for one in records[:-1]]
+    assert loss["values"] == [one["loss"] for one in records[:-1]]
+
+
+def weights_of(item):
+    return np.frombuffer(base64.b64decode(item["weights"]), "<f4").reshape(item["shape"])
+
+
+def test_attention_equals_the_eager_model_and_is_zero_where_forbidden(page, run, images):
+    model = AutoModel.from_pretrained(run, attn_implementation="eager").eval()
+    items = content_of(page)["attention"][0]["items"]
+    assert {tuple(item["grid"]) for item in items} == {(4, 4), (8, 8)}
+    processor = AutoImageProcessor.from_pretrained(run)
+    held_out = open_images(str(images), read_facts(run)).held_out
+    forbidden = 0
+    for item in items:
+        rows, columns = item["grid"]
+        image = held_out.read(int(re.search(r"row (\d+)", item["name"])[1]))
+        pixels = processor([image], size={"height": rows * 8, "width": columns * 8}, return_tensors="pt")[
+            "pixel_values"
+        ]
+        with torch.no_grad():
+            expected = torch.stack(model(pixels, output_attentions=True).attentions)[:, 0]
+        assert item["queries"] == [-1, *range(rows * columns)]
+        found = torch.tensor(weights_of(item))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        for layer, pattern in enumerate(model.attention_patterns(rows * 8, columns * 8)):
+            back = pattern.order.argsort()
+            sees = pattern.token_mask()[0, 1:, 1:][back][:, back]
+            assert (found[layer][:, 1:, 1:][:, ~sees] == 0).all()
+            for query, letters in enumerate(item["levels"][layer][1:]):
+                assert [letter != "." for letter in letters] == sees[query].tolist()
+            forbidden += int((~sees).sum())
+    assert forbidden
+
+
+def test_patches_that_look_are_thinned_out():
+    assert lattice(4, 4, 16) == list(range(16))
+    found = lattice(14, 14, 50)
+    assert len(found) == 49
+    assert len({one // 14 for one in found}) == len({one % 14 for one in found}) == 7
+    assert lattice(1, 9, 3) == [1, 4, 7]
+
+
+def test_attention_of_a_dense_vit_and_of_a_resnet():
+    from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    model, pixels = ViTModel(config).eval(), torch.randn(1, 3, 16, 16)
+    found = attention_maps(model, pixels)
+    assert model.config._attn_implementation == "sdpa"
+    assert found.levels == []
+    assert found.queries == [-1, 0, 1, 2, 3]
+    model.set_attn_implementation("eager")
+    expected = torch.stack(model(pixels, output_attentions=True).attentions)[:, 0]
+    torch.testing.assert_close(found.weights, expected, atol=1e-6, rtol=0)
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
+    with pytest.raises(InputError, match="attention over patches"):
+        attention_maps(resnet, pixels)
+
+
+def test_colours_of_patches_are_principal_components():
+    tokens = torch.randn(2, 3, 4, 6) * torch.tensor([9.0, 5.0, 3.0, 0.1, 0.1, 0.1])
+    flat = tokens.flatten(0, 2).double()
+    colours = PatchColours(tokens)
+    assert ((colours(tokens) >= 0) & (colours(tokens) <= 1)).all()
+    covariance = torch.cov(flat.T)
+    _, eigenvectors = torch.linalg.eigh(covariance)
+    for component, expected in zip(colours.components, eigenvectors.T.flip(0), strict=False):
+        torch.testing.assert_close((component @ expected).abs(), torch.ones(()).double(), atol=1e-8, rtol=0)
+
+
+def test_long_logs_are_thinned_out_and_keep_their_spikes():
+    points = [(step, 1.0) for step in range(10_000)]
+    points[4321] = (4321, 99.0)
+    found = thinned(points)
+    assert len(found) <= 1000
+    assert (4321, 99.0) in found
+    assert found == sorted(found)
+    records = [{"step": 1, "loss": float("inf")}, {"step": 2, "loss": 3.0, "invariance": 0.0}]
+    (panel,) = panels_of([records], {})
+    assert panel["curves"][0]["values"] == [3.0]
+
+
+def test_without_images_the_parts_that_need_them_say_so(run, tmp_path):
+    page = write_report(run, output=tmp_path / "report.html").read_text()
+    assert page.count("Needs images, and there are none at hand") == 5
+    assert content_of(page)["attention"] == [None]
+    assert "data:image/jpeg" not in page
+
+
+def test_a_recipe_is_not_followed_to_images(run, images, tmp_path):
+    copy = copied(run, tmp_path)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"dataset_name": str(images)}))
+    page = write_report(copy).read_text()
+    assert "there are none at hand" in page
+    assert str(images) not in page
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "recipe.yaml", "results.json", "model.safetensors"])
+def test_links_out_of_the_folder_are_refused(run, images, tmp_path, name):
+    copy = copied(run, tmp_path)
+    (copy / name).rename(tmp_path / name)
+    (copy / name).symlink_to(tmp_path / name)
+    if name == "model.safetensors":
+        page = write_report(copy, data=str(images)).read_text()
+        assert "got a link out of it" in page
+        assert str(tmp_path) not in page
+    else:
+        with pytest.raises(InputError, match="got a link out of it"):
+            write_report(copy)
+
+
+def copied(run, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in run.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_an_unfinished_run_has_its_curves(run, tmp_path):
+    copy = copied(run, tmp_path)
+    for name in ("config.json", "results.json", "model.safetensors"):
+        (copy / name).unlink()
+    page = write_report(copy, data="digits").read_text()
+    assert "which is there when the run is finished" in page
+    assert content_of(page)["panels"]
+
+
+def test_two_runs_stand_side_by_side(run, tmp_path):
+    other = copied(run, tmp_path)
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"learning_rate": 0.125}))
+    path = write_report(run, other, output=tmp_path / "both.html")
+    page = path.read_text()
+    assert "<td>learning_rate</td><td>0.001</td><td>0.125</td>" in page
+    assert {curve["run"] for curve in content_of(page)["panels"][0]["curves"]} == {0, 1}
+
+
+def test_a_sick_run_is_called_sick(run, tmp_path):
+    copy = copied(run, tmp_path)
+    lines = [
+        {"step": step, "loss": 20.0, "embedding_std_mean": 0.001, "embedding_rank": 1.0, "covariance_ratio": 1.0}
+        for step in range(1, 40)
+    ]
+    (copy / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    facts = read_facts(copy)
+    assert not facts.is_healthy
+    assert facts.verdict.startswith("At step 39, ")
+
+
+def test_command_writes_the_page_and_refuses_what_is_no_run(run, tmp_path, capsys):
+    copy = copied(run, tmp_path)
+    assert main(["report", str(copy)]) == 0
+    assert (copy / "report.html").is_file()
+    assert main(["report", str(tmp_path)]) == 2
+    assert main(["report", str(copy), "--data", str(tmp_path / "nothing")]) == 2
+    assert main(["report", str(copy), str(copy), str(copy)]) == 2
+    assert main(["report", str(copy), "--output", str(tmp_path / "no" / "report.html")]) == 2
+    for line in capsys.readouterr().err.strip().splitlines():
+        assert line.startswith("error: `") or "Writing" in line or "%" in line, line
