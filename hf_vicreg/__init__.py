@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
     from hf_vicreg.modeling.vicreg_loss import vicreg_loss
     from hf_vicreg.publishing.publish import publish
+    from hf_vicreg.report.figures import show_attention, show_features, show_views
     from hf_vicreg.training.prepare.embed import embed
     from hf_vicreg.training.pretrain import pretrain
 
@@ -49,6 +50,9 @@ __all__ = [
     "embed",
     "pretrain",
     "publish",
+    "show_attention",
+    "show_features",
+    "show_views",
     "vicreg_loss",
 ]
 
@@ -69,6 +73,9 @@ _HOMES = {
     "embed": "hf_vicreg.training.prepare.embed",
     "pretrain": "hf_vicreg.training.pretrain",
     "publish": "hf_vicreg.publishing.publish",
+    "show_attention": "hf_vicreg.report.figures",
+    "show_features": "hf_vicreg.report.figures",
+    "show_views": "hf_vicreg.report.figures",
     "vicreg_loss": "hf_vicreg.modeling.vicreg_loss",
 }
 

@@ -9,12 +9,12 @@ from hf_vicreg.modeling.bigbird_pattern import BlockPattern
 from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 from hf_vicreg.modeling.pattern_picture import COLOURS, LEGEND
 from hf_vicreg.training.monitor.curves import with_ends
+from hf_vicreg.training.monitor.style import INK, SERIES, new_figure, tidy
 
 logger = logging.getLogger(__name__)
 
 MAX_TILES = 1024  # of a pattern: its table has the square of that
 PARTS = ("invariance", "variance", "covariance")  # of a run of before other objectives
-COLOURS_OF_PARTS = ("#1b9e77", "#d95f02", "#7570b3", "#66a61e", "#e7298a", "#a6761d")
 
 
 def draw_pictures(folder: Path, config: Any, log: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
@@ -46,18 +46,16 @@ def draw_pictures(folder: Path, config: Any, log: list[dict[str, Any]], results:
 
 
 def _draw_curves(path: Path, log: list[dict[str, Any]], parts: Sequence[str]) -> None:
-    from matplotlib.figure import Figure
-
     steps = [record for record in log if "loss" in record]
     measured = [record for record in log if "knn_accuracy" in record]
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    figure = new_figure(10, 3.2)
     has_parts = all(part in record for record in steps for part in parts)
     panels = figure.subplots(1, 1 + has_parts + bool(measured), squeeze=False)[0]
     at = [record["step"] for record in steps]
-    panels[0].plot(at, [record["loss"] for record in steps], color="#222222")
+    panels[0].plot(at, [record["loss"] for record in steps], color=INK)
     panels[0].set_title("loss")
     if has_parts:
-        for part, colour in zip(parts, COLOURS_OF_PARTS, strict=False):
+        for part, colour in zip(parts, SERIES, strict=False):
             panels[1].plot(at, [record[part] for record in steps], label=part, color=colour)
         panels[1].set_title("its parts, unweighted")
         if all(record[part] > 0 for record in steps for part in parts):
@@ -65,31 +63,29 @@ def _draw_curves(path: Path, log: list[dict[str, Any]], parts: Sequence[str]) ->
         panels[1].legend(frameon=False)
     if measured:
         at = [record["step"] for record in measured]
-        panels[-1].plot(
-            at, [record["knn_accuracy"] for record in measured], marker="o", color="#222222", label="first"
-        )
+        panels[-1].plot(at, [record["knn_accuracy"] for record in measured], marker="o", color=INK, label="first")
         if all("second_knn_accuracy" in record for record in measured):
             second = [record["second_knn_accuracy"] for record in measured]
-            panels[-1].plot(at, second, marker="o", color="#d95f02", label="second encoder")
+            panels[-1].plot(at, second, marker="o", color=SERIES[1], label="second encoder")
             panels[-1].legend(frameon=False)
         panels[-1].set_title("k-NN accuracy")
     for panel in panels:
         panel.set_xlabel("step")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
+        title = panel.get_title()
+        panel.set_title("")
+        tidy(panel, title)
     _save(figure, path)
 
 
 def _draw_pattern(path: Path, pattern: BlockPattern) -> None:
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     names = list(COLOURS)
     rows, columns = pattern.tile_grid
     table = [[names.index(level) for level in pattern.levels(tile)] for tile in range(pattern.num_tiles)]
     middle = table[(rows // 2) * columns + columns // 2]
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    figure = new_figure(9, 4.6)
     left, right = figure.subplots(1, 2)
     colours = ListedColormap(list(COLOURS.values()))
     image = [middle[start : start + columns] for start in range(0, len(middle), columns)]

@@ -101,13 +101,13 @@
       heads.replaceChildren();
       heads.style.gridTemplateColumns = `auto repeat(${numHeads}, minmax(0, 130px))`;
       heads.append(element("span"));
-      for (let head = 0; head < numHeads; head++) heads.append(element("span", "name top", numHeads > 8 ? head + 1 : "head " + (head + 1)));
+      for (let head = 0; head < numHeads; head++) heads.append(element("span", "name top", numHeads > 8 ? head : "head " + head));
       state.maps = [];
       for (let layer = 0; layer < numLayers; layer++) {
-        heads.append(element("span", "name", numHeads > 8 ? layer + 1 : "layer " + (layer + 1)));
+        heads.append(element("span", "name", numHeads > 8 ? layer : "layer " + layer));
         for (let head = 0; head < numHeads; head++) {
           const map = element("canvas");
-          map.title = `layer ${layer + 1}, head ${head + 1}`;
+          map.title = `layer ${layer}, head ${head}`;
           map.tabIndex = 0;
           map.setAttribute("role", "button");
           const take = () => {
@@ -233,9 +233,9 @@
     function say(at) {
       const patch = state.item.queries[state.query], columns = state.item.grid[1];
       const { patches, leading } = row(state.layer, state.head), seen = levels(state.layer);
-      const named = (one) => `row ${Math.floor(one / columns) + 1}, column ${(one % columns) + 1}`;
+      const named = (one) => `row ${Math.floor(one / columns)}, column ${one % columns}`;
       const words = { q: "its own tile", g: "global", l: "local", r: "random", ".": "forbidden" };
-      let text = `Layer ${state.layer + 1}, head ${state.head + 1}, from ${patch < 0 ? "CLS" : named(patch)}`;
+      let text = `Layer ${state.layer}, head ${state.head}, from ${patch < 0 ? "CLS" : named(patch)}`;
       if (at === undefined) {
         text += state.item.leading ? `: ${figure(100 * leading)}% to CLS and registers, the rest to patches.` : ".";
       } else {

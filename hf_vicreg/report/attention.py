@@ -92,11 +92,8 @@ def lattice(rows: int, columns: int, most: int) -> list[int]:
 
 @contextmanager
 def eager(model: PreTrainedModel):
-    """Let a model compute its attention in the form that has probabilities; BigBirdViT does of its own accord."""
+    """Let a model compute its attention in the form that has probabilities."""
     found = model.config._attn_implementation
-    if model.config.model_type == "bigbird_vit" or found == "eager":
-        yield
-        return
     model.set_attn_implementation("eager")
     try:
         yield

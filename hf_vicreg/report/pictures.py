@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.colour import Normalisation, finish_views
 from hf_vicreg.training.images.image_source import ImageSource
-from hf_vicreg.training.images.order import ViewDataset
+from hf_vicreg.training.images.order import ViewDataset, draw_views
 from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.run.arguments import ViewsConfig
 from hf_vicreg.training.run.settings import typed
@@ -121,3 +121,16 @@ def drawn_views(
 
 def _shown(crop: torch.Tensor, colour: torch.Tensor, norm: Normalisation) -> Image.Image:
     return image_of(finish_views(crop[None], colour[None], norm)[0], *map(list, norm))
+
+
+def views_of(image: Image.Image, views: dict[str, Any], image_size: int, count: int, seed: int) -> list[Image.Image]:
+    """Return `count` views of an RGB image, as `show_views` describes them."""
+    config = views_config({"views": views})
+    size = config.image_size or image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    norm: Normalisation = ([0.0] * 3, [1.0] * 3)
+    found = []
+    for turn in range(-(-count // 2)):
+        drawn = draw_views(ViewSampler.of_views(config, (height, width))[:2], image, f"{seed}/{turn}")
+        found += [_shown(crop, colour, norm) for crop, colour in zip(drawn["views"], drawn["colours"], strict=True)]
+    return found[:count]

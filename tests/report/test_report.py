@@ -299,3 +299,33 @@ def test_command_writes_the_page_and_refuses_what_is_no_run(run, tmp_path, capsy
     assert main(["report", str(copy), "--output", str(tmp_path / "no" / "report.html")]) == 2
     for line in capsys.readouterr().err.strip().splitlines():
         assert line.startswith("error: `") or "Writing" in line or "%" in line, line
+
+
+def test_figures_show_what_the_model_says(run, images):
+    import hf_vicreg
+
+    model, image = AutoModel.from_pretrained(run).eval(), noise(5)
+    figure = hf_vicreg.show_attention(model, image, patch=(1, 2), layers=[1])
+    pixels = AutoImageProcessor.from_pretrained(run)([image], return_tensors="pt")["pixel_values"]
+    expected = attention_maps(model, pixels).weights[1, :, 1 + 1 * 4 + 2, 1:].view(-1, 4, 4)
+    shown = torch.stack([torch.tensor(axes.images[0].get_array().data) for axes in figure.axes[1:]])
+    torch.testing.assert_close(shown, expected, atol=1e-6, rtol=0)
+    assert len(hf_vicreg.show_features(run, [image, noise(6)], scale=2).axes) == 4
+    views = hf_vicreg.show_views(image, {"crop_min_ratio": 0.5}, image_size=32, count=3)
+    assert [axes.get_title() for axes in views.axes if axes.images] == ["image", "view", "view", "view"]
+    with pytest.raises(InputError, match="`patch`"):
+        hf_vicreg.show_attention(model, image, patch=(4, 0))
+    with pytest.raises(InputError, match="`layers`"):
+        hf_vicreg.show_attention(model, image, layers=[2])
+    with pytest.raises(InputError, match="evaluation mode"):
+        hf_vicreg.show_features(model.train(), [image])
+
+
+def test_page_and_plots_have_the_same_colours():
+    from importlib import resources
+
+    from hf_vicreg.training.monitor import style
+
+    sheet = (resources.files("hf_vicreg.report") / "page.css").read_text()
+    for colour in (*style.SERIES, style.RIGHT, style.WRONG, style.INK, style.SOFT, style.LINE):
+        assert colour in sheet

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from hf_vicreg.model_cards.escaping import one_line
+from hf_vicreg.training.monitor.style import RIGHT, WRONG, new_figure
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMED_CLASSES = 30
-RIGHT, WRONG = "#2e8b57", "#c0392b"
 
 
 def can_draw() -> bool:
@@ -43,9 +43,9 @@ def draw_confusion(path: Path, counts: torch.Tensor, class_names: Sequence[str],
     named = num_classes <= MAX_NAMED_CLASSES
     shares = 100 * counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
     side = max(4.0, 0.5 * num_classes + 2) if named else 8.0
-    figure = _figure(side + 0.6, side)
+    figure = new_figure(side + 0.6, side)
     axes = figure.subplots()
-    image = axes.imshow(shares.numpy(), vmin=0, vmax=100, cmap="Blues")
+    image = axes.imshow(shares.numpy(), vmin=0, vmax=100, cmap="Greens")
     figure.colorbar(image, ax=axes, label="% of the true class", fraction=0.046, pad=0.04)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(one_line(title), parse_math=False)
@@ -60,7 +60,7 @@ def draw_confusion(path: Path, counts: torch.Tensor, class_names: Sequence[str],
                 if share >= 0.5:
                     colour = "white" if share > 50 else "black"
                     axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight")
 
 
 def draw_neighbours(
@@ -74,7 +74,7 @@ def draw_neighbours(
         title: Above the picture.
     """
     columns = 1 + max(len(neighbours) for _, _, neighbours in rows)
-    figure = _figure(1.25 * columns, 1.5 * len(rows) + 0.5)
+    figure = new_figure(1.25 * columns, 1.5 * len(rows) + 0.5)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (query, name, neighbours) in zip(grid, rows, strict=True):
         _show(axes[0], query, name, "black", 3.0)
@@ -90,17 +90,7 @@ def draw_neighbours(
                 f"{one_line(neighbour)[:12]} {cosine:.3f}", fontsize=7, color=colour, parse_math=False
             )
     figure.suptitle(one_line(title), fontsize=10, parse_math=False)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-
-
-def _figure(width: float, height: float) -> Any:
-    """Return a figure of its own, in inches: pyplot's global state stays untouched, and no display is needed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    figure.savefig(path, bbox_inches="tight")
 
 
 def _show(axes: Any, image: Image.Image, name: str, colour: str, width: float) -> None:

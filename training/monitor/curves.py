@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_vicreg.training.monitor.style import new_figure, tidy
 from hf_vicreg.training.objectives.vicreg import VICREG
 
 logger = logging.getLogger(__name__)
 
 CURVES_FILE = "curves.png"
-DOTS_PER_INCH = 110
 
 
 def draw_curves(records: list[dict[str, Any]], path: Path, names_of_parts: Sequence[str] = VICREG.parts) -> bool:
@@ -27,16 +27,26 @@ def draw_curves(records: list[dict[str, Any]], path: Path, names_of_parts: Seque
         Whether the file was written.
     """
     try:
-        from matplotlib.figure import Figure
+        figure = new_figure(10, 6)
     except ImportError:
         logger.info("matplotlib is not installed, so there is no %s; pip install matplotlib", path.name)
         return False
-    figure = Figure(figsize=(10, 6), layout="constrained")  # no pyplot: nothing global is touched, no display needed
     ((loss, parts), (spread, accuracy)) = figure.subplots(2, 2)
+    names = {
+        f"{whose}{kind}_accuracy": f"{text}{kind.replace('knn', 'k-NN')}"
+        for whose, text in (("", ""), ("second_", "second encoder: "))
+        for kind in ("knn", "linear")
+    }
+    measured = any(name in record for record in records for name in names)
+    for axes, title in (
+        (loss, "loss"),
+        (parts, "its parts, unweighted"),
+        (spread, "spread; collapsed at 0"),
+        (accuracy, "accuracy" if measured else "effective rank"),
+    ):
+        tidy(axes, title)
     _draw(loss, records, {"loss": "loss"})
-    loss.set_title("loss")
     _draw(parts, records, {name: name.replace("_", " ") for name in names_of_parts})
-    parts.set_title("its parts, unweighted")
     if all(record.get(name, 1) > 0 for record in records for name in names_of_parts):
         parts.set_yscale("log")
     _draw(
@@ -49,23 +59,16 @@ def draw_curves(records: list[dict[str, Any]], path: Path, names_of_parts: Seque
             "second_encoder_spread": "second encoder: share that differs",
         },
     )
-    spread.set_title("spread; collapsed at 0")
     spread.set_ylim(bottom=0)
-    names = {
-        f"{whose}{kind}_accuracy": f"{text}{kind.replace('knn', 'k-NN')}"
-        for whose, text in (("", ""), ("second_", "second encoder: "))
-        for kind in ("knn", "linear")
-    }
-    measured = _draw(accuracy, records, names, marker="o")
-    if not measured:  # no labels: the ranks say more than an empty picture
+    if measured:
+        _draw(accuracy, records, names, marker="o")
+    else:  # no labels: the ranks say more than an empty picture
         _draw(accuracy, records, {"embedding_rank": "embeddings", "encoder_rank": "encoder"})
-    accuracy.set_title("accuracy" if measured else "effective rank")
     for axes in (loss, parts, spread, accuracy):
         axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
-            axes.legend(fontsize="small")
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+            axes.legend(fontsize="small", frameon=False)
+    figure.savefig(path)
     return True
 
 
@@ -86,12 +89,9 @@ def with_ends(records: list[dict[str, Any]], results: dict[str, Any]) -> list[di
     return [*([first] if len(first) > 1 else []), *records, *([last] if len(last) > 1 else [])]
 
 
-def _draw(axes: Any, records: list[dict[str, Any]], names: dict[str, str], **style: Any) -> bool:
-    """Draw the figures that there are; return whether there was one."""
-    found = False
+def _draw(axes: Any, records: list[dict[str, Any]], names: dict[str, str], **style: Any) -> None:
+    """Draw the figures that there are."""
     for key, label in names.items():
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
-            found = True
-    return found
