@@ -169,8 +169,8 @@
     panel.marks.replaceChildren(...marks);
   }
 
-  function zoom(low, high) {
-    range = high - low >= 2 ? [low, high] : whole;
+  function zoom(part) {
+    range = part;
     reset.disabled = range === whole;
     pointed = null;
     panels.forEach(draw);
@@ -199,7 +199,7 @@
     });
     panel.svg.addEventListener("pointerup", (event) => {
       const to = step(event);
-      if (from !== null && Math.abs(panel.scale.x(to) - panel.scale.x(from)) > 12) zoom(Math.min(from, to), Math.max(from, to));
+      if (from !== null && Math.abs(panel.scale.x(to) - panel.scale.x(from)) > 12) zoom([Math.min(from, to), Math.max(from, to)]);
       from = null;
     });
     panel.svg.addEventListener("pointercancel", () => (from = null));
@@ -208,8 +208,8 @@
       pointed = null;
       panels.forEach(read);
     });
-    panel.svg.addEventListener("dblclick", () => zoom(...whole));
+    panel.svg.addEventListener("dblclick", () => zoom(whole));
     whenResized(panel.svg, () => draw(panel));
   }
-  reset.addEventListener("click", () => zoom(...whole));
+  reset.addEventListener("click", () => zoom(whole));
 })();

@@ -55,7 +55,7 @@ def neighbours_part(space: Space, images: ReportImages) -> str:
                 kind, word = (" same" if same else " other"), f"{names[label]} "
             cells.append(
                 f"<figure>{picture(data_uri(space.bank.images[place]), f'{word}cosine {cosine:.3f}', 'pixels' + kind)}"
-                f'<figcaption>{shown(word)} <span class="number">{cosine:.2f}</span></figcaption></figure>'
+                f'<figcaption><span>{shown(word)}</span><span class="number">{cosine:.2f}</span></figcaption></figure>'
             )
         rows.append(f'<div class="neighbours">{"".join(cells)}</div>')
     legend = ""

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from hf_vicreg import pretrain
 from hf_vicreg.cli import main
 from hf_vicreg.report.attention import attention_maps, lattice
 from hf_vicreg.report.patches import PatchColours
@@ -22,52 +20,17 @@ from hf_vicreg.report.run_images import open_images
 from hf_vicreg.report.told import panels_of, thinned
 from hf_vicreg.training.errors import InputError
 
-HOSTILE = "\"'><img src=x onerror=alert(1)></script><script>alert(2)</script>\x1b[31m\u202e&lt;"
-NAME = '<b onclick="alert(3)">\'\x07'  # what a file may be called, too
 MAX_BYTES = 8_000_000
 
 
-def noise(index, size=36):
-    generator = torch.Generator().manual_seed(index)
-    return Image.fromarray(torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=generator).numpy())
+@pytest.fixture(scope="module")
+def page(page_file):
+    return page_file.read_text()
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Two classes with a hostile name, in splits; one of them has a file that cannot be read."""
-    folder = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 24), ("test", 8)):
-        for label in (NAME, "plain"):
-            place = folder / split / label
-            place.mkdir(parents=True)
-            for index in range(count):
-                noise(len(label) * 1000 + index).save(place / f"{index}{NAME}.png")
-    (folder / "test" / "plain" / "broken.png").write_bytes(b"no image")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, images, request):
-    """A finished run, its log and results with text and numbers that no run would write."""
-    conftest = request.config.pluginmanager.get_plugin(str(request.config.rootpath / "tests" / "conftest.py"))
-    folder = tmp_path_factory.mktemp("runs") / f"mine {NAME}"
-    threads = torch.get_num_threads()
-    pretrain(out=folder, data=images / "train" / "plain", **conftest.TINY_RECIPE | {"batch_size": 8})
-    torch.set_num_threads(threads)
-    log = folder / "log.jsonl"
-    lines = [*log.read_text().splitlines(), json.dumps({"step": 3, "loss": float("nan"), HOSTILE: 1.0, "x": HOSTILE})]
-    log.write_text("\n".join(lines) + "\n")
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    recipe["report_to"] = HOSTILE
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    results = json.loads((folder / "results.json").read_text())
-    (folder / "results.json").write_text(json.dumps(results | {"dataset": HOSTILE[:300], "hardware": HOSTILE[:300]}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def page(run, images, tmp_path_factory):
-    return write_report(run, data=str(images), output=tmp_path_factory.mktemp("page") / "report.html").read_text()
+def conftest(request):
+    return request.config.pluginmanager.get_plugin(str(request.config.rootpath / "tests" / "report" / "conftest.py"))
 
 
 def content_of(page):
@@ -110,7 +73,7 @@ def test_page_is_one_small_file_that_loads_nothing(page):
     assert "unsafe" not in policy
 
 
-def test_page_holds_planted_text_as_text_alone(page, run):
+def test_page_holds_planted_text_as_text_alone(page, conftest):
     parsed = Elements(page)
     assert [one.get("type") for tag, one in parsed.found if tag == "script"] == ["application/json", None]
     assert not any(name.startswith("on") for _, attributes in parsed.found for name in attributes)
@@ -120,8 +83,8 @@ def test_page_holds_planted_text_as_text_alone(page, run):
     assert '<b onclick="alert(3)">' in text  # the run's folder
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", page)
     content = content_of(page)  # which is JSON without NaN
-    assert any(NAME[:-1] in name for name in content["maps"][0]["names"])
-    assert content["maps"][0]["classes"] == [f"{NAME[:-1]}\\x07", "plain"]
+    assert any(conftest.NAME[:-1] in name for name in content["maps"][0]["names"])
+    assert content["maps"][0]["classes"] == [f"{conftest.NAME[:-1]}\\x07", "plain"]
 
 
 def test_page_names_no_place_of_the_machine(page, run, images):
@@ -301,16 +264,16 @@ def test_command_writes_the_page_and_refuses_what_is_no_run(run, tmp_path, capsy
         assert line.startswith("error: `") or "Writing" in line or "%" in line, line
 
 
-def test_figures_show_what_the_model_says(run, images):
+def test_figures_show_what_the_model_says(run, conftest):
     import hf_vicreg
 
-    model, image = AutoModel.from_pretrained(run).eval(), noise(5)
+    model, image = AutoModel.from_pretrained(run).eval(), conftest.noise(5)
     figure = hf_vicreg.show_attention(model, image, patch=(1, 2), layers=[1])
     pixels = AutoImageProcessor.from_pretrained(run)([image], return_tensors="pt")["pixel_values"]
     expected = attention_maps(model, pixels).weights[1, :, 1 + 1 * 4 + 2, 1:].view(-1, 4, 4)
     shown = torch.stack([torch.tensor(axes.images[0].get_array().data) for axes in figure.axes[1:]])
     torch.testing.assert_close(shown, expected, atol=1e-6, rtol=0)
-    assert len(hf_vicreg.show_features(run, [image, noise(6)], scale=2).axes) == 4
+    assert len(hf_vicreg.show_features(run, [image, conftest.noise(6)], scale=2).axes) == 4
     views = hf_vicreg.show_views(image, {"crop_min_ratio": 0.5}, image_size=32, count=3)
     assert [axes.get_title() for axes in views.axes if axes.images] == ["image", "view", "view", "view"]
     with pytest.raises(InputError, match="`patch`"):
