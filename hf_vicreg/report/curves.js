@@ -15,7 +15,7 @@
     const several = content.runs.length > 1;
     const curves = panel.curves.map((curve) => ({
       ...curve,
-      key: labels.length === 1 && several ? curve.run : labels.indexOf(curve.label) % 4,
+      key: labels.length === 1 && several ? curve.run : labels.indexOf(curve.label) % 6,
       dashed: labels.length > 1 && curve.run === 1,
       name: several ? (labels.length === 1 ? content.runs[curve.run] : curve.label + ", " + content.runs[curve.run]) : curve.label,
     }));

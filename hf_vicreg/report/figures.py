@@ -16,11 +16,9 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import POOLED, VisionEncoder, load_processor, load_vision_encoder
 from hf_vicreg.training.monitor.style import new_figure, picture_of
 
-Model = str | Path | PreTrainedModel
-
 
 def show_attention(
-    model: Model,
+    model: str | Path | PreTrainedModel,
     image: Image.Image,
     *,
     patch: tuple[int, int] | None = None,
@@ -77,7 +75,11 @@ def show_attention(
 
 
 def show_features(
-    model: Model, images: Sequence[Image.Image], *, scale: int = 1, processor: BaseImageProcessor | None = None
+    model: str | Path | PreTrainedModel,
+    images: Sequence[Image.Image],
+    *,
+    scale: int = 1,
+    processor: BaseImageProcessor | None = None,
 ) -> Any:
     """Return a figure of images and, below each, its patches in the colours of their tokens' principal components.
 
@@ -140,7 +142,7 @@ def show_views(
     return figure
 
 
-def _encoder(model: Model, processor: BaseImageProcessor | None) -> VisionEncoder:
+def _encoder(model: str | Path | PreTrainedModel, processor: BaseImageProcessor | None) -> VisionEncoder:
     if not isinstance(model, PreTrainedModel):
         encoder = load_vision_encoder(str(model))
         return encoder if processor is None else VisionEncoder(**vars(encoder) | {"processor": processor})

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -47,6 +48,8 @@ def write_report(*runs: str | os.PathLike, data: str | None = None, output: str 
     if not 1 <= len(runs) <= 2:
         raise InputError(f"`RUN`: expected the folder of one run or of two, got {len(runs)}.")
     facts = [read_facts(Path(run)) for run in runs]
+    if len({run.name for run in facts}) < len(facts):
+        facts = [replace(run, mark=mark) for run, mark in zip(facts, (" (A)", " (B)"), strict=True)]
     images = open_images(data, facts[0])
     place = Path(output) if output is not None else facts[0].folder / (REPORT_FILE, COMPARISON_FILE)[len(runs) - 1]
     if not place.absolute().parent.is_dir():
@@ -54,7 +57,9 @@ def write_report(*runs: str | os.PathLike, data: str | None = None, output: str 
     names = " ".join(("RUN_A", "RUN_B") if len(runs) > 1 else ("RUN",))
     shown_data = f" --data {images.word}" if images is not None and data is not None else ""
     command = f"hf-vicreg report {names}{shown_data}"
-    panels = panels_of([run.records for run in facts], facts[0].levels)
+    panels = panels_of(
+        [run.records for run in facts], facts[0].levels, dict.fromkeys(part for run in facts for part in run.parts)
+    )
     looks = [_Look(run, images, len(facts)) for run in facts]
     bodies: list[str] = []
     for part, title, lead in PARTS:

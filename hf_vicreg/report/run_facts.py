@@ -29,6 +29,8 @@ class RunFacts:
         recipe: Its settings, without where its images and it itself lie.
         dataset: Name of the built-in data set it was trained on, or None: others are not looked for.
         verdicts: What the doctor found, as `health_of` gives it.
+        parts: Names of the parts of its loss.
+        mark: What tells it from another run of the same name.
     """
 
     folder: Path
@@ -37,11 +39,13 @@ class RunFacts:
     recipe: dict[str, Any]
     dataset: str | None
     verdicts: list[dict[str, Any]]
+    parts: tuple[str, ...]
+    mark: str = ""
 
     @property
     def name(self) -> str:
         """The folder's name."""
-        return one_line(self.folder.resolve().name)
+        return one_line(self.folder.resolve().name) + self.mark
 
     @property
     def steps(self) -> list[Record]:
@@ -106,7 +110,7 @@ def read_facts(folder: Path) -> RunFacts:
     """
     for name in FILES:
         file_inside(folder, name)
-    records, gamma = read_run(folder)
+    records, gamma, objective = read_run(folder)
     try:
         recipe = read_checked(folder / "recipe.yaml", check_recipe)
         results = read_checked(folder / "results.json", check_results) if (folder / "results.json").exists() else {}
@@ -119,7 +123,8 @@ def read_facts(folder: Path) -> RunFacts:
         results=results,
         recipe=without_paths({key: value for key, value in recipe.items() if key not in OF_THE_OWNER}),
         dataset="digits" if recipe.get("dataset_name") == "digits" and not recipe.get("train_dir") else None,
-        verdicts=health_of(records, gamma)["verdicts"],
+        verdicts=health_of(records, gamma, objective)["verdicts"],
+        parts=objective.parts,
     )
 
 

@@ -130,13 +130,11 @@ def attention_data(encoder: VisionEncoder, images: ReportImages, budget: int) ->
         height, width = given.pixels.shape[-2:]
         rows, columns = grid_of(model, height, width)
         a_query = 4 * layers * heads * (rows * columns + 1)
-        count = len(some)
-        if a_query * (rows * columns + 1) * count > budget // len(SCALES):
-            if items:
-                continue  # the larger size is a luxury
-            count = 1
-        queries = lattice(rows, columns, max(1, budget // 2 // count // a_query - 1))
-        for (place, _), pixels, image in list(zip(some, given.pixels, given.shown, strict=True))[:count]:
+        count = min(len(some), budget // len(SCALES) // (a_query * (rows * columns + 1)))
+        if items and not count:
+            continue  # the larger size is a luxury
+        queries = lattice(rows, columns, max(1, budget // len(SCALES) // max(1, count) // a_query - 1))
+        for (place, _), pixels, image in list(zip(some, given.pixels, given.shown, strict=True))[: max(1, count)]:
             maps = attention_maps(model, pixels[None], [-1, *queries])
             items.append(
                 {

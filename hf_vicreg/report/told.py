@@ -2,6 +2,7 @@
 
 import html
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import yaml
@@ -32,7 +33,7 @@ class Panel(NamedTuple):
         title: Above it.
         curves: Names in the log, each with what it is called here.
         note: What to look for, in a few words.
-        log: Whether its scale is logarithmic.
+        log: Whether its scale is logarithmic, where all values are above 0.
     """
 
     title: str
@@ -41,14 +42,8 @@ class Panel(NamedTuple):
     log: bool = False
 
 
+LOSS = Panel("Loss", {"loss": "loss"}, "of the whole batch")
 PANELS = (
-    Panel("Loss", {"loss": "loss"}, "falls and flattens"),
-    Panel(
-        "Its parts, unweighted",
-        {"invariance": "invariance", "variance": "variance", "covariance": "covariance"},
-        "invariance falls, the other two settle",
-        log=True,
-    ),
     Panel(
         "Accuracy on held-out images",
         {
@@ -90,7 +85,7 @@ def heading(runs: list[RunFacts], sections: dict[str, str]) -> str:
         kind = "healthy" if run.is_healthy else "unwell"
         bodies.append(
             f'<p class="verdict {kind}">{shown(run.verdict)}</p><dl class="figures">{figures}</dl>'
-            f'<p class="made">made by <code>hf-vicreg doctor {shown(run.name)}</code></p>'
+            f'<p class="made">made by <code>hf-vicreg doctor RUN</code></p>'
         )
     links = "".join(f'<a href="#{shown(name)}">{shown(text)}</a>' for name, text in sections.items())
     return (
@@ -206,37 +201,40 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def panels_of(runs: list[list[Record]], levels: dict[str, float]) -> list[dict[str, Any]]:
+def panels_of(runs: list[list[Record]], levels: dict[str, float], parts: Iterable[str]) -> list[dict[str, Any]]:
     """Return the panels that have something to show.
 
     Args:
         runs: The records of one run or of several.
         levels: Accuracies to compare with, by name, that are no curves.
+        parts: Names of the parts of the loss.
 
     Returns:
         For each panel `title`, `note`, `log`, `curves`: `run`, `label`, `steps` and `values`, all finite, and
         `levels`: `label` and `value`.
     """
     found = []
-    for panel in PANELS:
-        curves = [
+    of_parts = Panel("Its parts", {name: name.replace("_", " ") for name in parts}, "unweighted", log=True)
+    for panel in (LOSS, of_parts, *PANELS):
+        curves: list[dict[str, Any]] = [
             {"run": run, "label": label, "steps": [step for step, _ in points], "values": [one for _, one in points]}
             for run, records in enumerate(runs)
             for key, label in panel.curves.items()
-            if (points := thinned(points_of(records, key, positive=panel.log)))
+            if (points := thinned(points_of(records, key)))
         ]
         if curves:
             own = levels if "knn_accuracy" in panel.curves else {}
             lines = [{"label": label, "value": value} for label, value in own.items()]
-            head = {"title": panel.title, "note": panel.note, "log": panel.log}
+            log = panel.log and all(value > 0 for curve in curves for value in curve["values"])
+            head = {"title": panel.title, "note": panel.note, "log": log}
             found.append(head | {"curves": curves, "levels": lines})
     return found
 
 
-def points_of(records: list[Record], key: str, *, positive: bool = False) -> list[tuple[int, float]]:
-    """Return (step, value) of a figure where it is finite and, for a logarithmic scale, positive."""
+def points_of(records: list[Record], key: str) -> list[tuple[int, float]]:
+    """Return (step, value) of a figure where it is finite."""
     found = [(record["step"], float(record[key])) for record in records if key in record]
-    return [(step, value) for step, value in found if math.isfinite(value) and (value > 0 or not positive)]
+    return [(step, value) for step, value in found if math.isfinite(value)]
 
 
 def thinned(points: list[tuple[int, float]], most: int = MAX_POINTS) -> list[tuple[int, float]]:

@@ -178,7 +178,8 @@ def test_long_logs_are_thinned_out_and_keep_their_spikes():
     assert (4321, 99.0) in found
     assert found == sorted(found)
     records = [{"step": 1, "loss": float("inf")}, {"step": 2, "loss": 3.0, "invariance": 0.0}]
-    (panel,) = panels_of([records], {})
+    panel, parts = panels_of([records], {}, ["invariance"])
+    assert not parts["log"]
     assert panel["curves"][0]["values"] == [3.0]
 
 
