@@ -130,11 +130,13 @@ def maps_of(features: torch.Tensor) -> dict[str, torch.Tensor]:
     if len(features) >= LEAST_FOR_TSNE:
         try:
             from sklearn.manifold import TSNE
+            from threadpoolctl import threadpool_limits  # which scikit-learn needs itself
         except ImportError:
             logger.info("no t-SNE beside the PCA: scikit-learn is not installed; pip install scikit-learn")
             return maps
         start = components[:, :50].numpy()
-        found = TSNE(perplexity=PERPLEXITY, init="pca", random_state=0, max_iter=500).fit_transform(start)
+        with threadpool_limits(1):  # threads that wait for each other at every step: ten times slower on busy cores
+            found = TSNE(perplexity=PERPLEXITY, init="pca", random_state=0, max_iter=500).fit_transform(start)
         maps["t-SNE"] = _in_unit_square(torch.from_numpy(found).double())
     return maps
 

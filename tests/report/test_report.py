@@ -11,12 +11,14 @@ import torch
 import yaml
 from transformers import AutoImageProcessor, AutoModel
 
+from hf_vicreg import BigBirdViTConfig, BigBirdViTModel
 from hf_vicreg.cli import main
 from hf_vicreg.report.attention import attention_maps, lattice
+from hf_vicreg.report.page import data_block
 from hf_vicreg.report.patches import PatchColours
 from hf_vicreg.report.report import write_report
 from hf_vicreg.report.run_facts import read_facts
-from hf_vicreg.report.run_images import open_images
+from hf_vicreg.report.run_images import open_images, spread
 from hf_vicreg.report.told import panels_of, thinned
 from hf_vicreg.training.errors import InputError
 
@@ -87,6 +89,16 @@ def test_page_holds_planted_text_as_text_alone(page, conftest):
     assert content["maps"][0]["classes"] == [f"{conftest.NAME[:-1]}\\x07", "plain"]
 
 
+def test_data_end_no_script_and_hold_finite_numbers_alone():
+    planted = "</script><!-- <script>\u2028 &lt; '\""
+    (found,) = re.findall(
+        r'<script type="application/json" id="data">([^<>]*)</script>', data_block("data", [planted])
+    )
+    assert json.loads(found) == [planted]
+    with pytest.raises(ValueError, match="JSON"):
+        data_block("data", [float("nan")])
+
+
 def test_page_names_no_place_of_the_machine(page, run, images):
     for place in (run.parent, images):
         assert str(place) not in page
@@ -130,6 +142,30 @@ def test_attention_equals_the_eager_model_and_is_zero_where_forbidden(page, run,
                 assert [letter != "." for letter in letters] == sees[query].tolist()
             forbidden += int((~sees).sum())
     assert forbidden
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [{"tile_size": 2, "num_global_tiles": 1}, {"attention_layout": "raster", "block_size": 3}],
+    ids=["tiles", "raster"],
+)
+def test_levels_and_zeros_follow_the_pattern_in_raster_order(pattern):
+    config = BigBirdViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=56, patch_size=8,
+        num_register_tokens=2, num_random_blocks=1, **pattern,
+    )  # fmt: skip
+    model = BigBirdViTModel(config).eval()
+    maps = attention_maps(model, torch.randn(1, 3, 56, 40), [-1, 0, 8, 34])
+    assert (maps.grid, maps.leading) == ((7, 5), 3)
+    for layer, own in enumerate(model.attention_patterns(56, 40)):
+        back = own.order.argsort()
+        sees = own.token_mask()[0, 3:, 3:][back][:, back]
+        for place, query in enumerate(maps.queries[1:], start=1):
+            assert [letter != "." for letter in maps.levels[layer][place]] == sees[query].tolist()
+            assert ((maps.weights[layer, :, place, 3:] == 0) == ~sees[query]).all()
+            assert maps.levels[layer][place][query] == "q"
+        assert not sees[8].all()
+    assert (maps.weights[:, :, 0] > 0).all()  # CLS sees everything
 
 
 def test_patches_that_look_are_thinned_out():
@@ -181,6 +217,13 @@ def test_long_logs_are_thinned_out_and_keep_their_spikes():
     panel, parts = panels_of([records], {}, ["invariance"])
     assert not parts["log"]
     assert panel["curves"][0]["values"] == [3.0]
+
+
+def test_of_many_images_some_are_taken_from_everywhere():
+    assert spread(7, 1000) == list(range(7))
+    found = spread(100_000, 1000)
+    assert len(set(found)) == 1000
+    assert (found[0], found[-1]) == (0, 99_900)
 
 
 def test_without_images_the_parts_that_need_them_say_so(run, tmp_path):

@@ -1,5 +1,6 @@
 """What a finished run says at its end."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]
             lines.append(
                 f"{verdict['name']} ({when} step {verdict['step']}): {verdict['finding']}; {verdict['remedy']}"
             )
+    lines.append(f"\nTo look at the run: hf-vicreg report {shlex.quote(str(folder))}")
     lines.append(f"\nThe encoder is in {folder}. To load it:\n")
     lines.append(LOCAL_SNIPPET.format(name=python_string(folder), features=results["features"]))
     return "\n" + "\n".join(lines)
