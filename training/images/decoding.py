@@ -34,6 +34,12 @@ KINDS = {
     "too small": "smaller than a patch",
     "float": "float image: what its values mean is not known",
     "memory": "not enough memory to decode it",
+    "channels": "other channels than wanted",
+    "axes": "order of axes not known",
+    "depth": "values of another kind",
+    "library": "a library is not installed",
+    "no pixels": "no pixels in it",
+    "no multiscales": "a Zarr that is no OME-Zarr",
 }
 # How files of known formats begin, and what people take for images by mistake.
 BEGINNINGS = {
@@ -104,6 +110,7 @@ def decode(
 
 def _decode(encoded: bytes, min_size: tuple[int, int], reduction: Callable[[int, int], int] | None) -> Image.Image:
     image = _open(BytesIO(encoded))
+    _refuse_channels(image)
     original = image.size
     if isinstance(image, JpegImageFile):
         wanted = reduction(*_upright(original, image)) if reduction is not None else 1
@@ -117,8 +124,6 @@ def _decode(encoded: bytes, min_size: tuple[int, int], reduction: Callable[[int,
     width, height = _upright(original, image)
     if height < min_size[0] or width < min_size[1]:
         raise _too_small(width, height, min_size)
-    if image.mode == "F":
-        raise UnusableImage("float")
     return upright_rgb(image)
 
 
@@ -144,8 +149,7 @@ def read_header(file: BinaryIO, min_size: tuple[int, int] = (1, 1)) -> Header:
         raise _too_large(width, height)
     if height < min_size[0] or width < min_size[1]:
         raise _too_small(width, height, min_size)
-    if image.mode == "F":
-        raise UnusableImage("float")
+    _refuse_channels(image)
     return Header(width, height, image.mode, image.format or "")
 
 
@@ -176,6 +180,17 @@ def unusable(error: Exception, encoded: bytes | None = None) -> UnusableImage:
     if "truncated" in message.lower() or (form is not None and len(encoded) < 64):
         return UnusableImage("truncated", f"truncated {what}")
     return UnusableImage("damaged", f"damaged {what}" + (f" ({message})" if message else ""))
+
+
+def _refuse_channels(image: Image.Image) -> None:
+    """Raise UnusableImage for what would lose channels or depth as RGB: floats, and stacks of grey pages."""
+    if image.mode == "F":
+        raise UnusableImage("float")
+    if image.format == "TIFF" and image.mode[0] in "LI" and getattr(image, "n_frames", 1) > 1:
+        pages = image.n_frames  # type: ignore[attr-defined]
+        raise UnusableImage(
+            "channels", f"{pages} grey pages, not RGB: --model.num_channels {pages} takes them as channels"
+        )
 
 
 def _unread(error: Exception) -> UnusableImage:

@@ -42,11 +42,11 @@ class ViewSampler:
         return [cls(config, *kind, view) for view, kind in enumerate(kinds)]
 
     def __call__(self, image: Image.Image, rng: random.Random) -> tuple[torch.Tensor, list[float]]:
-        """Return a crop `(3, height, width)` uint8 and its colour parameters."""
+        """Return a crop `(channels, height, width)` in the image's depth, uint8 of Pillow's, and its colours."""
         return self.draw(image, rng)[:2]
 
     def draw(self, image: Image.Image, rng: random.Random) -> tuple[torch.Tensor, list[float], list[float]]:
-        """Return a crop `(3, height, width)` uint8, its colour parameters and where it lies in the image.
+        """Return a crop as `__call__` does, its colour parameters and where it lies in the image.
 
         The last is a 2 x 3 matrix, row by row: from a place (x, y, 1) in the crop, in shares of its width and height,
         to the place in the image, in units of its longer side.
@@ -60,7 +60,7 @@ class ViewSampler:
         # rows of pixels, channels last: the layout in which resizing of bytes is vectorised
         pixels = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).permute(2, 0, 1)
         if (height, width) != self.image_size:
-            pixels = F.interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
+            pixels = resized(pixels, self.image_size)
         flipped = rng.random() < config.flip_probability
         if flipped:
             pixels = pixels.flip(2)
@@ -126,6 +126,14 @@ def _place(box: tuple[int, int, int, int], flipped: bool, turn: tuple[float, ...
     for across, down, shift in (turn[:3], turn[3:]):
         rows += [across * to_box[0], down * height, across * to_box[1] + down * top + shift]
     return [one / longer_side for one in rows]
+
+
+def resized(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return pixels `(channels, height, width)` at another size, in their own depth."""
+    if pixels.dtype == torch.uint8:
+        return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+    whole = F.interpolate(pixels[None].to(torch.float32), size, mode="bilinear", antialias=True)[0]
+    return whole if pixels.dtype == torch.float32 else whole.round_().to(pixels.dtype)
 
 
 def of_view(probability: float | tuple[float, float], view: int) -> float:

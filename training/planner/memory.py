@@ -89,9 +89,9 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
             torch_compile=False,
             freeze_layers=config.run.freeze_layers,
         )
-        inputs = {"pixel_values": torch.empty(images, 2, 3, height, width)}
+        inputs = {"pixel_values": torch.empty(images, 2, config.num_channels, height, width)}
         if local:
-            inputs["local_pixel_values"] = torch.empty(images, local, 3, side, side)
+            inputs["local_pixel_values"] = torch.empty(images, local, config.num_channels, side, side)
         if model.objective.needs_tokens:
             inputs["geometry"] = torch.empty(images, 2 + local, 6)
         with kept, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):

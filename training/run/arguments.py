@@ -81,11 +81,17 @@ class ViewsConfig:
     local_image_size: int = _views(96, "Side of local views in pixels.")
     local_crop_min_ratio: float = _views(0.05, "Smallest crop of a local view, as a share of the image's area.")
     local_crop_max_ratio: float = _views(0.4, "Largest crop of a local view.")
-    image_mean: float | tuple[float, float, float] | None = _views(
+    image_mean: float | tuple[float, ...] | None = _views(
         None, "Taken from pixels in [0, 1], of all channels or each; default: the source's, else ImageNet's."
     )
-    image_std: float | tuple[float, float, float] | None = _views(
+    image_std: float | tuple[float, ...] | None = _views(
         None, "What they are divided by then; default: the source's, else ImageNet's."
+    )
+    channel_low: float | tuple[float, ...] | None = _views(
+        None, "Value of each channel that becomes 0; default: none for photographs, else measured."
+    )
+    channel_high: float | tuple[float, ...] | None = _views(
+        None, "Value of each channel that becomes 1; default: none for photographs, else measured."
     )
 
     def __post_init__(self) -> None:
@@ -97,6 +103,8 @@ class ViewsConfig:
             "local_image_size": (1, math.inf),
             "image_mean": (-1000, 1000),
             "image_std": (1e-6, 1000),
+            "channel_low": (-1e30, 1e30),
+            "channel_high": (-1e30, 1e30),
         }
         for name, value in dataclasses.asdict(self).items():
             if name == "image_size":
@@ -143,6 +151,15 @@ class PretrainArguments:
     image_column_name: str | None = _data(None, "Column of images; default: the only image column.")
     label_column_name: str | None = _data(None, "Column of labels for k-NN; default: `label` if there is one.")
     max_train_samples: int | None = _data(None, "Train on the first so many images.")
+    normalisation: list[str] | None = _data(  # noqa: RUF009 - the default is None
+        None,
+        "How values of each channel become 0 to 1: `photo` (8-bit RGB), or as measured on the images by `percentile`, "
+        "`minmax`, or `fixed LOW HIGH`; default: photo for 3 channels, else percentile.",
+    )
+    pages: str | None = _data(
+        None, "What pages of a file are, `channels` or `images`; default: told from the number of channels."
+    )
+    window: int | None = _data(None, "Read larger images by windows of so many pixels a side, each an image.")
     model_name_or_path: str | None = _model(
         None, "Begin with the weights of a vision encoder: a run's folder, any that transformers loads, or a Hub id."
     )
@@ -250,6 +267,7 @@ RESUMABLE_CHANGES = {
 SECTIONS = ("model", "second_model", "vicreg", "views", *OBJECTIVE_SECTIONS)
 # Fields of an encoder that leave the weights of `model_name_or_path` as they are.
 OPEN_FIELDS = {
+    "num_channels",
     "image_size",
     "drop_path_rate",
     "hidden_dropout_prob",
