@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from hf_vicreg.modeling.rgb_image import orientation_of, upright_rgb
@@ -175,11 +175,27 @@ def unusable(error: Exception, encoded: bytes | None = None) -> UnusableImage:
         text = encoded[:64].lstrip().lower()
         what = " (a web page)" if text.startswith((b"<!doctype", b"<html")) else ""
         return UnusableImage("not an image", KINDS["not an image"] + what)
+    samples = _samples(encoded) if form == "TIFF" else 0
+    if isinstance(error, UnidentifiedImageError) and samples not in (0, 1, 3, 4):
+        remedy = f"--model.num_channels {samples} takes them all"
+        return UnusableImage("channels", f"{samples} channels where 3 are wanted; {remedy}")
     what = form or "image"
     message = _words(error)
     if "truncated" in message.lower() or (form is not None and len(encoded) < 64):
         return UnusableImage("truncated", f"truncated {what}")
     return UnusableImage("damaged", f"damaged {what}" + (f" ({message})" if message else ""))
+
+
+def _samples(encoded: bytes) -> int:
+    """Return how many channels a TIFF says its pixels have, 0 if it cannot be told."""
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(encoded[:8])
+        file = BytesIO(encoded)
+        file.seek(tags.next)
+        tags.load(file)
+        return int(tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 0))
+    except Exception:  # a broken one
+        return 0
 
 
 def _refuse_channels(image: Image.Image) -> None:
