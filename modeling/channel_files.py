@@ -6,6 +6,7 @@ TIFF with its axes, pages and pyramid (tifffile, imagecodecs), DICOM (pydicom), 
 
 import importlib
 import os
+import weakref
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -114,7 +115,13 @@ def _tiff(file: str | BinaryIO, num_channels: int, pages: str | None, lazy: bool
         if levels[0].ndim != len(series.axes) or not {"Y", "X"} <= set(series.axes):
             raise UnreadableChannels("axes", f"the order of axes {series.axes} {levels[0].shape} cannot be told")
         inverted = page.photometric == 0
-        return ChannelFile(levels, _lettered(series.axes), num_channels, pages, alpha=alpha, inverted=inverted)
+        found = ChannelFile(levels, _lettered(series.axes), num_channels, pages, alpha=alpha, inverted=inverted)
+        if lazy:
+            weakref.finalize(found, opened.close)
+        return found
+    except BaseException:
+        opened.close()
+        raise
     finally:
         if not lazy:
             opened.close()

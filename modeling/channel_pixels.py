@@ -107,7 +107,7 @@ class ChannelPixelsMixin:
         if low is None:
             return super().process_image(image, input_data_format=input_data_format, **kwargs)  # type: ignore[misc]
         pixels = array_of(image, len(low), kwargs.get("pages"), input_data_format)
-        tensor = scaled(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1), low, high).contiguous()
+        tensor = scaled(torch.from_numpy(np.array(pixels)).permute(2, 0, 1), low, high).contiguous()
         if self.backend == "pil":  # type: ignore[attr-defined]
             return tensor.numpy()
         device = kwargs.get("device")

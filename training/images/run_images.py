@@ -53,7 +53,7 @@ def usable_images(source: ImageSource, config: RunConfig) -> ImageSource:
     small = next((index for index in tried if readable.read(index) is not None), None)
     if small is None:
         refusal = readable.refusal(0)
-        if isinstance(readable, ChannelSource) and refusal is not None:
+        if refusal is not None and (isinstance(readable, ChannelSource) or refusal.kind == "channels"):
             raise InputError(f"`{field}`: {readable.describe(0)}: {refusal}")
         raise InputError(
             f"`{field}`: expected readable images in {source.name}, found {len(tried)} of {len(tried)} corrupt, "
