@@ -12,7 +12,7 @@ from .channel_files import open_channels
 from .channel_layout import ChannelFile, axes_of_array
 
 
-class ChannelKwargs(ImagesKwargs, total=False):
+class ChannelKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What an image processor of any number of channels has beside others.
 
     channel_low (`list[float]`, *optional*):
@@ -89,7 +89,7 @@ class ChannelPixelsMixin:
             return [self.fetch_images(one) for one in images]
         if isinstance(images, os.PathLike | str) and os.path.exists(images):
             return os.fspath(images)  # read in `process_image`: the file knows its axes
-        return super().fetch_images(images) if isinstance(images, str) else images  # type: ignore[misc]
+        return super().fetch_images(images) if isinstance(images, str) else images
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
         """Return a flat list of images."""
@@ -101,12 +101,12 @@ class ChannelPixelsMixin:
         batch = isinstance(found, np.ndarray | torch.Tensor) and found.ndim == 4
         return list(found) if batch else [found]
 
-    def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> Any:
+    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> Any:
         """Return one image as the backend's array or tensor, channels first."""
         low, high = kwargs.get("channel_low"), kwargs.get("channel_high")
         if low is None:
-            return super().process_image(image, input_data_format=input_data_format, **kwargs)  # type: ignore[misc]
-        pixels = array_of(image, len(low), kwargs.get("pages"), input_data_format)
+            return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)  # type: ignore[misc]
+        pixels = array_of(image, len(low), kwargs.get("pages"), kwargs.get("input_data_format"))
         tensor = scaled(torch.from_numpy(np.array(pixels)).permute(2, 0, 1), low, high).contiguous()
         if self.backend == "pil":  # type: ignore[attr-defined]
             return tensor.numpy()

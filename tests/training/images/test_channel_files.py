@@ -278,7 +278,7 @@ def test_pages_are_channels_or_images_as_asked(tmp_path):
         as_one = channel_folder(str(tmp_path), 12, pages)
         assert len(as_one) == 1
         np.testing.assert_array_equal(np.asarray(as_one.read(0)), stack.reshape(12, HEIGHT, WIDTH).transpose(1, 2, 0))
-    with pytest.raises(UnreadableChannels, match="4 channel.s. and 3 pages where 5 are wanted"):
+    with pytest.raises(UnreadableChannels, match=r"4 channel.s. and 3 pages where 5 are wanted"):
         open_channels(str(tmp_path / "a.tif"), 5)
 
 

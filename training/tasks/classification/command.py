@@ -15,7 +15,7 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FinetuneArguments, TuningArguments, check_ranges
 from hf_vicreg.training.evaluation.encoder import load_processor, public_name, source_for, weights_digest
 from hf_vicreg.training.evaluation.evaluate import MAX_STORED_CLASSES, settings_of, share_right
-from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap
+from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap, load_labelled
 from hf_vicreg.training.evaluation.pictures import can_draw, confusion_matrix, draw_confusion
 from hf_vicreg.training.evaluation.results import FILE, describe_data
 from hf_vicreg.training.images.sources import ImageSource, load_sources
