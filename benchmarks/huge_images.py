@@ -1,6 +1,6 @@
 """Crops a second and memory of training on huge images, against small ones: `python -m benchmarks.huge_images`.
 
-Sparse files, a tiled TIFF and an OME-Zarr, in which one tile in so many is stored, are made in a temporary folder; each
+Sparse files, a tiled TIFF and an OME-Zarr, in which few tiles are stored, are made in a temporary folder; each
 size is read in a process of its own, since memory is measured as the process's peak.
 """
 

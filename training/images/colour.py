@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vicreg.modeling.channel_pixels import scaled
+from hf_vicreg.training.images.channels.science_views import NUM_COLOURS, add_noise, before_colours, drop_channels
 
 # columns of the colour parameters
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, BLUR_SIGMA, SOLARIZE = range(7)
@@ -72,7 +73,7 @@ def finish_views(
 
     Args:
         crops: `(batch, channels, height, width)` uint8; with `ranges` of any depth.
-        colours: `(batch, 7)` float32 on the CPU, as `ViewSampler` draws them.
+        colours: `(batch, 7)` float32 on the CPU, as `ViewSampler` draws them; more with those of `science_views`.
         normalisation: The image processor's mean and deviation.
         ranges: Values of each channel that become 0 and 1; None: 0 and 255.
 
@@ -90,8 +91,15 @@ def finish_views(
             images.div_(255)
         else:
             images.copy_(scaled(images, *ranges))
-        _colour(images, own_colours)
+        measured = own_colours[:, NUM_COLOURS:]
+        if measured.shape[1]:
+            before_colours(images, measured)
+        _colour(images, own_colours[:, :NUM_COLOURS])
+        if measured.shape[1]:
+            add_noise(images, measured)
         images.sub_(mean).div_(std)
+        if measured.shape[1]:
+            drop_channels(images, measured)
     return views
 
 

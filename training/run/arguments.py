@@ -56,8 +56,8 @@ _data, _model, _loss, _views, _optimisation, _run, _evaluation, _hub = (
 class ViewsConfig:
     """Augmentation of the views, all drawn alike by default. The defaults are the paper's (VICReg, appendix C.1).
 
-    Blur and solarisation may be pairs, one probability for each of two views; `preset` in a recipe stands for the two:
-    see `VIEW_PRESETS`. Local views are those of multi-crop (Caron et al. 2020, arXiv 2006.09882), their crops' areas
+    Blur and solarisation may be pairs, one probability for each of two views; `preset` stands for several: see
+    `VIEW_PRESETS`. Local views are those of multi-crop (Caron et al. 2020, arXiv 2006.09882), their crops' areas
     DINO's (arXiv 2104.14294).
     """
 
@@ -66,6 +66,8 @@ class ViewsConfig:
     )
     crop_min_ratio: float = _views(0.08, "Smallest crop, as a share of the image's area.")
     flip_probability: float = _views(0.5, "Horizontal flip.")
+    vertical_flip_probability: float = _views(0.0, "Vertical flip.")
+    quarter_turn_probability: float = _views(0.0, "Turn by 90, 180 or 270 degrees.")
     rotation_degrees: float = _views(0.0, "Rotation by up to so many degrees either way, before the crop.")
     translate_ratio: float = _views(0.0, "Shift by up to this share of the image each way, before the crop.")
     zoom_ratio: float = _views(0.0, "Magnification drawn from 1 +- this, before the crop.")
@@ -77,6 +79,12 @@ class ViewsConfig:
     grayscale_probability: float = _views(0.2, "Grayscale.")
     blur_probability: float | tuple[float, float] = _views(0.5, "Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels.")
     solarize_probability: float | tuple[float, float] = _views(0.1, "Solarisation above one half.")
+    gain: float = _views(0.0, "Factor of each channel, drawn from 1 +- this.")
+    offset: float = _views(0.0, "Summand of each channel, drawn from +- this, of values between 0 and 1.")
+    gamma: float = _views(0.0, "Exponent of each channel, drawn from 1 / (1 + this) to 1 + this.")
+    noise: float = _views(0.0, "Normal noise, its deviation drawn from 0 to this.")
+    channel_dropout_probability: float = _views(0.0, "Each channel is replaced by its mean.")
+    stain: float = _views(0.0, "Amounts of stains in RGB, in optical density: factor 1 +- this, summand +- this.")
     num_local_views: int = _views(0, "Smaller crops beside the two global views (multi-crop).")
     local_image_size: int = _views(96, "Side of local views in pixels.")
     local_crop_min_ratio: float = _views(0.05, "Smallest crop of a local view, as a share of the image's area.")
@@ -122,13 +130,6 @@ class ViewsConfig:
                 "`views.local_crop_max_ratio`: expected a number above 0 and at least `local_crop_min_ratio`, "
                 f"{self.local_crop_min_ratio}, got {self.local_crop_max_ratio}."
             )
-
-
-# `views.preset`: what differs between the paper and its code (facebookresearch/vicreg, augmentations.py).
-VIEW_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"blur_probability": 0.5, "solarize_probability": 0.1},
-    "official": {"blur_probability": (1.0, 0.1), "solarize_probability": (0.0, 0.2)},
-}
 
 
 @dataclass

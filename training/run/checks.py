@@ -187,6 +187,8 @@ def check_channels(config: "RunConfig") -> None:
         raise InputError("`streaming`: expected 8-bit RGB images, other channels are read from stored files alone.")
     if run.window is not None and not run.train_dir:
         raise InputError(f"`window`: expected a folder of image files to read by windows, got {run.dataset_name!r}.")
+    if views.stain and channels != 3:
+        raise InputError(f"`views.stain`: expected 0 with {channels} channels, got {views.stain}: stains are of RGB.")
     for name in ("image_mean", "image_std", "channel_low", "channel_high"):
         given = getattr(views, name)
         if isinstance(given, tuple) and len(given) != channels:

@@ -19,13 +19,13 @@ from hf_vicreg.training.run.arguments import (
     OPEN_FIELDS,
     RESERVED,
     SECTIONS,
-    VIEW_PRESETS,
     PretrainArguments,
     ViewsConfig,
 )
 from hf_vicreg.training.run.checks import check_ranges
 from hf_vicreg.training.run.places import data_setting
 from hf_vicreg.training.run.section_flags import INHERITED, MODEL, VICREG, VICREG_WEIGHTS
+from hf_vicreg.training.run.view_presets import VIEW_PRESETS
 
 logger = logging.getLogger(__name__)
 
