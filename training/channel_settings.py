@@ -1,7 +1,6 @@
 """Images of any channels: their normalisation, measured before anything is planned, and windows that hold nothing."""
 
 import logging
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ from typing import Any
 from hf_vicreg.training.building import OpenRun
 from hf_vicreg.training.images.channels.channel_source import ChannelSource
 from hf_vicreg.training.images.channels.folders import without_blank
-from hf_vicreg.training.images.channels.measuring import Measured, measure
+from hf_vicreg.training.images.channels.measuring import measured_views
 from hf_vicreg.training.launch.distributed import run_on_main
-from hf_vicreg.training.run.checks import fixed_bounds
 from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.run.resolve import resolve
 from hf_vicreg.training.run.run_folder import RECIPE
@@ -36,11 +34,13 @@ def with_measured(settings: dict[str, Any], config: RunConfig, opened: OpenRun) 
     if not isinstance(source, ChannelSource):
         return settings, config
     if config.normalisation_kind != "photo" and config.channel_ranges is None:
-        kind, bounds = config.normalisation_kind, fixed_bounds(config.run.normalisation)
-        found = _stored(config) or asdict(run_on_main(partial(measure, source, kind, bounds), opened.accelerator))
-        settings = settings | {"views": found | settings.get("views", {})}
+        stored = _stored(config)
+        if stored is not None:
+            settings = settings | {"views": stored | settings.get("views", {})}
+        else:
+            settings = run_on_main(partial(measured_views, settings, config, source), opened.accelerator)
         config = resolve(settings)
-        _log(Measured(**found), kind)
+        _log(config)
     ranges = config.channel_ranges or OF_PHOTOS
     opened.source = run_on_main(partial(without_blank, source, *ranges), opened.accelerator)
     return settings, config
@@ -55,6 +55,7 @@ def _stored(config: RunConfig) -> dict[str, Any] | None:
     return {key: views[key] for key in FIELDS} if all(views.get(key) is not None for key in FIELDS) else None
 
 
-def _log(found: Measured, kind: str) -> None:
-    for channel, (low, high) in enumerate(zip(found.channel_low, found.channel_high, strict=True)):
-        logger.info("channel %d: %g becomes 0, %g becomes 1 (%s)", channel, low, high, kind)
+def _log(config: RunConfig) -> None:
+    assert config.channel_ranges is not None
+    for channel, (low, high) in enumerate(zip(*config.channel_ranges, strict=True)):
+        logger.info("channel %d: %g becomes 0, %g becomes 1 (%s)", channel, low, high, config.normalisation_kind)

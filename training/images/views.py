@@ -130,7 +130,7 @@ class ViewSampler:
 
 
 def _shares(quarters: int, flipped: bool, upended: bool) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Return from a place in a view, in shares, to that in its box, before quarter turns and flips: rows of x and y."""
+    """Return the rows of x and y, from a place in a view to that in its box, in shares, before turns and flips."""
     across, down = (-1, 0, 1) if flipped else (1, 0, 0), (0, -1, 1) if upended else (0, 1, 0)
     for _ in range(quarters):  # a turn to the left takes (x, y) from (1 - y, x)
         across, down = (-down[0], -down[1], 1 - down[2]), across

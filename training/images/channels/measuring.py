@@ -1,6 +1,6 @@
 """Normalisation by channel, measured on a sample of the images before training."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,8 @@ import numpy as np
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.decoding import UnusableImage
 from hf_vicreg.training.images.image_source import ImageSource
+from hf_vicreg.training.run.checks import fixed_bounds
+from hf_vicreg.training.run.config import RunConfig
 
 NUM_MEASURED = 64  # images
 PIXELS_OF_EACH = 2**16  # on a grid over the image
@@ -70,6 +72,14 @@ def measure(source: ImageSource, kind: str, bounds: tuple[float, float] | None =
     std = scaled.std(0)
     std[std < 1e-4] = 1.0  # a channel that `fixed` makes constant stays finite
     return Measured(*([float(one) for one in array] for array in (low, high, scaled.mean(0), std)))
+
+
+def measured_views(settings: dict[str, Any], config: RunConfig, source: ImageSource) -> dict[str, Any]:
+    """Return a run's settings with the normalisation of its images among its views, where it is to be measured."""
+    if config.normalisation_kind == "photo" or config.channel_ranges is not None:
+        return settings
+    found = measure(source, config.normalisation_kind, fixed_bounds(config.run.normalisation))
+    return settings | {"views": asdict(found) | settings.get("views", {})}
 
 
 def _sample(raster: Any) -> np.ndarray:

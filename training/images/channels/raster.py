@@ -25,6 +25,11 @@ class Raster:
         self.left, self.top, right, bottom = box or (0, 0, *file.size(level)[::-1])
         self.width, self.height = right - self.left, bottom - self.top
 
+    @classmethod
+    def of(cls, pixels: np.ndarray) -> "Raster":
+        """Return pixels `(height, width, channels)` in memory."""
+        return cls(ChannelFile([pixels], "YXC", pixels.shape[2]))
+
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
@@ -58,7 +63,7 @@ class Raster:
             exact = plane if plane.dtype == np.uint8 else plane.astype(np.float32)
             moved = np.asarray(Image.fromarray(np.ascontiguousarray(exact)).transform(size, method, data, resample))
             planes.append(moved if pixels.dtype.kind == "f" else moved.round().astype(pixels.dtype))
-        return Raster(ChannelFile([np.stack(planes, axis=-1)], "YXC", len(planes)))
+        return Raster.of(np.stack(planes, axis=-1))
 
 
 def as_picture(image: Any, low: Any = None, high: Any = None) -> Image.Image:
@@ -66,7 +71,9 @@ def as_picture(image: Any, low: Any = None, high: Any = None) -> Image.Image:
     if not isinstance(image, Raster):
         return image
     pixels = np.asarray(image)[:, :, :3].astype(np.float32)
-    low, high = (pixels.min((0, 1)), pixels.max((0, 1))) if low is None else (low[:3], high[:3])
+    low, high = (
+        (pixels.min((0, 1)), pixels.max((0, 1))) if low is None else (low[: pixels.shape[2]], high[: pixels.shape[2]])
+    )
     shown = ((pixels - low) / np.maximum(np.asarray(high) - low, 1e-12)).clip(0, 1) * 255
     shown = np.concatenate([shown, *[shown[:, :, -1:]] * (3 - shown.shape[2])], axis=2)  # grey and two channels
     return Image.fromarray(shown.round().astype(np.uint8))

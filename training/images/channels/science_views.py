@@ -97,7 +97,9 @@ def jitter_stains(images: torch.Tensor, factors: torch.Tensor, summands: torch.T
     inverse = torch.linalg.inv(stains)
     change = torch.einsum("ps,bs,sq->bqp", inverse, factors.double().cpu(), stains).float().to(images.device)
     shift = (summands.double().cpu() @ stains).float().to(images.device)[:, :, None, None]
-    return torch.einsum("bqp,bphw->bqhw", change, density).add_(shift).neg_().exp_().clamp_(0, 1)
+    # term by term: a batched product may hang on the size of the batch
+    terms = [change[:, :, stain, None, None] * density[:, stain : stain + 1] for stain in range(3)]
+    return (terms[0] + terms[1]).add_(terms[2]).add_(shift).neg_().exp_().clamp_(0, 1)
 
 
 def normal_like(images: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
