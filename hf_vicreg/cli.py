@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     images.add_argument("source", metavar="SOURCE", help="folder of images, local `datasets` folder or Hub id")
     images.add_argument("--patch_size", type=int, help="in pixels; smaller images are skipped")
     images.add_argument("--image_size", type=int, help="in pixels; how many images would be enlarged")
+    images.add_argument("--num_channels", type=int, help="read a folder's images with so many channels, not as RGB")
     images.add_argument("--num_proc", type=int, help="threads that read; default: the cores at hand")
     images.add_argument("--json", type=Path, metavar="FILE", help="file to write everything to, each image skipped")
     images.add_argument("--dataset_config_name", help="configuration of the Hub dataset")
@@ -175,6 +176,7 @@ def _images(arguments: argparse.Namespace) -> None:
         patch_size=arguments.patch_size,
         image_size=arguments.image_size,
         num_threads=arguments.num_proc,
+        num_channels=arguments.num_channels,
         **{name: getattr(arguments, name) for name in columns},
     )
     if arguments.json is not None:

@@ -115,6 +115,8 @@ def normalisation_of(name: str, config: PreTrainedConfig, field: str = FIELD) ->
     """
     processor = load_processor(_of_run(name), config, field)
     stated = processor.to_dict()
+    if stated.get("channel_low") is not None:
+        return list(stated["image_mean"]), list(stated["image_std"])
     scale = 255 * stated.get("rescale_factor", 1 / 255) if stated.get("do_rescale", True) else 255.0
     mean, std = (stated["image_mean"], stated["image_std"]) if stated.get("do_normalize", True) else (0.0, 1.0)
     mean, std = ([one / scale for one in _each(values)] for values in (mean, std))

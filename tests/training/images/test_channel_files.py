@@ -15,6 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from transformers import AutoImageProcessor
 
 from hf_vicreg import BigBirdViTImageProcessor, pretrain
+from hf_vicreg.cli import main
 from hf_vicreg.modeling import channel_files
 from hf_vicreg.modeling.channel_files import open_channels
 from hf_vicreg.modeling.channel_layout import UnreadableChannels
@@ -400,3 +401,15 @@ def test_photographs_are_read_as_before_unless_asked(tmp_path):
     source = load_sources(train_dir=str(tmp_path))[0]
     assert source.file_names == ["a.png"]
     assert isinstance(source.read(0), Image.Image)
+
+
+def test_a_folder_of_files_that_are_no_photographs_is_told_how_to_be_read(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", pixels_of("uint16", 2))
+    np.save(tmp_path / "b.npy", pixels_of("uint16", 5))
+    with pytest.raises(InputError, match=r"found .npy below .*--model.num_channels N"):
+        load_sources(train_dir=str(tmp_path))
+    assert not main(["inspect", "images", str(tmp_path), "--num_channels", "2"])
+    said = capsys.readouterr().out
+    assert "1 2 x uint16" in said
+    assert "1 NPY" in said
+    assert "b.npy: 5 channel(s) where 2 are wanted" in said
