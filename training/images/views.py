@@ -29,7 +29,7 @@ class ViewSampler:
     """
 
     def __init__(self, config: ViewsConfig, image_size: tuple[int, int], crop_ratios: tuple[float, float], view: int):
-        self.config = config
+        self.config, self._measured = config, is_measured(config)
         self.image_size = image_size
         self.crop_ratios = crop_ratios
         self.view = view
@@ -64,7 +64,7 @@ class ViewSampler:
         if config.quarter_turn_probability and rng.random() < config.quarter_turn_probability:
             quarters = 1 + int(rng.random() * 3)
             pixels = pixels.rot90(quarters, (1, 2))
-        if pixels.shape[1:] != self.image_size:
+        if ((width, height) if quarters % 2 else (height, width)) != self.image_size:
             pixels = resized(pixels, self.image_size)
         flipped = rng.random() < config.flip_probability
         if flipped:
@@ -73,7 +73,7 @@ class ViewSampler:
         if upended:
             pixels = pixels.flip(1)
         colours = self._draw_colour(rng)
-        if is_measured(config):
+        if self._measured:
             colours += draw_measured(config, len(pixels), rng)
         shares = _shares(quarters, flipped, upended)
         return pixels.contiguous(), colours, _place((left, top, width, height), shares, turn, max(image.size))
