@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     images.add_argument("source", metavar="SOURCE", help="folder of images, local `datasets` folder or Hub id")
     images.add_argument("--patch_size", type=int, help="in pixels; smaller images are skipped")
     images.add_argument("--image_size", type=int, help="in pixels; how many images would be enlarged")
+    images.add_argument("--num_channels", type=int, help="read a folder's images with so many channels, not as RGB")
     images.add_argument("--num_proc", type=int, help="threads that read; default: the cores at hand")
     images.add_argument("--json", type=Path, metavar="FILE", help="file to write everything to, each image skipped")
     images.add_argument("--dataset_config_name", help="configuration of the Hub dataset")
@@ -59,6 +60,18 @@ def build_parser() -> argparse.ArgumentParser:
     images.add_argument("--image_column_name", help="column of images; default: the only one")
     images.add_argument("--label_column_name", help="column of labels; default: `label` if there is one")
     images.set_defaults(run=_images)
+    views = whats.add_parser("views", help="a picture of what a model sees of a set of images")
+    views.add_argument("source", metavar="DATA", help="folder of images, local `datasets` folder, Hub id, or `digits`")
+    views.add_argument("out", metavar="OUT", type=Path, help="PNG file to write")
+    views.add_argument("--preset", help="augmentation by name: photo, microscopy, pathology, satellite, medical, ...")
+    views.add_argument("--num_channels", type=int, default=3, help="of the images (default: 3)")
+    views.add_argument("--normalisation", nargs="+", help="photo, percentile, minmax or fixed LOW HIGH")
+    views.add_argument("--pages", help="what pages of a file are: channels or images")
+    views.add_argument("--window", type=int, help="read larger images by windows of so many pixels a side")
+    views.add_argument("--image_size", type=int, default=128, help="side of a view in pixels (default: 128)")
+    views.add_argument("--num_images", type=int, default=8, help="rows of the picture (default: 8)")
+    views.add_argument("--seed", type=int, default=0, help="of the views (default: 0)")
+    views.set_defaults(run=_views)
 
     convert = verbs.add_parser("convert", help="weights of a dense ViT, DINOv2 or DINOv3 into a BigBirdViT")
     convert.add_argument("source", metavar="SOURCE", help="folder or Hub id of a ViT, DINOv2 or DINOv3 ViT")
@@ -173,11 +186,33 @@ def _images(arguments: argparse.Namespace) -> None:
         patch_size=arguments.patch_size,
         image_size=arguments.image_size,
         num_threads=arguments.num_proc,
+        num_channels=arguments.num_channels,
         **{name: getattr(arguments, name) for name in columns},
     )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     print(report(found))
+
+
+def _views(arguments: argparse.Namespace) -> None:
+    from hf_vicreg.training.prepare.contact_sheet import draw_views
+
+    log_to_stderr()
+    flags = {
+        name: getattr(arguments, name) for name in ("normalisation", "pages", "window") if getattr(arguments, name)
+    }
+    with place_for("OUT", arguments.out):
+        draw_views(
+            arguments.source,
+            arguments.out,
+            num_images=arguments.num_images,
+            image_size=arguments.image_size,
+            seed=arguments.seed,
+            model={"num_channels": arguments.num_channels},
+            views={} if arguments.preset is None else {"preset": arguments.preset},
+            **flags,
+        )
+    print(f"each row an image and views of it: {arguments.out}")
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -3,12 +3,14 @@
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
+from .channel_pixels import ChannelPixelsMixin
 from .rgb_image import UprightRgbMixin
 
 
-class BigBirdViTImageProcessor(UprightRgbMixin, TorchvisionBackend):
-    """Turns images into `pixel_values` `(batch, 3, height, width)`: upright RGB, resized, scaled to [0, 1],
-    normalised. Each kind of image file gets the pixels that training gave it; see `upright_rgb`."""
+class BigBirdViTImageProcessor(ChannelPixelsMixin, UprightRgbMixin, TorchvisionBackend):
+    """Turns images into `pixel_values` `(batch, channels, height, width)`: upright RGB, resized, scaled to
+    [0, 1], normalised. Each kind of image file gets the pixels that training gave it; see `upright_rgb`. With
+    `channel_low` and `channel_high` images have any number of channels; see `ChannelPixelsMixin`."""
 
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN

@@ -317,8 +317,8 @@ class VicRegForPreTraining(PreTrainedModel):
                 of_views += [tuple(layer[view] for layer in layers) for view in range(num_views)]
         places = [None] * len(inputs) if geometry is None else geometry.unbind(1)
         maps = tokens or [None] * len(inputs)
-        views = [View(*one) for one in zip(inputs, maps, places, encoded, strict=True)]
-        return encoded, self.objective.further(views)
+        seen = [View(*one) for one in zip(inputs, maps, places, encoded, strict=True)]
+        return encoded, self.objective.further(seen)
 
     def _given(self, representations: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Representations of an earlier call, one for each view."""

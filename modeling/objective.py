@@ -50,14 +50,14 @@ class Objective(nn.Module):
         settings: Those of this one, complete.
     """
 
-    name: ClassVar[str]
+    name: str
     defaults: ClassVar[dict[str, Any]] = {}
-    needs_tokens: ClassVar[bool] = False
-    sees_shifts: ClassVar[bool] = True
+    needs_tokens: bool = False
+    sees_shifts: bool = True
     encodes: ClassVar[bool] = False
     uses_expander: ClassVar[bool] = True
-    further_per_view: ClassVar[int] = 0
-    further_per_image: ClassVar[int] = 0
+    further_per_view: int = 0
+    further_per_image: int = 0
 
     def __init__(self, config: Any, encoder: nn.Module, expander: nn.Module):
         """Make what the method needs beside the model's encoder and expander.

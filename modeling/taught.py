@@ -86,7 +86,7 @@ class Taught(Objective):
             pooled, tokens = self._taught(view.inputs["pixel_values"])
             predictions.append(self.pooled_map(view.pooled))
             targets.append(pooled)
-            if self.token_map is not None:
+            if self.token_map is not None and tokens is not None:
                 errors.append(token_error(self.token_map(view.tokens), tokens))
         of_patches = [torch.stack(errors).mean(0)] if errors else []
         return [*self.inner.further(views), *predictions, *targets, *of_patches]
@@ -101,7 +101,7 @@ class Taught(Objective):
         return Terms(loss + self.weight * error, parts | {"teacher_error": error})
 
     @torch.no_grad()
-    def _taught(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _taught(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The teacher's pooled features and tokens of a view, at its own image size where it has one."""
         (teacher,) = self.kept
         if teacher.device != pixel_values.device:

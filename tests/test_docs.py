@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -35,6 +36,10 @@ def workplace(tmp_path_factory, request):
     for index in range(64):
         pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=generator).numpy()
         Image.fromarray(pixels).save(folder / "my_images" / f"{index}.png")
+    (folder / "my_cells").mkdir()
+    for index in range(8):
+        pixels = torch.randint(0, 4096, (2, 40, 48), generator=generator).numpy().astype("uint16")
+        tifffile.imwrite(folder / "my_cells" / f"{index}.tif", pixels, photometric="minisblack")
     threads = torch.get_num_threads()
     pretrain(out=folder / "runs" / "mine", data=folder / "my_images", **conftest.TINY_RECIPE)
     torch.set_num_threads(threads)

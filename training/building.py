@@ -258,7 +258,8 @@ def attention_density(config: RunConfig) -> float:
 
 def _encode_nothing(model: VicRegForPreTraining, height: int, width: int) -> None:
     """Take two black images of a size through the encoder, as the objective wants them."""
-    inputs = {"pixel_values": torch.zeros(2, 2, 3, height, width)}
+    channels = getattr(model.config.encoder, "num_channels", None) or 3
+    inputs = {"pixel_values": torch.zeros(2, 2, channels, height, width)}
     if model.objective.needs_tokens:
         inputs["geometry"] = torch.zeros(2, 2, 6)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from hf_vicreg.training.building import begin, build_run, open_run
+from hf_vicreg.training.channel_settings import with_measured
 from hf_vicreg.training.command import main
 from hf_vicreg.training.finishing import finish, fit
 from hf_vicreg.training.planner.plan import configure, with_stored_plan
@@ -87,6 +88,7 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
     settings = with_text(with_source(with_stored_plan(settings)))
     config = resolve(settings)
     opened = open_run(config)
+    settings, config = with_measured(settings, config, opened)
     accelerator = opened.accelerator
     planned = configure(settings, config, opened.source, opened.test, accelerator, began=began)
     if config.run.plan_only:

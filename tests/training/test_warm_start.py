@@ -366,7 +366,7 @@ def folders(tmp_path_factory):
             "`model_name_or_path`: expected the folder or Hub id of a vision model in safetensors form, got 'cut'",
         ),
         (["pickled"], "`model_name_or_path`: expected the folder or Hub id of a vision model in safetensors form"),
-        (["grey"], "`model_name_or_path`"),
+        (["grey"], "3 channel(s) where 1 are wanted; train with --model.num_channels 3"),
         (["flipped"], "`model_name_or_path`: expected an image processor that takes a mean from RGB"),
         (["vit", "--model.hidden_size", "32"], "`model.hidden_size`: expected none beside `model_name_or_path`"),
         (["vit", "--model.model_type", "resnet"], "`model.model_type`: expected 'vit' as in `model_name_or_path`"),

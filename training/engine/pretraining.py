@@ -136,9 +136,9 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         self._refuse_unusable(batches)
         self._hold_encoders(step < self.expander_steps)
         parts = [part for batch in batches for part in split_batch(batch, self.splits)]
-        device, normalisation = self.accelerator.device, self.config.normalisation
+        finished = (self.accelerator.device, self.config.normalisation, self.config.channel_ranges)
         finish = placed_batch if self.objective.takes_places else finish_batch
-        pieces = [partial(finish, part, device, normalisation) for part in parts]
+        pieces = [partial(finish, part, *finished) for part in parts]
         self.model.begin_step(step, self.num_steps)
         outputs = two_pass_backward(self.model, pieces, self.accelerator.backward)
         if self.accelerator.num_processes > 1:

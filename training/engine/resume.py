@@ -22,12 +22,42 @@ from hf_vicreg.training.engine.checkpoint import (
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.objectives.registry import entry_of
-from hf_vicreg.training.run.arguments import RESUMABLE_CHANGES, PretrainArguments, ViewsConfig
+from hf_vicreg.training.run.arguments import PretrainArguments, ViewsConfig
 from hf_vicreg.training.run.section_flags import MODEL
 from hf_vicreg.training.run.settings import DEFAULT_MODEL_TYPE
 
 logger = logging.getLogger(__name__)
 
+# What may differ when a run is resumed: where and how it is watched, never what is computed.
+RESUMABLE_CHANGES = {
+    "output_dir",
+    "train_dir",  # the same images may lie elsewhere: their contents are compared
+    "dataset_name",
+    "dataloader_num_workers",
+    "logging_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "checkpoints_keep_every_steps",
+    "resume_from_checkpoint",
+    "max_time",
+    "max_skipped_steps",
+    "gradient_checkpointing",
+    "torch_compile",
+    "attn_implementation",
+    "knn_every_epochs",
+    "linear_probe",
+    "with_tracking",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+    "device",
+    "time_budget",
+    "max_memory",
+    "plan_only",
+    "per_device_train_batch_size",  # resolved into batch_size
+}
 DEFAULTS: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(PretrainArguments)}
 MODEL_DEFAULTS: dict[str, Any] = {name: one.default for name, one in MODEL.items()}
 

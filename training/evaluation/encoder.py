@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
@@ -29,6 +30,8 @@ from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProce
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, pooled_features
 from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.channels.channel_source import ChannelSource, as_channels
+from hf_vicreg.training.images.image_source import ImageSource
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +151,7 @@ def load_vision_encoder(name: str, device: torch.device | None = None) -> Vision
     dual = config.model_type == VicRegDualEncoder.config_class.model_type
     encoder = (DualImages if dual else VisionEncoder)(public_name(name), model, processor, "", "")
     try:
-        outputs = encoder.outputs(processor([Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"])
+        outputs = encoder.outputs(processor([plain_image(processor)], return_tensors="pt")["pixel_values"])
         pooled = getattr(outputs, "pooler_output", None)
         assert pooled_features(outputs).ndim == 2
     except Exception as error:  # whatever a model of another kind makes of an image
@@ -159,6 +162,20 @@ def load_vision_encoder(name: str, device: torch.device | None = None) -> Vision
     feature = FIRST_TOKEN if in_pooler else MEAN_TOKEN if pooled is None else POOLED
     logger.info("features of %s: %s", name, feature)
     return replace(encoder, feature=feature, weights=weights_digest(model))
+
+
+def plain_image(processor: BaseImageProcessor) -> Any:
+    """Return a black image as an image processor takes it, of 64 pixels a side."""
+    low = getattr(processor, "channel_low", None)
+    return Image.new("RGB", (64, 64)) if low is None else np.zeros((len(low), 64, 64), np.uint8)
+
+
+def source_for(processor: BaseImageProcessor, source: ImageSource) -> ImageSource:
+    """Return images read as an image processor takes them: with all their channels, where it takes such."""
+    low = getattr(processor, "channel_low", None)
+    if low is None or isinstance(source, ChannelSource):
+        return source
+    return as_channels(source, len(low), getattr(processor, "pages", None))
 
 
 def load_weights(model_class: Any, name: str, **config_fields: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

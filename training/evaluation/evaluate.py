@@ -20,13 +20,14 @@ from hf_vicreg.training.evaluation.arguments import (
     RetrievalArguments,
     check_ranges,
 )
-from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder
+from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder, source_for
 from hf_vicreg.training.evaluation.features import Features, load_features, read_embeddings
 from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap, load_labelled
 from hf_vicreg.training.evaluation.linear import linear_probe, require_sklearn
 from hf_vicreg.training.evaluation.neighbours import knn_predictions, mean_average_precision, nearest_in_bank
 from hf_vicreg.training.evaluation.pictures import can_draw, confusion_matrix, draw_confusion, draw_neighbours
 from hf_vicreg.training.evaluation.results import FILE, add_evaluation, describe_data, evaluation_record, read_results
+from hf_vicreg.training.images.channels.raster import as_picture
 
 PICTURED_QUERIES, PICTURED_NEIGHBOURS = 8, 8
 MAX_STORED_CLASSES = 100  # of a confusion matrix in results.json
@@ -126,6 +127,7 @@ def start_evaluation(model: str, arguments: EvaluationArguments) -> Evaluation:
     folder = results_folder(model, arguments.output_dir)
     train, test = load_labelled(arguments)
     encoder = load_vision_encoder(model)
+    train, test = (dataclasses.replace(one, source=source_for(encoder.processor, one.source)) for one in (train, test))
     return Evaluation(arguments, folder, encoder, train, test, count_overlap(train.digests, test.digests), started)
 
 
@@ -285,8 +287,8 @@ def _neighbours(evaluation: Evaluation, train: Features, test: Features) -> None
             found = evaluation.train.source.read(int(train.indices[place]))
             label = int(train.labels[place])
             if found is not None:
-                neighbours.append((found, names[label], float(cosine), label == int(test.labels[query])))
+                neighbours.append((as_picture(found), names[label], float(cosine), label == int(test.labels[query])))
         if image is not None:
-            rows.append((image, names[int(test.labels[query])], neighbours))
+            rows.append((as_picture(image), names[int(test.labels[query])], neighbours))
     title = f"{evaluation.encoder.name}: nearest training images by cosine"
     draw_neighbours(evaluation.picture("neighbours.png"), rows, title)

@@ -24,6 +24,7 @@ from hf_vicreg.modeling.modeling_vicreg import pooled_features
 from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.encoder import VisionEncoder
 from hf_vicreg.training.evaluation.labelled import LabelledImages
+from hf_vicreg.training.images.channels.raster import arrays_of
 from hf_vicreg.training.images.image_source import DIGEST_BYTES, NOT_READ, ImageSource
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.run.run_folder import read_record, refuse_others
@@ -247,7 +248,8 @@ def encoded_batches(
 
 def pixels_of(images: list[Image.Image], processor: Callable[..., Any], batch_size: int) -> torch.Tensor:
     """Return pixel values `(batch_size, channels, height, width)`: the images', then copies to fill the batch up."""
-    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+    arrays, axes = arrays_of(images)
+    pixel_values = processor(arrays, return_tensors="pt", **axes)["pixel_values"]
     if len(images) == batch_size:
         return pixel_values
     return pixel_values[torch.arange(batch_size) % len(images)]

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from hf_vicreg.modeling.channel_pixels import scaled
+from hf_vicreg.training.images.channels.science_views import NUM_COLOURS, add_noise, before_colours, drop_channels
+
 # columns of the colour parameters
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, BLUR_SIGMA, SOLARIZE = range(7)
 NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # what changes no bit
@@ -27,10 +30,14 @@ CPU_CHUNK = 3 * 224 * 224
 
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and deviation of each channel of pixels in [0, 1]
+Ranges = tuple[Sequence[float], Sequence[float]]  # of each channel, the values that become 0 and 1
 
 
 def finish_batch(
-    batch: dict[str, Any], device: torch.device, normalisation: Normalisation = IMAGENET
+    batch: dict[str, Any],
+    device: torch.device,
+    normalisation: Normalisation = IMAGENET,
+    ranges: Ranges | None = None,
 ) -> dict[str, Any]:
     """Return what `VicRegForPreTraining` takes of a batch of the loader: its views finished on the device.
 
@@ -43,7 +50,9 @@ def finish_batch(
     ):
         if crops is not None:
             crops = crops.to(device, non_blocking=True)
-            images[name] = finish_views(crops.flatten(0, 1), colours.flatten(0, 1), normalisation).view_as(crops)
+            images[name] = finish_views(crops.flatten(0, 1), colours.flatten(0, 1), normalisation, ranges).view_as(
+                crops
+            )
     if "input_ids" in batch:
         images["pixel_values"] = images["pixel_values"][:, 0]
         names = ("input_ids", "attention_mask")
@@ -51,21 +60,32 @@ def finish_batch(
     return images
 
 
-def placed_batch(batch: dict[str, Any], device: torch.device, normalisation: Normalisation) -> dict[str, torch.Tensor]:
+def placed_batch(
+    batch: dict[str, Any],
+    device: torch.device,
+    normalisation: Normalisation,
+    ranges: Ranges | None = None,
+) -> dict[str, torch.Tensor]:
     """Return what `finish_batch` does, and where the views lie in their images, of an objective that asks."""
-    return finish_batch(batch, device, normalisation) | {"geometry": batch["geometry"].to(device)}
+    return finish_batch(batch, device, normalisation, ranges) | {"geometry": batch["geometry"].to(device)}
 
 
-def finish_views(crops: torch.Tensor, colours: torch.Tensor, normalisation: Normalisation = IMAGENET) -> torch.Tensor:
+def finish_views(
+    crops: torch.Tensor,
+    colours: torch.Tensor,
+    normalisation: Normalisation = IMAGENET,
+    ranges: Ranges | None = None,
+) -> torch.Tensor:
     """Return views ready for the encoder: colour operations, then the image processor's normalisation.
 
     Args:
-        crops: `(batch, 3, height, width)` uint8.
-        colours: `(batch, 7)` float32 on the CPU, as `ViewSampler` draws them.
+        crops: `(batch, channels, height, width)` uint8; with `ranges` of any depth.
+        colours: `(batch, 7)` float32 on the CPU, as `ViewSampler` draws them; more with those of `science_views`.
         normalisation: The image processor's mean and deviation.
+        ranges: Values of each channel that become 0 and 1; None: 0 and 255.
 
     Returns:
-        `(batch, 3, height, width)` float32.
+        `(batch, channels, height, width)` float32.
     """
     mean, std = (torch.tensor(values, device=crops.device)[:, None, None] for values in normalisation)
     views = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
@@ -73,13 +93,28 @@ def finish_views(crops: torch.Tensor, colours: torch.Tensor, normalisation: Norm
     for images, own_crops, own_colours in zip(
         views.split(at_once), crops.split(at_once), colours.split(at_once), strict=True
     ):
-        _colour(images.copy_(own_crops).div_(255), own_colours)
+        images.copy_(own_crops)
+        if ranges is None:
+            images.div_(255)
+        else:
+            images.copy_(scaled(images, *ranges))
+        measured = own_colours[:, NUM_COLOURS:]
+        if measured.shape[1]:
+            before_colours(images, measured)
+        _colour(images, own_colours[:, :NUM_COLOURS])
+        if measured.shape[1]:
+            add_noise(images, measured)
         images.sub_(mean).div_(std)
+        if measured.shape[1]:
+            drop_channels(images, measured)
     return views
 
 
 def _colour(images: torch.Tensor, colours: torch.Tensor) -> None:
-    """Run the operations in place on images `(batch, 3, height, width)` in [0, 1], as colours `(batch, 7)` say."""
+    """Run the operations in place on images `(batch, channels, height, width)` in [0, 1], as colours `(batch, 7)` say.
+
+    Saturation, hue and grayscale are of RGB alone.
+    """
     brightness, contrast, saturation, turns, grayscale, _, solarize = colours.to(images.device, non_blocking=True)[
         :, :, None, None, None
     ].unbind(1)
@@ -87,13 +122,16 @@ def _colour(images: torch.Tensor, colours: torch.Tensor) -> None:
     needed = drawn.any(0).tolist()
     if any(needed[: SATURATION + 1]):
         images.mul_(brightness).clamp_(max=1)
-        mean_luma = luma(images.mean((2, 3), keepdim=True))
+        means, is_rgb = images.mean((2, 3), keepdim=True), images.shape[1] == 3
+        # of other channels each keeps its own mean
+        mean_luma = luma(means) if is_rgb else means
         images.mul_(contrast).add_(mean_luma.mul_(1 - contrast)).clamp_(0, 1)
-        gray = luma(images)
-        images.mul_(saturation).add_(gray.mul_(1 - saturation)).clamp_(0, 1)
-    if needed[HUE]:
+        if is_rgb:
+            gray = luma(images)
+            images.mul_(saturation).add_(gray.mul_(1 - saturation)).clamp_(0, 1)
+    if needed[HUE] and images.shape[1] == 3:
         _on_drawn(images, drawn[:, HUE], shift_hue, turns)
-    if needed[GRAYSCALE]:
+    if needed[GRAYSCALE] and images.shape[1] == 3:
         images.lerp_(luma(images), grayscale)  # 0 and 1 are exact
     if needed[BLUR_SIGMA]:
         _on_drawn(images, drawn[:, BLUR_SIGMA], blur, colours[:, BLUR_SIGMA])

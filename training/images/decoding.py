@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from hf_vicreg.modeling.rgb_image import orientation_of, upright_rgb
@@ -34,6 +34,12 @@ KINDS = {
     "too small": "smaller than a patch",
     "float": "float image: what its values mean is not known",
     "memory": "not enough memory to decode it",
+    "channels": "other channels than wanted",
+    "axes": "order of axes not known",
+    "depth": "values of another kind",
+    "library": "a library is not installed",
+    "no pixels": "no pixels in it",
+    "no multiscales": "a Zarr that is no OME-Zarr",
 }
 # How files of known formats begin, and what people take for images by mistake.
 BEGINNINGS = {
@@ -104,6 +110,7 @@ def decode(
 
 def _decode(encoded: bytes, min_size: tuple[int, int], reduction: Callable[[int, int], int] | None) -> Image.Image:
     image = _open(BytesIO(encoded))
+    _refuse_channels(image)
     original = image.size
     if isinstance(image, JpegImageFile):
         wanted = reduction(*_upright(original, image)) if reduction is not None else 1
@@ -117,8 +124,6 @@ def _decode(encoded: bytes, min_size: tuple[int, int], reduction: Callable[[int,
     width, height = _upright(original, image)
     if height < min_size[0] or width < min_size[1]:
         raise _too_small(width, height, min_size)
-    if image.mode == "F":
-        raise UnusableImage("float")
     return upright_rgb(image)
 
 
@@ -144,8 +149,7 @@ def read_header(file: BinaryIO, min_size: tuple[int, int] = (1, 1)) -> Header:
         raise _too_large(width, height)
     if height < min_size[0] or width < min_size[1]:
         raise _too_small(width, height, min_size)
-    if image.mode == "F":
-        raise UnusableImage("float")
+    _refuse_channels(image)
     return Header(width, height, image.mode, image.format or "")
 
 
@@ -171,11 +175,38 @@ def unusable(error: Exception, encoded: bytes | None = None) -> UnusableImage:
         text = encoded[:64].lstrip().lower()
         what = " (a web page)" if text.startswith((b"<!doctype", b"<html")) else ""
         return UnusableImage("not an image", KINDS["not an image"] + what)
+    samples = _samples(encoded) if form == "TIFF" else 0
+    if isinstance(error, UnidentifiedImageError) and samples not in (0, 1, 3, 4):
+        remedy = f"--model.num_channels {samples} takes them all"
+        return UnusableImage("channels", f"{samples} channels where 3 are wanted; {remedy}")
     what = form or "image"
     message = _words(error)
     if "truncated" in message.lower() or (form is not None and len(encoded) < 64):
         return UnusableImage("truncated", f"truncated {what}")
     return UnusableImage("damaged", f"damaged {what}" + (f" ({message})" if message else ""))
+
+
+def _samples(encoded: bytes) -> int:
+    """Return how many channels a TIFF says its pixels have, 0 if it cannot be told."""
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(encoded[:8])
+        file = BytesIO(encoded)
+        file.seek(tags.next)
+        tags.load(file)
+        return int(tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 0))
+    except Exception:  # a broken one
+        return 0
+
+
+def _refuse_channels(image: Image.Image) -> None:
+    """Raise UnusableImage for what would lose channels or depth as RGB: floats, and stacks of grey pages."""
+    if image.mode == "F":
+        raise UnusableImage("float")
+    if image.format == "TIFF" and image.mode[0] in "LI" and getattr(image, "n_frames", 1) > 1:
+        pages = image.n_frames  # type: ignore[attr-defined]
+        raise UnusableImage(
+            "channels", f"{pages} grey pages, not RGB: --model.num_channels {pages} takes them as channels"
+        )
 
 
 def _unread(error: Exception) -> UnusableImage:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
+from hf_vicreg.training.images.decoding import UnusableImage
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.texts.captions import Captions
@@ -47,11 +48,14 @@ class ViewDataset(Dataset):
             key_of_views = f"{self.seed}/{epoch}/{wanted}"
             image = self.source.read(index, partial(joint_reduction, self.samplers, key_of_views))
             if image is not None:
-                sample = draw_views(self.samplers, image, key_of_views) | {"unusable": unusable}
-                captions = self.source.captions
-                if captions is not None:
-                    sample["tokens"] = captions.draw(index, random.Random(f"{key_of_views}/caption"))
-                return sample
+                try:
+                    sample = draw_views(self.samplers, image, key_of_views) | {"unusable": unusable}
+                    captions = self.source.captions
+                    if captions is not None:
+                        sample["tokens"] = captions.draw(index, random.Random(f"{key_of_views}/caption"))
+                    return sample
+                except UnusableImage:  # a huge image is read when it is cropped
+                    pass
             unusable.append(index)
         return {"views": None, "colours": None, "geometry": None, "unusable": unusable}
 
@@ -82,8 +86,15 @@ def collate(samples: list[dict[str, Any]], captions: Captions | None = None) -> 
     if any(sample["views"] is None for sample in samples):
         return {"views": None, "colours": None, "unusable": unusable}
     names = [name for name in samples[0] if name not in ("unusable", "tokens")]
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in names} | {"unusable": unusable}
+    batch = {name: _stacked([sample[name] for sample in samples]) for name in names} | {"unusable": unusable}
     return batch if captions is None else batch | captions.batch([sample["tokens"] for sample in samples])
+
+
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return tensors in one; those of images whose depths differ become float32."""
+    if any(one.dtype != tensors[0].dtype for one in tensors):
+        tensors = [one.to(torch.float32) for one in tensors]
+    return torch.stack(tensors)
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.channels.channel_source import ChannelSource, as_channels
+from hf_vicreg.training.images.channels.folders import channel_folder
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
 from hf_vicreg.training.images.streaming import ImageStream, load_stream
 from hf_vicreg.training.run.config import RunConfig
@@ -25,6 +27,10 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
     if run.caption_column is not None:
         source, test = load_captioned(config)
         return source.first(run.max_train_samples), source.first(run.knn_train_samples), test
+    if config.reads_channels and run.train_dir:
+        photo = config.normalisation_kind == "photo"
+        folder = channel_folder(run.train_dir, config.num_channels, run.pages, run.window, photo=photo)
+        return folder.first(run.max_train_samples), folder.first(run.knn_train_samples), None
     source, test = load_sources(
         dataset_name=run.dataset_name,
         dataset_config_name=run.dataset_config_name,
@@ -34,6 +40,9 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
         image_column_name=run.image_column_name,
         label_column_name=run.label_column_name,
     )
+    if config.reads_channels:
+        source = as_channels(source, config.num_channels, run.pages)
+        test = None if test is None else as_channels(test, config.num_channels, run.pages)
     bank = source.first(run.knn_train_samples)
     return source.first(run.max_train_samples), bank, test
 
@@ -82,6 +91,9 @@ def usable_images(source: ImageSource, config: RunConfig) -> ImageSource:
     readable = source.at_least(1, 1)
     small = next((index for index in tried if readable.read(index) is not None), None)
     if small is None:
+        refusal = readable.refusal(0)
+        if refusal is not None and (isinstance(readable, ChannelSource) or refusal.kind == "channels"):
+            raise InputError(f"`{field}`: {readable.describe(0)}: {refusal}")
         raise InputError(
             f"`{field}`: expected readable images in {source.name}, found {len(tried)} of {len(tried)} corrupt, "
             f"{source.describe(0)} among them; check them."

@@ -18,7 +18,7 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.digits import digit_images
 from hf_vicreg.training.images.hub_reach import hub_trouble, without_hub
 from hf_vicreg.training.images.image_source import ImageSource
-from hf_vicreg.training.run.places import IMAGE_SUFFIXES, files_below
+from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES, files_below
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,12 @@ def _folder_source(folder: str) -> ImageSource:
         raise InputError(f"`train_dir`: expected a folder of images, got {folder}, which is not a folder.")
     paths = sorted(path for path in files_below(folder) if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES)
     if not paths:
+        others = SCIENCE_SUFFIXES & {os.path.splitext(path)[1].lower() for path in files_below(folder)}
+        if others or any(root.rglob("*.zarr")):
+            raise InputError(
+                f"`train_dir`: expected photographs, found {', '.join(sorted(others)) or '.zarr'} below {folder}; "
+                "name their channels by --model.num_channels N, of 3 channels how they are scaled by --normalisation."
+            )
         raise InputError(
             f"`train_dir`: expected image files ({', '.join(sorted(IMAGE_SUFFIXES))}) below {folder}, found none; "
             "parquet files are read by --dataset_name."

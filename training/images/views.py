@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from hf_vicreg.training.images.channels.science_views import draw_measured, is_measured
 from hf_vicreg.training.run.arguments import ViewsConfig
 
 UNTURNED = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # Pillow's coefficients, output pixel to input pixel
@@ -28,7 +29,7 @@ class ViewSampler:
     """
 
     def __init__(self, config: ViewsConfig, image_size: tuple[int, int], crop_ratios: tuple[float, float], view: int):
-        self.config = config
+        self.config, self._measured = config, is_measured(config)
         self.image_size = image_size
         self.crop_ratios = crop_ratios
         self.view = view
@@ -42,11 +43,11 @@ class ViewSampler:
         return [cls(config, *kind, view) for view, kind in enumerate(kinds)]
 
     def __call__(self, image: Image.Image, rng: random.Random) -> tuple[torch.Tensor, list[float]]:
-        """Return a crop `(3, height, width)` uint8 and its colour parameters."""
+        """Return a crop `(channels, height, width)` in the image's depth, uint8 of Pillow's, and its colours."""
         return self.draw(image, rng)[:2]
 
     def draw(self, image: Image.Image, rng: random.Random) -> tuple[torch.Tensor, list[float], list[float]]:
-        """Return a crop `(3, height, width)` uint8, its colour parameters and where it lies in the image.
+        """Return a crop as `__call__` does, its colour parameters and where it lies in the image.
 
         The last is a 2 x 3 matrix, row by row: from a place (x, y, 1) in the crop, in shares of its width and height,
         to the place in the image, in units of its longer side.
@@ -59,13 +60,23 @@ class ViewSampler:
         left, top, width, height = crop_box(image.width, image.height, self.crop_ratios, rng)
         # rows of pixels, channels last: the layout in which resizing of bytes is vectorised
         pixels = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).permute(2, 0, 1)
-        if (height, width) != self.image_size:
-            pixels = F.interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
+        quarters = 0
+        if config.quarter_turn_probability and rng.random() < config.quarter_turn_probability:
+            quarters = 1 + int(rng.random() * 3)
+            pixels = pixels.rot90(quarters, (1, 2))
+        if ((width, height) if quarters % 2 else (height, width)) != self.image_size:
+            pixels = resized(pixels, self.image_size)
         flipped = rng.random() < config.flip_probability
         if flipped:
             pixels = pixels.flip(2)
-        place = _place((left, top, width, height), flipped, turn, max(image.size))
-        return pixels.contiguous(), self._draw_colour(rng), place
+        upended = bool(config.vertical_flip_probability) and rng.random() < config.vertical_flip_probability
+        if upended:
+            pixels = pixels.flip(1)
+        colours = self._draw_colour(rng)
+        if self._measured:
+            colours += draw_measured(config, len(pixels), rng)
+        shares = _shares(quarters, flipped, upended)
+        return pixels.contiguous(), colours, _place((left, top, width, height), shares, turn, max(image.size))
 
     def reduction(self, width: int, height: int, rng: random.Random) -> int:
         """Return how many times smaller the image may be decoded: its crop then still has the view's pixels.
@@ -118,14 +129,36 @@ class ViewSampler:
         return [*factors, hue, grayscale, sigma, solarize]
 
 
-def _place(box: tuple[int, int, int, int], flipped: bool, turn: tuple[float, ...], longer_side: int) -> list[float]:
+def _shares(quarters: int, flipped: bool, upended: bool) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return the rows of x and y, from a place in a view to that in its box, in shares, before turns and flips."""
+    across, down = (-1, 0, 1) if flipped else (1, 0, 0), (0, -1, 1) if upended else (0, 1, 0)
+    for _ in range(quarters):  # a turn to the left takes (x, y) from (1 - y, x)
+        across, down = (-down[0], -down[1], 1 - down[2]), across
+    return across, down
+
+
+def _place(
+    box: tuple[int, int, int, int],
+    shares: tuple[tuple[int, int, int], tuple[int, int, int]],
+    turn: tuple[float, ...],
+    longer_side: int,
+) -> list[float]:
     """Return the matrix of `ViewSampler.draw` for a box (left, top, width, height) of an image that was turned."""
     left, top, width, height = box
-    to_box = (-width, left + width) if flipped else (width, left)  # x in pixels = slope * share + start
+    x, y = ([side * one for one in row] for side, row in zip((width, height), shares, strict=True))
+    x[2], y[2] = x[2] + left, y[2] + top
     rows = []
     for across, down, shift in (turn[:3], turn[3:]):
-        rows += [across * to_box[0], down * height, across * to_box[1] + down * top + shift]
+        rows += [across * x[0] + down * y[0], across * x[1] + down * y[1], across * x[2] + down * y[2] + shift]
     return [one / longer_side for one in rows]
+
+
+def resized(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return pixels `(channels, height, width)` at another size, in their own depth."""
+    if pixels.dtype == torch.uint8:
+        return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+    whole = F.interpolate(pixels[None].to(torch.float32), size, mode="bilinear", antialias=True)[0]
+    return whole if pixels.dtype == torch.float32 else whole.round_().to(pixels.dtype)
 
 
 def of_view(probability: float | tuple[float, float], view: int) -> float:

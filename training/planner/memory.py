@@ -91,12 +91,13 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
             freeze_layers=config.run.freeze_layers,
             freeze_second=config.run.freeze_text,
         )
-        inputs: dict[str, Any] = {"pixel_values": torch.empty(images, 2, 3, height, width)}
+        views = torch.empty(images, 2, config.num_channels, height, width)
+        inputs: dict[str, Any] = {"pixel_values": views}
         if config.run.caption_column is not None:
             tokens = torch.zeros(images, config.run.max_text_length, dtype=torch.int64)
-            inputs = {"pixel_values": inputs["pixel_values"][:, 0], "second_inputs": {"input_ids": tokens}}
+            inputs = {"pixel_values": views[:, 0], "second_inputs": {"input_ids": tokens}}
         if local:
-            inputs["local_pixel_values"] = torch.empty(images, local, 3, side, side)
+            inputs["local_pixel_values"] = torch.empty(images, local, config.num_channels, side, side)
         if model.objective.needs_tokens:
             inputs["geometry"] = torch.empty(images, 2 + local, 6)
         with kept, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):

@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.engine.pretraining import pretraining_loop
-from hf_vicreg.training.evaluation.features import BATCH_SIZE, encoded_batches, model_encoder
+from hf_vicreg.training.evaluation.features import BATCH_SIZE, encoded_batches, model_encoder, pixels_of
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.planner.machine import Machine, give_back_memory, peak_memory, reset_peak
@@ -96,7 +96,7 @@ def try_steps(
     for index in range(len(shown)):
         image = shown.read(index)
         if image is not None:
-            processor([image], return_tensors="pt")
+            pixels_of([image], processor, 1)
     read_seconds = (time.perf_counter() - reading) / len(shown)
     encoding = time.perf_counter()
     for _ in encoded_batches(shown, processor, model_encoder(model.encoder)):

@@ -18,8 +18,9 @@ from accelerate import Accelerator
 from huggingface_hub import constants
 
 from hf_vicreg.training.errors import InputError, RunStopped, blamed_on
-from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder
+from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder, source_for
 from hf_vicreg.training.evaluation.features import EMBEDDING_FILE, same_model
+from hf_vicreg.training.images.channels.folders import channel_folder
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
 from hf_vicreg.training.images.unusable import write_unusable
 from hf_vicreg.training.launch.distributed import build_accelerator, check_device, run_on_main
@@ -95,8 +96,8 @@ def embed_images(images: str, model: str, out: Path | None, arguments: EmbedArgu
     """Embed images into a folder, or what is missing there; every process must call. As `embed`."""
     check_device(arguments.device)
     accelerator = build_accelerator("no", device=arguments.device, patience_s=PATIENCE_S)
-    source = load_images(images, arguments)
     encoder = load_vision_encoder(model, accelerator.device)
+    source = source_for(encoder.processor, load_images(images, arguments, encoder.processor))
     form = form_of(encoder, arguments.dtype, patch_tokens=arguments.patch_tokens)
     record = _record(source, encoder, form, arguments)
     folder = run_on_main(lambda: out or _cache_folder(source, record), accelerator)
@@ -107,8 +108,8 @@ def embed_images(images: str, model: str, out: Path | None, arguments: EmbedArgu
     return run_on_main(lambda: _finish(folder, source, record), accelerator)
 
 
-def load_images(name: str, arguments: EmbedArguments) -> ImageSource:
-    """Return the images that one word names.
+def load_images(name: str, arguments: EmbedArguments, processor: Any = None) -> ImageSource:
+    """Return the images that one word names; of a folder any that the image processor takes.
 
     Raises:
         InputError: Nothing to read there, an unknown split or column.
@@ -126,6 +127,9 @@ def load_images(name: str, arguments: EmbedArguments) -> ImageSource:
     else:
         where = data_setting(name, {})
         if "train_dir" in where and arguments.split is None:
+            low = getattr(processor, "channel_low", None)
+            if low is not None:
+                return channel_folder(name, len(low), processor.pages)
             return load_sources(train_dir=name)[0]
         splits = load_splits(name, arguments.dataset_config_name)
     if wanted not in splits:

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from hf_vicreg.training.evaluation.encoder import VisionEncoder
+from hf_vicreg.training.evaluation.encoder import VisionEncoder, plain_image
 from hf_vicreg.training.evaluation.features import pixels_of
+from hf_vicreg.training.images.channels.channel_source import ChannelSource
 from hf_vicreg.training.images.decoding import MAX_PIXELS, UnusableImage, decode
 from hf_vicreg.training.images.image_source import NOT_READ, ImageSource, digest_of
 from hf_vicreg.training.launch.signals import end_workers, outlive_signals
@@ -58,7 +59,7 @@ def form_of(encoder: VisionEncoder, dtype: str, *, patch_tokens: bool) -> Form:
     Raises:
         InputError: The model has no token for each patch, and they are asked for.
     """
-    pixels = encoder.processor([Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
+    pixels = encoder.processor([plain_image(encoder.processor)], return_tensors="pt")["pixel_values"]
     outputs = encoder.outputs(pixels)
     tokens = tuple(encoder.patch_tokens(outputs, *pixels.shape[-2:]).shape[1:]) if patch_tokens else None
     return Form(dtype, encoder.feature_of(outputs).shape[1], tokens)
@@ -100,6 +101,8 @@ class _Batches(Dataset):
 
     def _read(self, index: int) -> tuple[bytes, Image.Image | None]:
         """Return an image's digest and the image, None if it cannot be used."""
+        if isinstance(self.source, ChannelSource):
+            return self.source.digest(index), self.source.read(index)
         try:
             encoded = self.source.read_bytes(index)
         except Exception:  # of a disk, of a table

@@ -14,6 +14,8 @@ from typing import Any
 
 from hf_vicreg.model_cards.escaping import one_line  # names of files are somebody else's text
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.channels.channel_source import ChannelSource
+from hf_vicreg.training.images.channels.folders import channel_folder
 from hf_vicreg.training.images.decoding import Header, UnusableImage, decode, read_header, unusable
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.sources import IMAGE_SUFFIXES, load_sources
@@ -51,6 +53,7 @@ def inspect_images(
     patch_size: int | None = None,
     image_size: int | None = None,
     num_threads: int | None = None,
+    num_channels: int | None = None,
     **columns: Any,
 ) -> dict[str, Any]:
     """Read every image of a set and return what `report` turns into text.
@@ -59,6 +62,7 @@ def inspect_images(
         name: Folder of images, local `datasets` folder, Hub id, or `digits`.
         patch_size: Smaller images are counted as unusable.
         image_size: Images with a shorter side are counted: they would be enlarged.
+        num_channels: Read images of a folder with so many channels, in their own depth, instead of as RGB.
         num_threads: That read and decode; default: as many as this process may use cores.
         columns: `dataset_config_name`, `train_split`, `image_column_name`, `label_column_name` as in `load_sources`.
 
@@ -69,7 +73,12 @@ def inspect_images(
         if value is not None and value < 1:
             raise InputError(f"`{key}`: expected at least 1, got {value}.")
     where = data_setting(name, {})
-    source = load_sources(**where, **({} if "train_dir" in where else columns))[0]
+    if num_channels is not None:
+        if "train_dir" not in where:
+            raise InputError(f"`num_channels`: expected a folder of image files beside it, got {name!r}.")
+        source: ImageSource = channel_folder(name, num_channels)
+    else:
+        source = load_sources(**where, **({} if "train_dir" in where else columns))[0]
     if patch_size is not None:
         source = source.at_least(patch_size, patch_size)
     return summarised(
@@ -80,6 +89,9 @@ def inspect_images(
 def facts_of(source: ImageSource, index: int) -> Facts:
     """Return what one image is, read once and decoded."""
     name = source.describe(index)
+    if isinstance(source, ChannelSource):
+        refusal, digest = source.refusal(index), source.digest(index).hex()
+        return Facts(name, digest, None if refusal else source.header(index), refusal)
     try:
         encoded = source.read_bytes(index)
     except Exception as error:  # of a disk, of a table
@@ -224,4 +236,6 @@ def _labels(source: ImageSource) -> dict[str, int] | None:
 
 
 def _depth(mode: str) -> str:
+    if " x " in mode:  # channels and depth
+        return mode
     return f"{mode} ({'16 bits' if mode.startswith('I;16') else BITS.get(mode, '8 bits')})"

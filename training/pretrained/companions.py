@@ -59,7 +59,8 @@ def _has_tokens(encoder: PreTrainedModel, size: tuple[int, int]) -> bool:
     own = getattr(encoder.config, "image_size", None)
     height, width = size if own is None else (own, own) if isinstance(own, int) else own
     was_training = encoder.training
-    outputs = encoder_outputs(encoder.eval(), {"pixel_values": torch.zeros(1, 3, height, width)})
+    channels = getattr(encoder.config, "num_channels", 3)
+    outputs = encoder_outputs(encoder.eval(), {"pixel_values": torch.zeros(1, channels, height, width)})
     encoder.train(was_training)
     try:
         return patch_grid(outputs.last_hidden_state, encoder.config, height, width).shape[-1] > 0

@@ -105,7 +105,9 @@ def _refuse_blind(name: str, encoder: PreTrainedModel, field: str) -> None:
     """Raise InputError for a model that makes no features of an image of its own size."""
     size = image_size_of(encoder.config) or (64, 64)
     try:
-        features = pooled_features(encoder(pixel_values=torch.zeros(1, 3, *size)))
+        features = pooled_features(
+            encoder(pixel_values=torch.zeros(1, getattr(encoder.config, "num_channels", 3), *size))
+        )
         assert features.shape == (1, representation_size(encoder.config))
     except Exception as error:  # whatever a model of another kind makes of an image
         raise InputError(
@@ -120,10 +122,10 @@ def normalisation_of(name: str, config: PreTrainedConfig, field: str = FIELD) ->
     Raises:
         InputError: Its processor cannot be read, or does something else to colours.
     """
-    if not (Path(name) / "preprocessor_config.json").exists() and (Path(name).parent / RECIPE).exists():
-        name = str(Path(name).parent)  # of the `pretraining` folder of a run
-    processor = load_processor(name, config, field)
+    processor = load_processor(_of_run(name), config, field)
     stated = processor.to_dict()
+    if stated.get("channel_low") is not None:
+        return list(stated["image_mean"]), list(stated["image_std"])
     scale = 255 * stated.get("rescale_factor", 1 / 255) if stated.get("do_rescale", True) else 255.0
     mean, std = (stated["image_mean"], stated["image_std"]) if stated.get("do_normalize", True) else (0.0, 1.0)
     mean, std = ([one / scale for one in _each(values)] for values in (mean, std))
@@ -137,6 +139,39 @@ def normalisation_of(name: str, config: PreTrainedConfig, field: str = FIELD) ->
             "source another one."
         )
     return mean, std
+
+
+def channels_of(name: str, config: PreTrainedConfig) -> dict[str, list[float]] | None:
+    """Return the normalisation of a source's own channels, as fields of the views; None for one of RGB."""
+    if not (Path(_of_run(name)) / "preprocessor_config.json").exists():
+        return None
+    stated = load_processor(_of_run(name), config, FIELD).to_dict()
+    if stated.get("channel_low") is None:
+        return None
+    return {key: list(stated[key]) for key in ("channel_low", "channel_high", "image_mean", "image_std")}
+
+
+def inflated_weights(weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
+    """Return the weights of a first layer for another number of channels; None where that is not what differs.
+
+    Each channel gets the mean over the source's, times the source's number over the wanted one: an image of equal
+    channels is embedded as before. Source: Carreira and Zisserman 2017 (arXiv 1705.07750), section 2, for time.
+
+    Args:
+        weights: `(out, channels, height, width)`.
+        wanted: Of the layer they are for.
+    """
+    own, other = weights.shape, wanted.shape
+    if len(own) != 4 or len(other) != 4 or (own[0], *own[2:]) != (other[0], *other[2:]) or own[1] == other[1]:
+        return None
+    return weights.mean(1, keepdim=True).expand(-1, other[1], -1, -1) * (own[1] / other[1])
+
+
+def _of_run(name: str) -> str:
+    """Return the folder of a run for its `pretraining` folder, which has no image processor; other names as is."""
+    if not (Path(name) / "preprocessor_config.json").exists() and (Path(name).parent / RECIPE).exists():
+        return str(Path(name).parent)
+    return name
 
 
 def _each(values: float | Iterable[float]) -> list[float]:

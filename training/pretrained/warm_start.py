@@ -18,7 +18,9 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import public_name
 from hf_vicreg.training.pretrained.source_encoder import (
     FIELD,
+    channels_of,
     image_size_of,
+    inflated_weights,
     load_source,
     normalisation_of,
     resampled_table,
@@ -30,6 +32,7 @@ from hf_vicreg.training.run.run_folder import RECIPE
 from hf_vicreg.training.run.section_flags import INHERITED
 from hf_vicreg.training.run.settings import DEFAULT_MODEL_TYPE, read_recipe, same_source
 
+NORMALISATION = ("image_mean", "image_std", "channel_low", "channel_high")
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # one voice for the whole command
 
 
@@ -57,13 +60,10 @@ def with_source(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if key not in OPEN_FIELDS and key in fields and _plain(value) != _plain(fields[key]):
             raise InputError(f"`model.{key}`: expected {fields[key]!r} as in `{FIELD}`, got {value!r}; leave it out.")
-    if getattr(encoder.config, "num_channels", 3) != 3:
-        raise InputError(f"`{FIELD}`: expected an encoder of RGB images, got {encoder.config.num_channels} channels.")
     fields |= given
     if "image_size" in fields and "image_size" not in given and views.get("image_size") is not None:
         fields["image_size"] = views["image_size"]
-    mean, std = normalisation_of(name, encoder.config)
-    views = {"image_mean": mean, "image_std": std} | views
+    views = _normalisation(name, encoder.config, settings, fields) | views
     where = os.path.abspath(name) if os.path.isdir(name) else name  # a Hub id and a relative path look alike
     settings = settings | {FIELD: where, "model": fields, "views": views}
     config = resolve(settings)
@@ -118,6 +118,10 @@ def _fit(source: PreTrainedModel, missing: set[str], encoder: PreTrainedModel, s
     for key, wanted in encoder.state_dict().items():
         if key not in weights or weights[key].shape == wanted.shape:
             continue
+        inflated = inflated_weights(weights[key], wanted)
+        if inflated is not None:
+            weights[key] = inflated
+            continue
         table = resampled_table(source, key, wanted, size)
         if table is None or table.numel() != wanted.numel():
             raise InputError(
@@ -129,17 +133,31 @@ def _fit(source: PreTrainedModel, missing: set[str], encoder: PreTrainedModel, s
     found = encoder.load_state_dict(weights, strict=False)
     assert set(found.missing_keys) <= missing
     try:
-        encoder.eval()(pixel_values=torch.zeros(1, 3, *size))
+        encoder.eval()(pixel_values=torch.zeros(1, getattr(encoder.config, "num_channels", 3), *size))
     except (RuntimeError, ValueError, TypeError) as error:
         raise _no_such_size(encoder.config, size, error) from error
     return resampled
+
+
+def _normalisation(
+    name: str, config: PreTrainedConfig, settings: dict[str, Any], fields: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the views' normalisation of a source: of RGB, or of its own channels; none where it is to be measured."""
+    own, wanted = (one.get("num_channels", 3) for one in (config.to_dict(), fields))
+    if own != wanted or settings.get("normalisation") not in (None, ["photo"]):
+        return {}
+    if own != 3:
+        return channels_of(name, config) or {}
+    return channels_of(name, config) or dict(
+        zip(("image_mean", "image_std"), normalisation_of(name, config), strict=True)
+    )
 
 
 def _as_stored(settings: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a resumed run, with what its recipe holds of the source."""
     stored = recipe.get(FIELD)
     name = stored if same_source(settings[FIELD], stored) else settings[FIELD]
-    views = {key: one for key, one in (recipe.get("views") or {}).items() if key in ("image_mean", "image_std")}
+    views = {key: one for key, one in (recipe.get("views") or {}).items() if key in NORMALISATION}
     model = {"model_type": DEFAULT_MODEL_TYPE} | (recipe.get("model") or {}) | settings.get("model", {})
     return settings | {FIELD: name, "model": model, "views": views | settings.get("views", {})}
 

@@ -56,8 +56,8 @@ _data, _model, _loss, _views, _optimisation, _run, _evaluation, _hub = (
 class ViewsConfig:
     """Augmentation of the views, all drawn alike by default. The defaults are the paper's (VICReg, appendix C.1).
 
-    Blur and solarisation may be pairs, one probability for each of two views; `preset` in a recipe stands for the two:
-    see `VIEW_PRESETS`. Local views are those of multi-crop (Caron et al. 2020, arXiv 2006.09882), their crops' areas
+    Blur and solarisation may be pairs, one probability for each of two views; `preset` stands for several: see
+    `VIEW_PRESETS`. Local views are those of multi-crop (Caron et al. 2020, arXiv 2006.09882), their crops' areas
     DINO's (arXiv 2104.14294).
     """
 
@@ -66,6 +66,8 @@ class ViewsConfig:
     )
     crop_min_ratio: float = _views(0.08, "Smallest crop, as a share of the image's area.")
     flip_probability: float = _views(0.5, "Horizontal flip.")
+    vertical_flip_probability: float = _views(0.0, "Vertical flip.")
+    quarter_turn_probability: float = _views(0.0, "Turn by 90, 180 or 270 degrees.")
     rotation_degrees: float = _views(0.0, "Rotation by up to so many degrees either way, before the crop.")
     translate_ratio: float = _views(0.0, "Shift by up to this share of the image each way, before the crop.")
     zoom_ratio: float = _views(0.0, "Magnification drawn from 1 +- this, before the crop.")
@@ -77,15 +79,27 @@ class ViewsConfig:
     grayscale_probability: float = _views(0.2, "Grayscale.")
     blur_probability: float | tuple[float, float] = _views(0.5, "Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels.")
     solarize_probability: float | tuple[float, float] = _views(0.1, "Solarisation above one half.")
+    gain: float = _views(0.0, "Factor of each channel, drawn from 1 +- this.")
+    offset: float = _views(0.0, "Summand of each channel, drawn from +- this, of values between 0 and 1.")
+    gamma: float = _views(0.0, "Exponent of each channel, drawn from 1 / (1 + this) to 1 + this.")
+    noise: float = _views(0.0, "Normal noise, its deviation drawn from 0 to this.")
+    channel_dropout_probability: float = _views(0.0, "Each channel is replaced by its mean.")
+    stain: float = _views(0.0, "Amounts of stains in RGB, in optical density: factor 1 +- this, summand +- this.")
     num_local_views: int = _views(0, "Smaller crops beside the two global views (multi-crop).")
     local_image_size: int = _views(96, "Side of local views in pixels.")
     local_crop_min_ratio: float = _views(0.05, "Smallest crop of a local view, as a share of the image's area.")
     local_crop_max_ratio: float = _views(0.4, "Largest crop of a local view.")
-    image_mean: float | tuple[float, float, float] | None = _views(
+    image_mean: float | tuple[float, ...] | None = _views(
         None, "Taken from pixels in [0, 1], of all channels or each; default: the source's, else ImageNet's."
     )
-    image_std: float | tuple[float, float, float] | None = _views(
+    image_std: float | tuple[float, ...] | None = _views(
         None, "What they are divided by then; default: the source's, else ImageNet's."
+    )
+    channel_low: float | tuple[float, ...] | None = _views(
+        None, "Value of each channel that becomes 0; default: none for photographs, else measured."
+    )
+    channel_high: float | tuple[float, ...] | None = _views(
+        None, "Value of each channel that becomes 1; default: none for photographs, else measured."
     )
 
     def __post_init__(self) -> None:
@@ -97,6 +111,8 @@ class ViewsConfig:
             "local_image_size": (1, math.inf),
             "image_mean": (-1000, 1000),
             "image_std": (1e-6, 1000),
+            "channel_low": (-1e30, 1e30),
+            "channel_high": (-1e30, 1e30),
         }
         for name, value in dataclasses.asdict(self).items():
             if name == "image_size":
@@ -114,13 +130,6 @@ class ViewsConfig:
                 "`views.local_crop_max_ratio`: expected a number above 0 and at least `local_crop_min_ratio`, "
                 f"{self.local_crop_min_ratio}, got {self.local_crop_max_ratio}."
             )
-
-
-# `views.preset`: what differs between the paper and its code (facebookresearch/vicreg, augmentations.py).
-VIEW_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"blur_probability": 0.5, "solarize_probability": 0.1},
-    "official": {"blur_probability": (1.0, 0.1), "solarize_probability": (0.0, 0.2)},
-}
 
 
 @dataclass
@@ -151,6 +160,15 @@ class PretrainArguments:
         },
     )
     max_text_length: int = _data(64, "Longest caption in tokens; longer ones are cut.")
+    normalisation: list[str] | None = _data(  # noqa: RUF009 - the default is None
+        None,
+        "How values of each channel become 0 to 1: `photo` (8-bit RGB), or as measured on the images by `percentile`, "
+        "`minmax`, or `fixed LOW HIGH`; default: photo for 3 channels, else percentile.",
+    )
+    pages: str | None = _data(
+        None, "What pages of a file are, `channels` or `images`; default: told from the number of channels."
+    )
+    window: int | None = _data(None, "Read larger images by windows of so many pixels a side, each an image.")
     model_name_or_path: str | None = _model(
         None, "Begin with the weights of a vision encoder: a run's folder, any that transformers loads, or a Hub id."
     )
@@ -230,40 +248,10 @@ class PretrainArguments:
     seed: int = _run(0, "Seed of weights, order and augmentation.")
 
 
-# What may differ when a run is resumed: where and how it is watched, never what is computed.
-RESUMABLE_CHANGES = {
-    "output_dir",
-    "train_dir",  # the same images may lie elsewhere: their contents are compared
-    "dataset_name",
-    "dataloader_num_workers",
-    "logging_steps",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "checkpoints_keep_every_steps",
-    "resume_from_checkpoint",
-    "max_time",
-    "max_skipped_steps",
-    "gradient_checkpointing",
-    "torch_compile",
-    "attn_implementation",
-    "knn_every_epochs",
-    "linear_probe",
-    "with_tracking",
-    "report_to",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_strategy",
-    "hub_private_repo",
-    "device",
-    "time_budget",
-    "max_memory",
-    "plan_only",
-    "per_device_train_batch_size",  # resolved into batch_size
-}
-
 SECTIONS = ("model", "second_model", "vicreg", "views", *OBJECTIVE_SECTIONS)
 # Fields of an encoder that leave the weights of `model_name_or_path` as they are.
 OPEN_FIELDS = {
+    "num_channels",
     "image_size",
     "drop_path_rate",
     "hidden_dropout_prob",

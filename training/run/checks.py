@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from hf_vicreg.training.run.config import RunConfig
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MAX_CHANNELS = 64
+NORMALISATIONS = ("photo", "percentile", "minmax", "fixed")
 MAX_SEED = 2**32 - 1001  # every process adds its rank, and numpy takes 32 bits
 
 
@@ -48,6 +50,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         "knn_neighbours": 1,
         "knn_train_samples": 1,
         "knn_test_samples": 1,
+        "window": 16,
     }
     for name, least in at_least.items():
         value = getattr(run, name)
@@ -180,3 +183,55 @@ def check_local_views(config: "RunConfig") -> None:
             f"`views.local_image_size`: expected less than the image size {config.image_size}, "
             f"got {views.local_image_size}."
         )
+
+
+def check_channels(config: "RunConfig") -> None:
+    """Raise InputError for a normalisation, pages or a window that the images cannot be read by."""
+    run, views, channels = config.run, config.views, config.num_channels
+    second = getattr(config.vicreg.second_encoder, "num_channels", channels)
+    if second != channels:
+        raise InputError(f"`second_model.num_channels`: expected {channels} as the first encoder's, got {second}.")
+    fixed_bounds(run.normalisation)
+    if config.normalisation_kind == "photo" and channels != 3:
+        raise InputError(
+            f"`normalisation`: expected percentile, minmax or fixed LOW HIGH with {channels} channels, got photo, "
+            "which is of RGB; leave it out."
+        )
+    if run.pages not in (None, "channels", "images"):
+        raise InputError(f"`pages`: expected 'channels' or 'images', got {run.pages!r}.")
+    if config.reads_channels and run.streaming:
+        raise InputError("`streaming`: expected 8-bit RGB images, other channels are read from stored files alone.")
+    if run.window is not None and not run.train_dir:
+        raise InputError(f"`window`: expected a folder of image files to read by windows, got {run.dataset_name!r}.")
+    if views.stain and channels != 3:
+        raise InputError(f"`views.stain`: expected 0 with {channels} channels, got {views.stain}: stains are of RGB.")
+    for name in ("image_mean", "image_std", "channel_low", "channel_high"):
+        given = getattr(views, name)
+        if isinstance(given, tuple) and len(given) != channels:
+            count = {3: "three"}.get(channels, channels)
+            raise InputError(f"`views.{name}`: expected a number, or {count} for the channels, got {list(given)}.")
+    ranges = config.channel_ranges
+    if ranges is not None and any(low >= high for low, high in zip(*ranges, strict=True)):
+        raise InputError("`views.channel_high`: expected more than `views.channel_low` in every channel.")
+
+
+def fixed_bounds(normalisation: list[str] | None) -> tuple[float, float] | None:
+    """Return low and high of `fixed LOW HIGH`; None for the other normalisations.
+
+    Raises:
+        InputError: None of them.
+    """
+    words = normalisation or ["photo"]
+    if words[0] not in NORMALISATIONS or len(words) != (3 if words[0] == "fixed" else 1):
+        raise InputError(
+            f"`normalisation`: expected photo, percentile, minmax or fixed LOW HIGH, got {' '.join(words)!r}."
+        )
+    if words[0] != "fixed":
+        return None
+    try:
+        low, high = (float(one) for one in words[1:])
+    except ValueError:
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise InputError(f"`normalisation`: expected fixed LOW HIGH with LOW below HIGH, got {' '.join(words)!r}.")
+    return low, high

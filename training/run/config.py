@@ -29,12 +29,40 @@ class RunConfig:
     @property
     def normalisation(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel by which pixels in [0, 1] are normalised: given, or ImageNet's."""
-        given = (self.views.image_mean, self.views.image_std)
+        given, channels = (self.views.image_mean, self.views.image_std), self.num_channels
+        # other channels than three are measured before anything is trained
+        defaults = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else ([0.5] * channels,) * 2
         mean, std = (
-            list(default) if one is None else [one] * 3 if isinstance(one, float) else list(one)
-            for one, default in zip(given, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), strict=True)
+            list(default) if one is None else [one] * channels if isinstance(one, float) else list(one)
+            for one, default in zip(given, defaults, strict=True)
         )
         return mean, std
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images, as the encoder takes them."""
+        return getattr(self.vicreg.encoder, "num_channels", None) or 3
+
+    @property
+    def normalisation_kind(self) -> str:
+        """How values become 0 to 1: `photo`, `percentile`, `minmax` or `fixed`."""
+        given = self.run.normalisation
+        return given[0] if given else "photo" if self.num_channels == 3 else "percentile"
+
+    @property
+    def reads_channels(self) -> bool:
+        """Whether images are read with all their channels and depth, or by windows, not as Pillow's RGB."""
+        run = self.run
+        return self.normalisation_kind != "photo" or run.window is not None or run.pages is not None
+
+    @property
+    def channel_ranges(self) -> tuple[list[float], list[float]] | None:
+        """Values of each channel that become 0 and 1; None for photographs, and before they are measured."""
+        low, high = (
+            None if one is None else [one] * self.num_channels if isinstance(one, float) else list(one)
+            for one in (self.views.channel_low, self.views.channel_high)
+        )
+        return None if low is None or high is None else (low, high)
 
     @property
     def step_size(self) -> int:

@@ -16,6 +16,7 @@ NUM_LISTED = 3
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BUILT_IN = "digits"
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SCIENCE_SUFFIXES = {".dcm", ".jp2", ".npy", ".zarr"}  # read by channels; an OME-Zarr is a folder
 
 
 def data_setting(data: str, given: dict[str, Any]) -> dict[str, str]:
@@ -102,7 +103,9 @@ def _new_folder(images: str, *, resuming: bool) -> Path:
 def is_image_folder(name: str) -> bool:
     """Return whether a path is a folder of image files; one with parquet or arrow files is a `datasets` folder."""
     suffixes = {os.path.splitext(path)[1].lower() for path in files_below(name)}
-    return bool(suffixes & IMAGE_SUFFIXES) and not suffixes & {".parquet", ".arrow"}
+    if suffixes & {".parquet", ".arrow"}:
+        return False
+    return bool(suffixes & (IMAGE_SUFFIXES | SCIENCE_SUFFIXES)) or any(Path(name).rglob("*.zarr"))
 
 
 def files_below(folder: str) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """The image processor that a run's features are measured with, and that is saved beside its encoder."""
 
+from typing import Any
+
 from transformers import BaseImageProcessor
 
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
@@ -10,4 +12,9 @@ def build_processor(config: RunConfig) -> BaseImageProcessor:
     """Return the image processor saved with the encoder, at its image size; it normalises as the views are."""
     height, width = config.image_size
     mean, std = config.normalisation
-    return BigBirdViTImageProcessor(size={"height": height, "width": width}, image_mean=mean, image_std=std)
+    settings: dict[str, Any] = {"size": {"height": height, "width": width}, "image_mean": mean, "image_std": std}
+    if config.channel_ranges is not None:
+        low, high = config.channel_ranges
+        settings |= {"channel_low": low, "channel_high": high, "pages": config.run.pages}
+        settings |= {"do_rescale": False, "do_convert_rgb": False}  # values are between 0 and 1, and no colours
+    return BigBirdViTImageProcessor(**settings)

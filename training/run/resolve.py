@@ -8,7 +8,7 @@ from hf_vicreg.modeling.configuration_vicreg import VicRegConfig, encoder_config
 from hf_vicreg.modeling.objectives import OBJECTIVES
 from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.run.arguments import RESERVED, SECTIONS, PretrainArguments, ViewsConfig
-from hf_vicreg.training.run.checks import check_local_views, check_ranges
+from hf_vicreg.training.run.checks import MAX_CHANNELS, check_channels, check_local_views, check_ranges
 from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.run.settings import explicit_settings, hint
 
@@ -53,6 +53,7 @@ def resolve(given: dict[str, Any]) -> RunConfig:
                     f"`{name}`: expected none with objective {run.objective!r}, whose encoder gets other masks in "
                     f"every step, got {getattr(run, name)!r}; leave it out."
                 )
+    check_channels(config)
     return config
 
 
@@ -84,11 +85,9 @@ def _encoder(settings: dict[str, Any], section: str, views: ViewsConfig) -> PreT
                 f"`views.image_size`: expected `{section}.image_size`, {encoder.image_size}, or one of the two alone, "
                 f"got {views.image_size}."
             )
-        if getattr(encoder, "num_channels", 3) != 3:
-            raise InputError(
-                f"`{section}.num_channels`: expected 3, got {encoder.num_channels}: every image is read as RGB, a "
-                f"grey one with three equal channels; leave `num_channels` out, or give --{section}.num_channels 3."
-            )
+        channels = getattr(encoder, "num_channels", 3)
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise InputError(f"`{section}.num_channels`: expected 1 to {MAX_CHANNELS}, got {channels}.")
     return encoder
 
 

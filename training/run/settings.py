@@ -19,13 +19,13 @@ from hf_vicreg.training.run.arguments import (
     OPEN_FIELDS,
     RESERVED,
     SECTIONS,
-    VIEW_PRESETS,
     PretrainArguments,
     ViewsConfig,
 )
 from hf_vicreg.training.run.checks import check_ranges
 from hf_vicreg.training.run.places import data_setting
 from hf_vicreg.training.run.section_flags import INHERITED, MODEL, VICREG, VICREG_WEIGHTS
+from hf_vicreg.training.run.view_presets import VIEW_PRESETS
 
 logger = logging.getLogger(__name__)
 
@@ -252,11 +252,17 @@ def typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
             raise InputError(f"`{prefix}{key}`: unknown key{hint(key, list(hints))}.")
         accepted = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
         expected = next(one for one in accepted if one is not type(None))
+        if typing.get_origin(expected) is list:
+            words = value.split() if isinstance(value, str) else value
+            if words is not None and not isinstance(words, list | tuple):
+                raise InputError(f"`{prefix}{key}`: expected words, got {value!r}.")
+            checked[key] = None if words is None else [str(one) for one in words]
+            continue
         if isinstance(value, list | tuple) and any(typing.get_origin(one) is tuple for one in accepted):
             wanted = next(len(typing.get_args(one)) for one in accepted if typing.get_origin(one) is tuple)
-            if len(value) != wanted:
+            each = any(Ellipsis in typing.get_args(one) for one in accepted)  # one for each channel
+            if len(value) != wanted and not each:
                 several = "two for the two views" if expected is float else "two, height and width"
-                several = "three for the channels" if wanted == 3 else several
                 raise InputError(f"`{prefix}{key}`: expected a number, or {several}, got {value}.")
             checked[key] = tuple(typed(kind, {key: one}, prefix)[key] for one in value)
             continue

@@ -128,8 +128,8 @@ def test_yaml_reads_exponents_without_a_dot_as_text_and_we_do_not(tmp_path):
         ({"batch_size": float("inf")}, "`batch_size`: expected int, got inf"),
         ({"model": {"hidden_act": "foo"}}, "`hidden_act`: expected an activation"),
         (
-            {"model": {"num_channels": 1}},
-            "read as RGB, a grey one with three equal channels; leave `num_channels` out",
+            {"model": {"num_channels": 65}},
+            "`model.num_channels`: expected 1 to 64, got 65",
         ),
         ({"model": {"return_dict": False}}, "`model.return_dict`: unknown key"),
         ({"views": {1: 2}}, "`views.1`: unknown key"),

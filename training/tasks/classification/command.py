@@ -13,7 +13,7 @@ from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FinetuneArguments, TuningArguments, check_ranges
-from hf_vicreg.training.evaluation.encoder import load_processor, public_name, weights_digest
+from hf_vicreg.training.evaluation.encoder import load_processor, public_name, source_for, weights_digest
 from hf_vicreg.training.evaluation.evaluate import MAX_STORED_CLASSES, settings_of, share_right
 from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap, load_labelled
 from hf_vicreg.training.evaluation.pictures import can_draw, confusion_matrix, draw_confusion
@@ -62,6 +62,8 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
     accelerator = classifier_accelerator(model_name, arguments.mixed_precision)
     model = build_classifier(model_name, train.class_names, from_scratch=arguments.from_scratch, seed=arguments.seed)
     processor = load_processor(model_name, model.config)
+    sources = {kind: source_for(processor, one) for kind, one in sources.items()}
+    test = replace(test, source=source_for(processor, test.source))
     encoder_weights = weights_digest(model.base_model)
     recipe = settings_of(arguments) | {"weights": weights_digest(model)}
     step = ClassifierStep(model, processor, tuning_from(arguments), sources, accelerator, seed=arguments.seed)

@@ -124,5 +124,7 @@ def pixel_values(part: dict[str, torch.Tensor], processor: BaseImageProcessor, d
     else:
         mean, std = list(settings["image_mean"]), list(settings["image_std"])
     # view by view: weak ones have no colours to change, and a batch without any takes a short cut
-    views = [finish_views(crops[:, view], part["colours"][:, view], (mean, std)) for view in range(crops.shape[1])]
+    low, high = settings.get("channel_low"), settings.get("channel_high")
+    finished = ((mean, std), None if low is None else (low, high))
+    views = [finish_views(crops[:, view], part["colours"][:, view], *finished) for view in range(crops.shape[1])]
     return torch.stack(views, dim=1)

@@ -1,0 +1,1 @@
+"""Images of any number of channels, any depth and any size: read by windows, measured, and their own views."""

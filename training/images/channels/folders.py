@@ -1,0 +1,139 @@
+"""A folder of image files of any channels as a source, its pages and windows counted, its blank windows left out."""
+
+import hashlib
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from hf_vicreg.modeling.channel_files import open_channels
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.channels.channel_source import ChannelSource, stamp
+from hf_vicreg.training.images.channels.windows import is_blank, windows_of
+from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+
+def channel_folder(
+    folder: str, num_channels: int, pages: str | None = None, window: int | None = None, *, photo: bool = False
+) -> ChannelSource:
+    """Return the images of a folder of files.
+
+    Args:
+        folder: Searched recursively; an OME-Zarr, a folder itself, is a file.
+        num_channels: Of every image.
+        pages: What pages are, `channels` or `images`; None tells it from the number of channels.
+        window: Larger images are read by windows of so many pixels a side; None reads all at once.
+        photo: Whether pixels have to be 8-bit RGB.
+
+    Raises:
+        InputError: No folder, or no files of known suffixes in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"`train_dir`: expected a folder of images, got {folder}, which is not a folder.")
+    paths = sorted(_files(folder))
+    if not paths:
+        known = ", ".join(sorted(IMAGE_SUFFIXES | SCIENCE_SUFFIXES))
+        raise InputError(f"`train_dir`: expected image files ({known}) below {folder}, found none.")
+    names = [os.path.relpath(path, root) for path in paths]
+    digest = hashlib.sha256(f"{num_channels} {pages} {window}".encode())
+    digest.update("\n".join(names).encode(errors="surrogateescape"))
+    for path in paths[:: -(-len(paths) // 64)]:
+        try:
+            digest.update(stamp(path))
+        except OSError as error:  # it shall be as corrupt when the run is resumed
+            digest.update(type(error).__name__.encode())
+    found = ChannelSource(
+        root.resolve().name.encode(errors="replace").decode(),
+        len(paths),
+        partial(_contents, paths),
+        digest.hexdigest()[:16],
+        file_names=names,
+        paths=paths,
+        num_channels=num_channels,
+        pages=pages,
+        photo=photo,
+    )
+    return _spread_out(found, window)
+
+
+def without_blank(source: ChannelSource, low: list[float], high: list[float]) -> ChannelSource:
+    """Return a source without the windows that hold nothing; how many they are is logged."""
+    if source.items is None:
+        return source
+    items = source.items
+    count = np.bincount(items[:, 0] * (1 + items[:, 1].max()) + items[:, 1])
+    windowed = count[items[:, 0] * (1 + items[:, 1].max()) + items[:, 1]] > 1
+    bounds = np.asarray(low, np.float32), np.asarray(high, np.float32)
+
+    def blank(index: int) -> bool:
+        try:
+            file, image, box = source.opened_image(index)
+            return is_blank(file, image, box, *bounds)
+        except Exception:  # it is refused, with its reason, when its turn comes
+            return False
+
+    found = np.zeros(len(items), bool)
+    # one file after another by one thread: the libraries' files are not shared between threads
+    found[windowed] = [blank(int(index)) for index in np.flatnonzero(windowed)]
+    if found.all():
+        raise InputError(f"`window`: expected windows that hold something in {source.name}, found all blank.")
+    if windowed.any():
+        logger.info("%d of %d windows are blank and left out", found.sum(), windowed.sum())
+    fingerprint = f"{source.fingerprint} {hashlib.sha256(found.tobytes()).hexdigest()[:8]}"
+    return replace(source, items=items[~found], length=int((~found).sum()), fingerprint=fingerprint)
+
+
+def _spread_out(source: ChannelSource, window: int | None) -> ChannelSource:
+    """Return a source of single images and windows where a file holds several, else the source as it is."""
+    assert source.paths is not None
+    looked_at = range(len(source)) if window is not None else source.sampled()
+    count = partial(_boxes, source, window)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        found = list(threads.map(count, looked_at))
+        if all(len(boxes) == 1 and not boxes[0][3] for boxes in found):
+            return source
+        if len(found) < len(source):
+            found = list(threads.map(count, range(len(source))))
+    items = np.array([(file, *box) for file, boxes in enumerate(found) for box in boxes], dtype=np.int64)
+    logger.info("%d images and windows in %d files", len(items), len(source))
+    return replace(source, items=items, length=len(items))
+
+
+def _boxes(source: ChannelSource, window: int | None, file: int) -> list[tuple[int, ...]]:
+    """Return (image, left, top, right, bottom) of all that a file holds; one of zeros if it is one or unreadable."""
+    assert source.paths is not None
+    try:
+        opened = open_channels(source.paths[file], source.num_channels, source.pages, lazy=True)
+    except Exception:  # it is refused, with its reason, when its turn comes
+        return [(0, 0, 0, 0, 0)]
+    height, width = opened.size()
+    if window is None or max(height, width) <= window:
+        return [(image, 0, 0, 0, 0) for image in range(opened.num_images)]
+    return [(image, *box) for image in range(opened.num_images) for box in windows_of(height, width, window)]
+
+
+def _files(folder: str) -> list[str]:
+    """Return image files below a folder; an OME-Zarr is one, and not entered."""
+    found, entered = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        found += [os.path.join(where, one) for one in folders if one.lower().endswith(".zarr")]
+        folders[:] = sorted(one for one in folders if not one.lower().endswith(".zarr"))
+        suffixes = IMAGE_SUFFIXES | SCIENCE_SUFFIXES
+        found += [os.path.join(where, one) for one in names if os.path.splitext(one)[1].lower() in suffixes]
+    return found
+
+
+def _contents(paths: list[str], index: int) -> bytes:
+    return Path(paths[index]).read_bytes()

@@ -1,0 +1,92 @@
+"""Normalisation by channel, measured on a sample of the images before training."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.decoding import UnusableImage
+from hf_vicreg.training.images.image_source import ImageSource
+from hf_vicreg.training.run.checks import fixed_bounds
+from hf_vicreg.training.run.config import RunConfig
+
+NUM_MEASURED = 64  # images
+PIXELS_OF_EACH = 2**16  # on a grid over the image
+PERCENTILES = (0.5, 99.5)
+LARGEST_WINDOW = 1024  # pixels a side of one that is read for measuring
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What training and the image processor do to each channel: `((value - low) / (high - low) - mean) / std`.
+
+    Attributes:
+        channel_low: One number a channel; smaller values count as it.
+        channel_high: The same; larger values count as it.
+        image_mean: Of values between 0 and 1.
+        image_std: Of the same.
+    """
+
+    channel_low: list[float]
+    channel_high: list[float]
+    image_mean: list[float]
+    image_std: list[float]
+
+
+def measure(source: ImageSource, kind: str, bounds: tuple[float, float] | None = None) -> Measured:
+    """Measure up to 64 images, spread evenly over all, each at up to 65,536 pixels.
+
+    Args:
+        source: Of `Raster`s.
+        kind: `percentile` (0.5 and 99.5 of each channel), `minmax` or `fixed`.
+        bounds: Low and high of every channel, where they are fixed.
+
+    Raises:
+        InputError: No image can be read, or a channel has one value alone.
+    """
+    found, refused = [], None
+    for index in source._spread(NUM_MEASURED):
+        try:
+            found.append(_sample(source.read_or_raise(index)))
+        except UnusableImage as error:
+            refused = refused or (index, error)
+    if not found:
+        assert refused is not None
+        name, reason = source.describe(refused[0]), str(refused[1])
+        raise InputError(f"`normalisation`: expected images to measure in {source.name}; {name}: {reason}.")
+    values = np.concatenate(found).astype(np.float64)
+    if kind == "fixed":
+        assert bounds is not None
+        low, high = (np.full(values.shape[1], bound) for bound in bounds)
+    elif kind == "minmax":
+        low, high = values.min(0), values.max(0)
+    else:
+        low, high = np.percentile(values, PERCENTILES, axis=0)
+    for channel in np.flatnonzero(~(high > low)):
+        raise InputError(
+            f"`normalisation`: expected values that differ in channel {channel} of {source.name}, found "
+            f"{low[channel]:g} in {len(found)} images; leave the channel out, or add --normalisation fixed LOW HIGH."
+        )
+    scaled = ((values - low) / (high - low)).clip(0, 1)
+    std = scaled.std(0)
+    std[std < 1e-4] = 1.0  # a channel that `fixed` makes constant stays finite
+    return Measured(*([float(one) for one in array] for array in (low, high, scaled.mean(0), std)))
+
+
+def measured_views(settings: dict[str, Any], config: RunConfig, source: ImageSource) -> dict[str, Any]:
+    """Return a run's settings with the normalisation of its images among its views, where it is to be measured."""
+    if config.normalisation_kind == "photo" or config.channel_ranges is not None:
+        return settings
+    found = measure(source, config.normalisation_kind, fixed_bounds(config.run.normalisation))
+    return settings | {"views": asdict(found) | settings.get("views", {})}
+
+
+def _sample(raster: Any) -> np.ndarray:
+    """Return values `(pixels, channels)` of an image, on a grid over it; of a huge one over its middle."""
+    left, top = (max(0, (side - LARGEST_WINDOW) // 2) for side in raster.size)
+    pixels = raster.crop(
+        (left, top, min(raster.width, left + LARGEST_WINDOW), min(raster.height, top + LARGEST_WINDOW))
+    )
+    step = max(1, int(np.ceil((pixels.shape[0] * pixels.shape[1] / PIXELS_OF_EACH) ** 0.5)))
+    return pixels[::step, ::step].reshape(-1, pixels.shape[2])
