@@ -178,3 +178,11 @@ def test_a_contact_sheet_shows_each_image_and_its_views(tmp_path, channels):
     assert pixels.shape == (2 * 36, 7 * 36, 3)
     assert pixels[:32, :32].std() > 10
     assert len({pixels[:32, 36 * column : 36 * column + 32].tobytes() for column in range(7)}) == 7
+
+
+def test_a_preset_leaves_nothing_of_the_one_in_a_recipe_below_it(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("views: {preset: microscopy}")
+    above = {"data": "digits", "output_dir": "x", "config": recipe, "views": {"preset": "pathology"}}
+    assert resolve(above).views.channel_dropout_probability == 0
+    assert resolve(above).views.stain == 0.15
