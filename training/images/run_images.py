@@ -26,6 +26,8 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
         return stream.at_least(*smallest_side(config)), None, None
     if run.caption_column is not None:
         source, test = load_captioned(config)
+        if config.reads_channels:
+            source = as_channels(source, config.num_channels, run.pages)
         return source.first(run.max_train_samples), source.first(run.knn_train_samples), test
     if config.reads_channels and run.train_dir:
         photo = config.normalisation_kind == "photo"

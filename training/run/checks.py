@@ -201,7 +201,7 @@ def check_channels(config: "RunConfig") -> None:
         raise InputError(f"`pages`: expected 'channels' or 'images', got {run.pages!r}.")
     if config.reads_channels and run.streaming:
         raise InputError("`streaming`: expected 8-bit RGB images, other channels are read from stored files alone.")
-    if run.window is not None and not run.train_dir:
+    if run.window is not None and (not run.train_dir or run.caption_column is not None):
         raise InputError(f"`window`: expected a folder of image files to read by windows, got {run.dataset_name!r}.")
     if views.stain and channels != 3:
         raise InputError(f"`views.stain`: expected 0 with {channels} channels, got {views.stain}: stains are of RGB.")
@@ -221,7 +221,7 @@ def fixed_bounds(normalisation: list[str] | None) -> tuple[float, float] | None:
     Raises:
         InputError: None of them.
     """
-    words = normalisation or ["photo"]
+    words = " ".join(normalisation or ["photo"]).split()  # given as one text or as several
     if words[0] not in NORMALISATIONS or len(words) != (3 if words[0] == "fixed" else 1):
         raise InputError(
             f"`normalisation`: expected photo, percentile, minmax or fixed LOW HIGH, got {' '.join(words)!r}."

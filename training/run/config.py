@@ -47,7 +47,7 @@ class RunConfig:
     def normalisation_kind(self) -> str:
         """How values become 0 to 1: `photo`, `percentile`, `minmax` or `fixed`."""
         given = self.run.normalisation
-        return given[0] if given else "photo" if self.num_channels == 3 else "percentile"
+        return given[0].split()[0] if given else "photo" if self.num_channels == 3 else "percentile"
 
     @property
     def reads_channels(self) -> bool:

@@ -252,12 +252,6 @@ def typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
             raise InputError(f"`{prefix}{key}`: unknown key{hint(key, list(hints))}.")
         accepted = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
         expected = next(one for one in accepted if one is not type(None))
-        if typing.get_origin(expected) is list:
-            words = value.split() if isinstance(value, str) else value
-            if words is not None and not isinstance(words, list | tuple):
-                raise InputError(f"`{prefix}{key}`: expected words, got {value!r}.")
-            checked[key] = None if words is None else [str(one) for one in words]
-            continue
         if isinstance(value, list | tuple) and any(typing.get_origin(one) is tuple for one in accepted):
             wanted = next(len(typing.get_args(one)) for one in accepted if typing.get_origin(one) is tuple)
             each = any(Ellipsis in typing.get_args(one) for one in accepted)  # one for each channel
