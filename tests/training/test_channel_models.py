@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, ViTConfig, ViTImageProcessor, ViTMo
 from hf_vicreg import BigBirdViTModel, embed, pretrain
 from hf_vicreg.cli import main
 from hf_vicreg.training.errors import InputError, RunStopped
-from hf_vicreg.training.source_encoder import inflated_weights
+from hf_vicreg.training.pretrained.source_encoder import inflated_weights
 
 CHANNELS = 4
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
