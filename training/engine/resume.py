@@ -23,7 +23,7 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.objectives.registry import entry_of
 from hf_vicreg.training.run.arguments import PretrainArguments, ViewsConfig
-from hf_vicreg.training.run.section_flags import MODEL
+from hf_vicreg.training.run.section_flags import MODEL, VICREG
 from hf_vicreg.training.run.settings import DEFAULT_MODEL_TYPE
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ RESUMABLE_CHANGES = {
 }
 DEFAULTS: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(PretrainArguments)}
 MODEL_DEFAULTS: dict[str, Any] = {name: one.default for name, one in MODEL.items()}
+VICREG_DEFAULTS: dict[str, Any] = {name: one.default for name, one in VICREG.items()}
 
 
 def checkpoint_to_resume(run: Any, accelerator: Accelerator) -> Path | None:
@@ -139,6 +140,7 @@ def refuse_other_configuration(found: RunState, expected: RunState) -> None:
         entry = entry_of(recipe)
         if entry.settings:
             recipe[entry.name] = {name: one.default for name, one in entry.settings.items()} | recipe[entry.name]
+        recipe["vicreg"] = VICREG_DEFAULTS | (recipe.get("vicreg") or {})
         recipe["views"] = dataclasses.asdict(ViewsConfig()) | (recipe.get("views") or {})
         for section in ("model", "second_model"):
             if (recipe.get(section) or {}).get("model_type") == DEFAULT_MODEL_TYPE:
