@@ -1,5 +1,6 @@
 """Where each head of each layer looks from a patch, and which patches its pattern lets it see."""
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,12 +83,13 @@ def lattice(rows: int, columns: int, most: int) -> list[int]:
     """Return at most `most` patches of a grid, spread evenly over it: all of them if they are no more."""
     if rows * columns <= most:
         return list(range(rows * columns))
-    step = 2
-    while -(-rows // step) * -(-columns // step) > most:
-        step += 1
-    first = step // 2
-    down, along = (list(range(min(first, side - 1), side, step)) for side in (rows, columns))
-    return [row * columns + column for row in down for column in along]
+    lines = min(rows, most, max(1, math.isqrt(most * rows // columns)))
+    along = min(columns, most // lines)
+    places = [
+        [(2 * at + 1) * side // (2 * count) for at in range(count)]
+        for side, count in ((rows, lines), (columns, along))
+    ]
+    return [row * columns + column for row in places[0] for column in places[1]]
 
 
 @contextmanager

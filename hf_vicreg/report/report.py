@@ -16,7 +16,7 @@ from hf_vicreg.report.run_images import ReportImages, open_images
 from hf_vicreg.report.space import Space, look_around
 from hf_vicreg.report.told import curves_section, heading, panels_of, recipe_section
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder
+from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_config, load_vision_encoder
 from hf_vicreg.training.run.run_folder import file_inside
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,14 @@ class _Look:
         else:
             try:
                 _refuse_links(facts.folder)
-                self.encoder = load_vision_encoder(str(facts.folder))
+                channels = getattr(load_config(str(facts.folder)), "num_channels", 3)
+                if channels == 3:
+                    self.encoder = load_vision_encoder(str(facts.folder))
+                else:
+                    self.lack = (
+                        f"Shows RGB images alone, and this encoder takes {channels} channels; hf-vicreg inspect views "
+                        "shows what it sees."
+                    )
             except InputError as error:
                 self.lack = self._told(error)
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 NUM_VIEWED, NUM_PATCHED, NUM_ATTENDED = 10, 6, 4
 SMALL = 128  # side in pixels of images that stand in rows
-ATTENTION_BYTES = 2_600_000  # of a page, before they become text
+ATTENTION_BYTES = 3_200_000  # of a page, before they become text
 MAX_NAMED_CLASSES = 40
 SCALES = (1, 2)
 
@@ -133,7 +133,8 @@ def attention_data(encoder: VisionEncoder, images: ReportImages, budget: int) ->
         count = min(len(some), budget // len(SCALES) // (a_query * (rows * columns + 1)))
         if items and not count:
             continue  # the larger size is a luxury
-        queries = lattice(rows, columns, max(1, budget // len(SCALES) // max(1, count) // a_query - 1))
+        # where all patches are too many, there is one size and one image, with as many of them as fit
+        queries = lattice(rows, columns, rows * columns if count else max(1, budget // a_query - 1))
         for (place, _), pixels, image in list(zip(some, given.pixels, given.shown, strict=True))[: max(1, count)]:
             maps = attention_maps(model, pixels[None], [-1, *queries])
             items.append(

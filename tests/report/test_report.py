@@ -174,6 +174,11 @@ def test_patches_that_look_are_thinned_out():
     assert len(found) == 49
     assert len({one // 14 for one in found}) == len({one % 14 for one in found}) == 7
     assert lattice(1, 9, 3) == [1, 4, 7]
+    for rows, columns, most in ((14, 14, 55), (32, 32, 10), (3, 40, 7), (40, 3, 7), (5, 5, 1)):
+        found = lattice(rows, columns, most)
+        assert most / 2 < len(found) <= most
+        assert len(set(found)) == len(found)
+        assert max(found) < rows * columns
 
 
 def test_attention_of_a_dense_vit_and_of_a_resnet():
@@ -272,6 +277,14 @@ def test_an_unfinished_run_has_its_curves(run, tmp_path):
     page = write_report(copy, data="digits").read_text()
     assert "which is there when the run is finished" in page
     assert content_of(page)["panels"]
+
+
+def test_an_encoder_of_other_channels_says_so(run, tmp_path):
+    copy = copied(run, tmp_path)
+    config = BigBirdViTConfig.from_pretrained(run)
+    config.num_channels = 2
+    BigBirdViTModel(config).save_pretrained(copy)
+    assert write_report(copy, data="digits").read_text().count("takes 2 channels") == 5
 
 
 def test_two_runs_stand_side_by_side(run, tmp_path):
