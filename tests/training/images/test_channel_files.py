@@ -120,7 +120,8 @@ MATRIX = (
         ("uint16", 3, "png", "png16"),
         ("uint8", 3, "png", ""),
     ]
-    + [("float32", 64, "tif", "planar"), ("uint16", 13, "tif", "chunky")]  # alone: a batch needs two
+    + [("float32", 64, "tif", "planar"), ("uint16", 64, "npy", "last")]
+    + [("uint16", 13, "tif", "chunky"), ("int16", 13, "tif", "planar")]
 )
 
 
@@ -186,7 +187,7 @@ def test_a_file_gives_the_pixels_of_the_formula_to_training_and_to_the_processor
 
 
 @pytest.mark.parametrize(
-    "channels", [pytest.param(one, marks=[pytest.mark.slow] if one != 5 else []) for one in (1, 2, 3, 5)]
+    "channels", [pytest.param(one, marks=[pytest.mark.slow] if one != 5 else []) for one in (1, 2, 3, 5, 13, 64)]
 )
 def test_files_of_a_number_of_channels_are_trained_on_and_load_again(matrix, tmp_path, channels):
     flags = {"normalisation": "percentile"} if channels == 3 else {}
