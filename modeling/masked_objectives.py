@@ -68,11 +68,11 @@ class MaskedObjective(Objective):
             key = f"{self.settings['mask_seed']}/{self.step}/{index}"
             height, width = pixel_values.shape[-2:]
             mask = self.draw_mask(height, width, key)
-            found.append(self.paint(encoder, pixel_values, mask.expand(len(pixel_values), -1)))
+            found.append(self.paint(encoder, pixel_values, mask))
         return [one.pooled for one in found], [torch.stack([one.errors for one in found]).mean(0)]
 
     def paint(self, encoder, pixel_values, masked) -> Masked:
-        """Return what is made of images `(batch, channels, height, width)` with masks `(batch, patches)` bool."""
+        """Return what is made of images `(batch, channels, height, width)` with masks `(batch, patches)`, or one."""
         raise NotImplementedError
 
     def forward(self, embeddings, further, process_group):
@@ -115,7 +115,7 @@ class SimMIM(MaskedObjective):
         self.head = BigBirdViTSimMIMHead(config.encoder)
 
     def paint(self, encoder, pixel_values, masked):
-        masked = masked.to(pixel_values.device)
+        masked = masked.to(pixel_values.device).expand(len(pixel_values), -1)
         outputs = encoder(pixel_values, masked_patches=masked, mask_token=self.head.mask_token)
         errors, pixels = self.head(outputs.last_hidden_state, pixel_values, masked)
         return Masked(errors, pixels, outputs.pooler_output)

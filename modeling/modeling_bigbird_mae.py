@@ -17,7 +17,7 @@ from .configuration_bigbird_vit import BigBirdViTConfig
 from .grid_plan import PatternCache, grid_plan, pattern_settings, reorder
 from .image_patches import masked_means, patch_statistics, patchify, unpatchify
 from .modeling_bigbird_vit import BigBirdViTEncoder, BigBirdViTModel
-from .pattern_tables import BlockPattern, derived
+from .pattern_tables import BlockPattern, derived, ordinary_tensors
 from .visible_patches import draw_masked_patches, visible_patterns
 
 MAX_BYTES_OF_MASKS = 2**26  # masks come and go: those of a step or two are kept
@@ -93,7 +93,7 @@ class BigBirdViTMAEDecoder(nn.Module):
         Args:
             encoder: Runs on the visible patches.
             pixel_values: The images.
-            masked: Their masks.
+            masked: Their masks; or `(patches,)` on the CPU, one for all images.
             flags: `output_hidden_states` and `output_attentions`, of the encoder.
         """
         size = pixel_values.shape[-2:]
@@ -105,34 +105,40 @@ class BigBirdViTMAEDecoder(nn.Module):
         if self.norm_pix_loss:
             mean, deviation = patch_statistics(target)
             target, pixels = (target - mean) / deviation, painted * deviation + mean
-        errors = masked_means((painted - target).square().mean(-1), masked.to(painted.device))
+        errors = masked_means((painted - target).square().mean(-1), masked.to(painted.device).expand(len(painted), -1))
         return Painted(errors, pixels, pooled, states)
 
     def _encode(self, encoder: BigBirdViTModel, pixel_values: torch.Tensor, masked: torch.Tensor, flags: dict):
         """Return tokens `(batch, tokens, width)` with mask tokens, pooled outputs and recorded states."""
-        masks, mask_of = masked.cpu().unique(dim=0, return_inverse=True)
+        mask_of = None
+        masks = [masked]  # a planner's shapes have no values, a mask has
+        if masked.ndim > 1:
+            different, mask_of = masked.cpu().unique(dim=0, return_inverse=True)
+            masks = list(different)
         if any(flags.values()) and len(masks) > 1:
             raise ValueError(
                 f"`output_hidden_states`, `output_attentions`: expected one mask for all images, got {len(masks)}."
             )
         tokens, pooled, order = [], [], []
         for index, mask in enumerate(masks):
-            images = (mask_of == index).nonzero()[:, 0]
-            of_mask = pixel_values if len(masks) == 1 else pixel_values[images.to(pixel_values.device)]
+            of_mask = pixel_values
+            if mask_of is not None and len(masks) > 1:
+                images = (mask_of == index).nonzero()[:, 0]
+                of_mask = pixel_values[images.to(pixel_values.device)]
+                order.append(images)
             whole = tuple(encoder.attention_patterns(*pixel_values.shape[-2:]))
-            outputs = encoder(of_mask, attention_patterns=self._visible_patterns(whole, ~mask), **flags)
-            tokens.append(self._with_mask_tokens(outputs.last_hidden_state, ~mask, whole[0].num_global_tokens))
+            patterns, kept = self._visible_patterns(whole, mask)
+            outputs = encoder(of_mask, attention_patterns=patterns, **flags)
+            tokens.append(self._with_mask_tokens(outputs.last_hidden_state, kept, whole[0].num_tokens))
             pooled.append(outputs.pooler_output)
-            order.append(images)
         place = None if len(masks) == 1 else torch.cat(order).argsort().to(tokens[0].device)
         states = {name: getattr(outputs, name) for name in ("hidden_states", "attentions")}
         return reorder(torch.cat(tokens), place, 0), reorder(torch.cat(pooled), place, 0), states
 
-    def _with_mask_tokens(self, encoded: torch.Tensor, visible: torch.Tensor, num_global: int) -> torch.Tensor:
+    def _with_mask_tokens(self, encoded: torch.Tensor, kept: torch.Tensor, num_tokens: int) -> torch.Tensor:
         embedded = self.embedding(encoded)
-        kept = torch.cat([torch.arange(num_global), visible.nonzero()[:, 0] + num_global]).to(embedded.device)
-        tokens = self.mask_token.to(embedded.dtype).expand(len(embedded), num_global + len(visible), -1)
-        return tokens.index_copy(1, kept, embedded)
+        tokens = self.mask_token.to(embedded.dtype).expand(len(embedded), num_tokens, -1)
+        return tokens.index_copy(1, kept.to(embedded.device), embedded)
 
     def _decode(self, tokens: torch.Tensor, patterns: tuple[BlockPattern, ...]) -> torch.Tensor:
         """Return `(batch, patches, pixels of a patch)` of tokens in raster order."""
@@ -143,9 +149,15 @@ class BigBirdViTMAEDecoder(nn.Module):
         patches = reorder(decoded, plan.to_raster, 1)[:, 1 + self.config.num_register_tokens :]
         return self.prediction(self.layernorm(patches))
 
-    def _visible_patterns(self, whole: tuple[BlockPattern, ...], visible: torch.Tensor) -> list[BlockPattern]:
+    @ordinary_tensors()
+    def _visible_patterns(
+        self, whole: tuple[BlockPattern, ...], mask: torch.Tensor
+    ) -> tuple[list[BlockPattern], torch.Tensor]:
+        """Return each layer's pattern of the visible patches, and which tokens those are, global ones first."""
+        visible, num_global = ~mask, whole[0].num_global_tokens
+        kept = torch.cat([torch.arange(num_global), visible.nonzero()[:, 0] + num_global])
         key = (tuple(one.name for one in dict.fromkeys(whole)), bytes(visible.to(torch.uint8).tolist()))
-        return list(self._visible.get(key, lambda: visible_patterns(whole, visible)))
+        return list(self._visible.get(key, lambda: visible_patterns(whole, visible))), kept
 
     def _whole_patterns(self, height: int, width: int) -> tuple[BlockPattern, ...]:
         layers, (rows, columns) = self.config.num_hidden_layers, self.config.grid_size(height, width)

@@ -15,6 +15,7 @@ import torch
 from .pattern_tables import BlockPattern, ordinary_tensors
 
 
+@ordinary_tensors()
 def draw_masked_patches(grid: tuple[int, int], tile_size: tuple[int, int], ratio: float, key: str) -> torch.Tensor:
     """Return which patches are masked, `(patches,)` bool in raster order, on the CPU.
 
@@ -90,6 +91,7 @@ def visible_pattern(pattern: BlockPattern, visible: torch.Tensor) -> BlockPatter
     )
 
 
+@ordinary_tensors()
 def visible_patterns(patterns: tuple[BlockPattern, ...], visible: torch.Tensor) -> list[BlockPattern]:
     """Return `visible_pattern` of each layer's; layers of equal patterns share one.
 

@@ -14,6 +14,9 @@ from hf_vicreg.modeling.visible_patches import draw_masked_patches
 from hf_vicreg.painting import load_painter
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.monitor import masked_pictures
+from hf_vicreg.training.planner.choices import Images, choose
+from hf_vicreg.training.planner.machine import Machine
+from hf_vicreg.training.planner.memory import step_memory
 from hf_vicreg.training.run.resolve import resolve
 
 DECODER = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 24}
@@ -124,6 +127,17 @@ def test_what_is_painted_of_normalised_patches_has_the_images_mean(tiny_recipe):
     with torch.no_grad():
         painted = model.objective.paint(model.encoder, pixels, mask).pixels
     assert (painted.mean(-1) - patchify(pixels, (8, 8)).mean(-1)).abs().max() < 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_plan_has_patches_side_by_side_and_knows_its_memory(name):
+    images = Images(count=1000, height=32, width=32, labelled=False)
+    machine = Machine("cpu", "one core", cores=1, memory=2**32)
+    given = {"dataset_name": "digits", "output_dir": "x", "objective": name}
+    config = resolve(choose(given, images, machine, 60).settings)
+    assert config.vicreg.encoder.patch_stride_hw == config.vicreg.encoder.patch_size_hw
+    one, two = (step_memory(config, count) for count in (8, 16))
+    assert 1.5 < two.encoder / one.encoder < 2.5
 
 
 MODEL = {"image_size": 32, "patch_size": 8, "tile_size": 1, "hidden_size": 48, "num_attention_heads": 2}

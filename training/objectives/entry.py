@@ -35,6 +35,7 @@ class ObjectiveEntry:
             by themselves, may have a low one.
         vicreg_weights: Whether the weights of the section `vicreg` are of this loss. Its expander is everybody's.
         takes_places: Whether the model is to be told where in its image each view lies.
+        whole_patches: Whether patches may not overlap.
         one_encoder: Why two branches cannot be trained, where they cannot.
         expander_sizes: Widths that a plan gives the expander, of the batch of the loss.
     """
@@ -49,5 +50,6 @@ class ObjectiveEntry:
     loss_falls: bool = False
     vicreg_weights: bool = False
     takes_places: bool = False
+    whole_patches: bool = False
     one_encoder: str | None = None
     expander_sizes: Callable[[int], list[int]] = expander_for

@@ -29,6 +29,7 @@ MAE = ObjectiveEntry(
     remedies={"encoder collapse": "lower learning_rate and weight_decay, or lower mae.mask_ratio"},
     silent=SILENT,
     loss_falls=True,
+    whole_patches=True,
     one_encoder="its decoder is of one",
     expander_sizes=lambda batch: [1],  # there is none
 )
@@ -40,6 +41,7 @@ SIMMIM = ObjectiveEntry(
     remedies={"encoder collapse": "lower learning_rate and weight_decay, or lower simmim.mask_ratio"},
     silent=SILENT,
     loss_falls=True,
+    whole_patches=True,
     one_encoder="its decoder is of one",
     expander_sizes=lambda batch: [1],  # there is none
 )

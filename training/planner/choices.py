@@ -205,8 +205,9 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
     shortest = min(side) if isinstance(side, list | tuple) else side
     if "patch_size" not in model and "patch_stride" not in model:
         stride = max(1, shortest // cells)
-        if shortest >= 224 and cells == 16:
-            made.fill("model.patch_size", 16, "as ViT has it")
+        large = shortest >= 224 and cells == 16
+        if large or entry_of(made.settings).whole_patches:
+            made.fill("model.patch_size", 16 if large else stride, "as ViT has it")
         else:
             made.fill("model.patch_size", 2 * stride, "overlapping by half")
             made.fill("model.patch_stride", stride, "overlapping by half")
