@@ -157,6 +157,11 @@ def load_painter(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
             f"`MODEL`: expected a model that paints pixels, {name} paints normalised patches (`norm_pix_loss`), whose "
             "mean and deviation nobody knows where the image is hidden; train one without."
         )
+    if encoder_config(model).num_channels != 3:
+        raise InputError(
+            f"`MODEL`: expected a model of images of three colours, {name} takes {encoder_config(model).num_channels} "
+            "channels; call `hf_vicreg.painting.paint_patches` on its pixel values."
+        )
     return model.eval(), load_processor(name, encoder_config(model))
 
 

@@ -44,6 +44,7 @@ def workplace(tmp_path_factory):
     """Models with a processor, one of them as a run has it, an image of 60x40 and a mask."""
     folder = tmp_path_factory.mktemp("painting")
     models = {"simmim": build("simmim"), "encoder": build("encoder"), "normalised": build("mae", norm_pix_loss=True)}
+    models["channels"] = BigBirdViTForMaskedImageModeling(BigBirdViTConfig(**ENCODER, num_channels=5))
     for name, model in models.items():
         model.save_pretrained(folder / name)
     build("encoder").save_pretrained(folder / "run")
@@ -137,6 +138,7 @@ REFUSED = {
     "words": (("simmim", "--mask", "a,b,c,d"), "`--mask`: expected left,top,right,bottom in pixels"),
     "no decoder": (("encoder", "--mask", "mask.png"), "`MODEL`: expected a model that paints"),
     "normalised": (("normalised", "--mask", "mask.png"), "`MODEL`: expected a model that paints pixels"),
+    "channels": (("channels", "--mask", "mask.png"), "`MODEL`: expected a model of images of three colours"),
     "no model": (("nothing", "--mask", "mask.png"), "`MODEL`"),
     "passes": (("simmim", "--mask", "mask.png", "--num_passes", "0"), "`--num_passes`: expected at least 1, got 0."),
     "temperature": (("simmim", "--mask", "mask.png", "--temperature", "nan"), "`--temperature`: expected a number"),

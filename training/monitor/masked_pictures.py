@@ -76,8 +76,10 @@ def _sheet(rows: list[torch.Tensor]) -> Image.Image:
 def masked_pictures(
     model: VicRegForPreTraining, processor: Any, source: ImageSource | ImageStream, folder: Path
 ) -> MaskedPictures | None:
-    """Return what draws a run's picture, on a run that paints; None where it does not, or where images stream by."""
+    """Return what draws a run's picture, where one paints; None where images stream by or are not of three colours."""
     if not (isinstance(model.objective, MaskedObjective) and isinstance(source, ImageSource)):
+        return None
+    if model.config.encoder.num_channels != 3:
         return None
     return MaskedPictures(model, processor, source, folder / MASKED_FILE)
 
