@@ -158,9 +158,14 @@ def image_column_of(name: str, features: Any, image_column: str | None) -> str:
 
     image_columns = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
     if image_column is None:
+        if not image_columns:
+            raise InputError(
+                f"`dataset_name`: expected a column of images in {name}, found {sorted(features)}; files of images "
+                f"end in {', '.join(sorted(IMAGE_SUFFIXES))}."
+            )
         if len(image_columns) != 1:
             raise InputError(
-                f"`image_column_name`: expected one image column in {name}, found {image_columns or 'none'} among "
+                f"`image_column_name`: expected one image column in {name}, found {image_columns} among "
                 f"{sorted(features)}; name it with --image_column_name."
             )
         image_column = image_columns[0]

@@ -36,6 +36,7 @@ class ObjectiveEntry:
         vicreg_weights: Whether the weights of the section `vicreg` are of this loss. Its expander is everybody's.
         takes_places: Whether the model is to be told where in its image each view lies.
         whole_patches: Whether patches may not overlap.
+        encodes: Whether the method takes the views through the encoder itself, other patches of them in each step.
         one_encoder: Why two branches cannot be trained, where they cannot.
         expander_sizes: Widths that a plan gives the expander, of the batch of the loss.
     """
@@ -51,5 +52,6 @@ class ObjectiveEntry:
     vicreg_weights: bool = False
     takes_places: bool = False
     whole_patches: bool = False
+    encodes: bool = False
     one_encoder: str | None = None
     expander_sizes: Callable[[int], list[int]] = expander_for

@@ -30,6 +30,7 @@ MAE = ObjectiveEntry(
     silent=SILENT,
     loss_falls=True,
     whole_patches=True,
+    encodes=True,
     one_encoder="its decoder is of one",
     expander_sizes=lambda batch: [1],  # there is none
 )
@@ -42,6 +43,7 @@ SIMMIM = ObjectiveEntry(
     silent=SILENT,
     loss_falls=True,
     whole_patches=True,
+    encodes=True,
     one_encoder="its decoder is of one",
     expander_sizes=lambda batch: [1],  # there is none
 )

@@ -46,7 +46,7 @@ def embed_arguments(flags: dict[str, Any]) -> EmbedArguments:
     known = [one.name for one in dataclasses.fields(EmbedArguments)]
     for name in flags:
         if name not in known:
-            raise InputError(f"`{name}`: unknown flag{hint(name, known)}; expected some of {', '.join(known)}.")
+            raise InputError(f"`{name}`: unknown flag{hint(name, known)} Expected some of {', '.join(known)}.")
     arguments = EmbedArguments(**flags)
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         value = getattr(arguments, name)

@@ -96,6 +96,9 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         seconds_of(run.time_budget)
     if run.max_memory is not None:
         bytes_of(run.max_memory)
+    if run.pages not in (None, "channels", "images"):
+        raise InputError(f"`pages`: expected 'channels' or 'images', got {run.pages!r}.")
+    fixed_bounds(run.normalisation)
     if run.dataset_name and run.train_dir:
         raise InputError("`dataset_name`, `train_dir`: expected one of the two, got both.")
     if not run.dataset_name and not run.train_dir:
@@ -128,6 +131,8 @@ def check_warm_start(run: PretrainArguments) -> None:
         "lora_rank": "the weights of a new encoder have to learn",
         "expander_warmup_ratio": "a new encoder has to learn from the start",
     }
+    if run.teacher is None and run.teacher_weight != PretrainArguments.teacher_weight:
+        raise InputError("`teacher_weight`: expected a `teacher` beside it, got none; add --teacher MODEL.")
     for name, reason in reasons.items():
         if getattr(run, name) and not run.model_name_or_path:
             raise InputError(f"`{name}`: expected a `model_name_or_path` beside it, got none; {reason}: leave it out.")
@@ -191,14 +196,11 @@ def check_channels(config: "RunConfig") -> None:
     second = getattr(config.vicreg.second_encoder, "num_channels", channels)
     if second != channels:
         raise InputError(f"`second_model.num_channels`: expected {channels} as the first encoder's, got {second}.")
-    fixed_bounds(run.normalisation)
     if config.normalisation_kind == "photo" and channels != 3:
         raise InputError(
             f"`normalisation`: expected percentile, minmax or fixed LOW HIGH with {channels} channels, got photo, "
             "which is of RGB; leave it out."
         )
-    if run.pages not in (None, "channels", "images"):
-        raise InputError(f"`pages`: expected 'channels' or 'images', got {run.pages!r}.")
     if config.reads_channels and run.streaming:
         raise InputError("`streaming`: expected 8-bit RGB images, other channels are read from stored files alone.")
     if run.window is not None and (not run.train_dir or run.caption_column is not None):

@@ -13,7 +13,7 @@ import yaml
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.objectives.registry import ENTRIES, OBJECTIVE_SECTIONS
 from hf_vicreg.training.run.arguments import SECTIONS, PretrainArguments, ViewsConfig
-from hf_vicreg.training.run.section_flags import MODEL, VICREG, SectionFlag
+from hf_vicreg.training.run.section_flags import MODEL, VICREG, VIEWS, SectionFlag
 from hf_vicreg.training.run.settings import hint, recipe_names
 
 
@@ -139,6 +139,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
     # only what was typed counts: defaults come after the recipe
     add_fields(parser, PretrainArguments, defaults=False, groups=groups)
     add_fields(parser, ViewsConfig, defaults=False, prefix="views.", groups=groups)
+    _add_section(groups["views"], "views", VIEWS)
     _add_section(groups["model"], "model", MODEL)
     _add_section(groups["loss"], "vicreg", VICREG)
     for name in OBJECTIVE_SECTIONS:
@@ -176,6 +177,8 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
         flag = one.partition("=")[0]
         if not flag.startswith("-"):
             raise InputError(f"`{flag}`: expected a flag, got a second word beside DATA; see --help.")
+        _, dot, key = flag.partition(".")
         names = [f"--{one.name}" for one in dataclasses.fields(PretrainArguments)]
-        raise InputError(f"`{flag}`: unknown flag{hint(flag, names)}; see --help.")
+        names = [f"--{one}.{key}" for one in SECTIONS] if dot else names
+        raise InputError(f"`{flag}`: unknown flag{hint(flag, names)} See --help.")
     return vars(known) | sections

@@ -46,13 +46,6 @@ def resolve(given: dict[str, Any]) -> RunConfig:
             )
     config = RunConfig(run=run, views=views, vicreg=vicreg)
     check_local_views(config)
-    if OBJECTIVES[run.objective].encodes:
-        for name in ("teacher", "torch_compile"):
-            if getattr(run, name):
-                raise InputError(
-                    f"`{name}`: expected none with objective {run.objective!r}, whose encoder gets other masks in "
-                    f"every step, got {getattr(run, name)!r}; leave it out."
-                )
     check_channels(config)
     return config
 
@@ -69,7 +62,7 @@ def _encoder(settings: dict[str, Any], section: str, views: ViewsConfig) -> PreT
         if model_type != encoder.model_type and model_type not in CONFIG_MAPPING:
             raise InputError(
                 f"`{section}.model_type`: expected a model type transformers knows, got {model_type!r}"
-                f"{hint(model_type, list(CONFIG_MAPPING))}."
+                f"{hint(model_type, list(CONFIG_MAPPING))}"
             )
         if model_type != encoder.model_type:
             encoder = encoder_config({"model_type": model_type})
@@ -99,4 +92,4 @@ def _check_keys(settings: dict[str, Any], config: PreTrainedConfig, section: str
     known = [name for name in config.to_dict() if not name.startswith("_") and name not in RESERVED]
     for key in settings:
         if key not in known and key != "model_type":
-            raise InputError(f"`{section}.{key}`: unknown key{hint(key, known)}.")
+            raise InputError(f"`{section}.{key}`: unknown key{hint(key, known)}")

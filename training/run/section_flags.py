@@ -4,6 +4,7 @@ The configurations themselves need torch, which takes seconds to import; a test 
 """
 
 from hf_vicreg.training.objectives.entry import SectionFlag
+from hf_vicreg.training.run.view_presets import VIEW_PRESETS
 
 PIXELS = "INT|[HEIGHT,WIDTH]"
 
@@ -59,6 +60,14 @@ VICREG: dict[str, SectionFlag] = {
     "convention": SectionFlag("official", "official|paper|solo-learn|vicregl", "Whose parts the weights are of."),
     "pair_loss": SectionFlag("vicreg", "vicreg|infonce|siglip", "Loss of images and captions, or of two encoders."),
 }
+# beside the fields of `ViewsConfig`
+VIEWS: dict[str, SectionFlag] = {
+    "preset": SectionFlag(
+        None,
+        "NAME",
+        f"Augmentations of one kind of images together: {', '.join(VIEW_PRESETS)}; flags of views beside it win.",
+    )
+}
 # of the objectives with `vicreg_weights`; the rest of the section is of all
 VICREG_WEIGHTS = ("invariance_weight", "variance_weight", "covariance_weight", "gamma", "eps", "convention")
 # fields of every configuration of transformers: taken where they are given, and not worth a line of help
@@ -74,4 +83,4 @@ INHERITED = {
     "transformers_version",
 }
 
-__all__ = ["INHERITED", "MODEL", "VICREG", "VICREG_WEIGHTS", "SectionFlag"]
+__all__ = ["INHERITED", "MODEL", "VICREG", "VICREG_WEIGHTS", "VIEWS", "SectionFlag"]

@@ -110,7 +110,7 @@ def _checked_keys(settings: dict[str, Any], origin: str) -> dict[str, Any]:
     checked = {}
     for key, value in settings.items():
         if key not in known:
-            raise InputError(f"`{key}`: unknown key in {origin}{hint(key, known)}.")
+            raise InputError(f"`{key}`: unknown key in {origin}{hint(key, known)}")
         if key in SECTIONS:
             if hasattr(value, "to_diff_dict"):  # a configuration of transformers
                 fields = {name: one for name, one in value.to_diff_dict().items() if name not in RESERVED}
@@ -129,20 +129,18 @@ def _refuse_unknown(settings: dict[str, Any], section: str) -> None:
     known = VICREG if section == "vicreg" else MODEL
     for key in settings:
         if key not in known and key not in INHERITED:
-            raise InputError(f"`{section}.{key}`: unknown key{hint(key, list(known))}.")
+            raise InputError(f"`{section}.{key}`: unknown key{hint(key, list(known))}")
 
 
 def _check_objective(settings: dict[str, Any]) -> None:
     """Raise InputError for no such objective, settings of others, unknown keys or a model it cannot train."""
     name = settings.get("objective", "vicreg")
     if name not in ENTRIES:
-        raise InputError(
-            f"`objective`: expected one of {', '.join(ENTRIES)}, got {name!r}{hint(name, list(ENTRIES))}."
-        )
+        raise InputError(f"`objective`: expected one of {', '.join(ENTRIES)}, got {name!r}{hint(name, list(ENTRIES))}")
     entry = ENTRIES[name]
     for key in settings.get(name, {}) if entry.settings else ():
         if key not in entry.settings:
-            raise InputError(f"`{name}.{key}`: unknown key{hint(key, list(entry.settings))}.")
+            raise InputError(f"`{name}.{key}`: unknown key{hint(key, list(entry.settings))}")
     foreign = next(_of_other_objectives(settings, name), None)
     if foreign is not None:
         raise InputError(
@@ -151,6 +149,12 @@ def _check_objective(settings: dict[str, Any]) -> None:
         )
     if entry.one_encoder and settings.get("second_model"):
         raise InputError(f"`second_model`: expected none with objective {name!r}: {entry.one_encoder}; leave it out.")
+    for key in ("teacher", "torch_compile") if entry.encodes else ():
+        if settings.get(key):
+            raise InputError(
+                f"`{key}`: expected none with objective {name!r}, whose encoder gets other masks in every step, got "
+                f"{settings[key]!r}; leave it out."
+            )
 
 
 def _of_other_objectives(settings: dict[str, Any], name: str) -> Iterator[str]:
@@ -249,7 +253,7 @@ def typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in hints:
-            raise InputError(f"`{prefix}{key}`: unknown key{hint(key, list(hints))}.")
+            raise InputError(f"`{prefix}{key}`: unknown key{hint(key, list(hints))}")
         accepted = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
         expected = next(one for one in accepted if one is not type(None))
         if isinstance(value, list | tuple) and any(typing.get_origin(one) is tuple for one in accepted):
@@ -279,6 +283,6 @@ def typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def hint(key: object, known: list[str]) -> str:
-    """Return `; did you mean ...?` if one of the known names is close, else nothing."""
-    close = difflib.get_close_matches(str(key), known, n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
+    """Return a sentence's end: `; did you mean ...?` if a known name is close or begins with the key, else a stop."""
+    close = difflib.get_close_matches(str(key), known, n=1) or [one for one in known if one.startswith(str(key))]
+    return f"; did you mean `{close[0]}`?" if close else "."

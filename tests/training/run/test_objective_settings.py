@@ -19,7 +19,9 @@ def test_what_the_command_line_says_is_what_the_model_has(name):
     entry, kind = ENTRIES[name], OBJECTIVES[name]
     assert {key: flag.default for key, flag in entry.settings.items()} == kind.defaults
     assert entry.takes_places == kind.needs_tokens
+    assert entry.encodes == kind.encodes
     shown = pretrain_parser().format_help()
+    assert "--views.preset" in shown
     for key in kind.defaults:
         assert f"--{name}.{key}" in shown
     config = resolve(RUN | {"objective": name})
@@ -59,7 +61,10 @@ def test_a_recipe_gives_way_to_another_objective(tmp_path, caplog):
 
 
 BAD = {
-    "unknown": ({"objective": "simclar"}, r"`objective`: expected one of .*, got 'simclar'; did you mean `simclr`\?"),
+    "unknown": ({"objective": "simclar"}, r"`objective`: expected one of .*, got 'simclar'; did you mean `simclr`\?$"),
+    "beginning": ({"objective": "simclr", "simclr": {"temp": 1}}, r"unknown key; did you mean `temperature`\?$"),
+    "unlike any": ({"objective": "simclr", "simclr": {"zzz": 1}}, r"`simclr.zzz`: unknown key\.$"),
+    "weight of a teacher": ({"teacher_weight": 3}, r"`teacher_weight`: expected a `teacher` beside it, got none"),
     "key": ({"objective": "simclr", "simclr": {"temprature": 1}}, r"`simclr.temprature`: unknown key; did you mean"),
     "other": (
         {"simclr": {"temperature": 1}},
