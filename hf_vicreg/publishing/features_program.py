@@ -20,18 +20,29 @@ class NoPackage:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def images():
-    """Return two images of noise, of odd sizes, the same in every process."""
+def images(folder):
+    """Return two images of noise, of odd sizes, the same in every process.
+
+    They are pictures, or, for a processor of other than three channels, arrays that fill the range of each channel.
+    """
+    import numpy as np
     from PIL import Image
 
+    settings = Path(folder) / "preprocessor_config.json"
+    settings = json.loads(settings.read_text()) if settings.is_file() else {}
+    low, high = (np.float32(settings.get(f"channel_{end}") or [0, 0, 0]) for end in ("low", "high"))
     found = []
     for height, width in ((75, 50), (40, 64)):
         state = height
         pixels = bytearray()
-        for _ in range(height * width * 3):
+        for _ in range(height * width * len(low)):
             state = (1103515245 * state + 12345) % 2**31
             pixels.append(state >> 16 & 255)
-        found.append(Image.frombytes("RGB", (width, height), bytes(pixels)))
+        if len(low) == 3:
+            found.append(Image.frombytes("RGB", (width, height), bytes(pixels)))
+        else:
+            shares = np.frombuffer(bytes(pixels), np.uint8).reshape(height, width, len(low)) / np.float32(255)
+            found.append(low + (high - low) * shares)
     return found
 
 
@@ -46,7 +57,7 @@ def features_of(folder, subfolders, snippet, remote):
     backends = ["pil", "torchvision"] if is_torchvision_available() else ["pil"]
     for backend in backends:
         processor = AutoImageProcessor.from_pretrained(folder, backend=backend, **trust)
-        found[f"pixels {backend}"] = processor(images(), return_tensors="pt")["pixel_values"]
+        found[f"pixels {backend}"] = processor(images(folder), return_tensors="pt")["pixel_values"]
     pixels = found[f"pixels {backends[-1]}"]
     architecture = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or [""]
     with torch.no_grad():
@@ -64,7 +75,7 @@ def features_of(folder, subfolders, snippet, remote):
             wrapper = AutoModelForPreTraining.from_pretrained(folder, subfolder="pretraining", **trust).eval()
             found["embeddings"] = wrapper(pixel_values=torch.stack([pixels, pixels.flip(-1)], dim=1)).embeddings
         if snippet:
-            exec(compile(snippet, "the card's snippet", "exec"), {"images": images(), "name": folder})
+            exec(compile(snippet, "the card's snippet", "exec"), {"images": images(folder), "name": folder})
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
@@ -79,7 +90,7 @@ def logits_of(folder, pixels, snippet, trust):
     for name, auto in (("logits", AutoModel), ("zero-shot logits", AutoModelForZeroShotImageClassification)):
         found[name] = auto.from_pretrained(folder, **trust).eval()(pixel_values=pixels, **texts).logits_per_image
     if snippet:
-        exec(compile(snippet, "the card's snippet", "exec"), {"images": images(), "name": folder})
+        exec(compile(snippet, "the card's snippet", "exec"), {"images": images(folder), "name": folder})
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 

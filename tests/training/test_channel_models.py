@@ -144,3 +144,8 @@ def test_a_stream_is_of_rgb(place, tmp_path):
             streaming=True,
             **FLAGS,
         )
+
+
+def test_a_run_of_many_channels_can_be_published(place, capsys):
+    assert main(["publish", str(place / "run"), "--repo", "lab/demo", "--dry_run"]) == 0
+    assert f"`images` is a list of file names, or of arrays of {CHANNELS} channels." in capsys.readouterr().out
