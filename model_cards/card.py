@@ -233,10 +233,12 @@ def _about(facts: CardFacts) -> str:
 
 
 def _loading_note(facts: CardFacts) -> str:
+    channels = facts.config.get("num_channels", 3)
+    kind = "PIL images" if channels == 3 else f"file names, or of arrays of {channels} channels"
     if facts.repo_id is None:
-        return "`images` is a list of PIL images."
+        return f"`images` is a list of {kind}."
     lines = [
-        "`images` is a list of PIL images. The code of the model lies in this repository and needs torch and "
+        f"`images` is a list of {kind}. The code of the model lies in this repository and needs torch and "
         "transformers alone. Once `hf_vicreg` is installed and imported, `trust_remote_code` is not needed."
     ]
     if facts.has_second_encoder:

@@ -161,7 +161,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
 
     def describe(self, record: dict[str, float]) -> str:
         """Return loss, parts and speed."""
-        parts = " ".join(f"{name[:5]} {record[name]:.3f}" for name in self.parts)
+        parts = " ".join(f"{short(name)} {record[name]:.3f}" for name in self.parts)
         return f"loss {record['loss']:.2f} {parts} {record['images_per_second']:.0f} img/s"
 
     def end(self) -> None:
@@ -276,3 +276,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             if not self.accelerator.is_main_process:
                 logger.error(message)  # the others do not see this process's share
             raise InputError(message)
+
+
+def short(part: str) -> str:
+    """Return the name of a part of the loss for the line of progress: five letters of each word."""
+    return "_".join(word[:5] for word in part.split("_"))

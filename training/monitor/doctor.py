@@ -27,6 +27,8 @@ FIGURES = {
     "data_wait_ratio": "below 0.5",
     "images_per_second": "steady",
 }
+NO_GAMMA = {"embedding_std_mean": "towards 1; a collapse below a tenth of it"}  # embeddings are scaled to that
+OF_EMBEDDINGS = ("embedding_std_mean", "embedding_std_min", "embedding_rank", "covariance_ratio")
 
 
 def read_run(folder: Path) -> tuple[list[Record], float, ObjectiveEntry]:
@@ -78,14 +80,17 @@ def health_of(records: list[Record], gamma: float, objective: ObjectiveEntry = V
     }
 
 
-def health_table(records: list[Record]) -> str:
+def health_table(records: list[Record], objective: ObjectiveEntry = VICREG) -> str:
     """Return the figures of the first, the middle and the last line side by side, each once, with what is normal."""
+    figures = FIGURES if objective.vicreg_weights else FIGURES | NO_GAMMA
+    if objective.encodes:  # without an expander there are no embeddings
+        figures = {key: normal for key, normal in figures.items() if key not in OF_EMBEDDINGS}
     lines = [record for record in records if "loss" in record]
     shown = [lines[at] for at in sorted({0, len(lines) // 2, len(lines) - 1})]
     rows = [("", *(f"step {line['step']}" for line in shown), "normal")]
     rows += [
         (key, *(_figure(line.get(key)) for line in shown), normal)
-        for key, normal in FIGURES.items()
+        for key, normal in figures.items()
         if key in shown[-1]
     ]
     last = len(shown) + 1
@@ -102,7 +107,7 @@ def report(records: list[Record], gamma: float, objective: ObjectiveEntry = VICR
     """Return what the doctor says, and whether the run is healthy at its last line."""
     watch = watched(records, gamma, objective)
     lines = sum("loss" in record for record in records)
-    paragraphs = [health_table(records)]
+    paragraphs = [health_table(records, objective)]
     paragraphs += [f"{verdict} (since step {verdict.step})" for verdict in watch.present.values()]
     paragraphs += [
         f"Passed: {verdict} (at step {verdict.step})"

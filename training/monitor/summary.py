@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from hf_vicreg.model_cards.card import LOCAL_SNIPPET
+from hf_vicreg.model_cards.dual import DUAL_IMPORTS, DUAL_LOCAL_CODE, ROWS
 from hf_vicreg.model_cards.escaping import python_string
 from hf_vicreg.training.monitor.doctor import health_table
+from hf_vicreg.training.objectives.registry import ENTRIES
 
 
-def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]) -> str:
+def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]], *, is_dual: bool = False) -> str:
     """Return what a finished run says at its end: accuracies side by side, its health, and how to load it.
 
     Args:
         folder: The run's.
         results: What `results.json` holds.
         records: The lines of its log.
+        is_dual: Whether it is a run of images and captions.
     """
     lines = [f"Trained in {results['training_seconds']:.0f} s; attention density {results['attention_density']:.3f}."]
     kinds = {"knn_accuracy": f"{results['knn_neighbours']}-NN", "linear_accuracy": "linear"}
@@ -37,14 +40,24 @@ def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]
             if any(key in values for values in measured.values()):
                 found = (f"{values[key]:<6.3f}" if key in values else "-     " for values in measured.values())
                 lines.append(f"  {text:<18} " + "  ".join(found))
+    if found := results.get("image_text"):
+        lines.append("Held-out images and captions:")
+        lines += [
+            f"  {text:<25} recall at 1: {found[f'{key}_recall_1']:.3f}, at 10: {found[f'{key}_recall_10']:.3f}"
+            for key, text in ROWS
+        ]
     if any("loss" in record for record in records):
-        lines.append(f"\n{health_table(records)}\n")
+        lines.append(f"\n{health_table(records, ENTRIES[results['objective']])}\n")
         for verdict in results["verdicts"]:
             when = "since" if verdict["present"] else "at"
             lines.append(
                 f"{verdict['name']} ({when} step {verdict['step']}): {verdict['finding']}; {verdict['remedy']}"
             )
     lines.append(f"\nTo look at the run: hf-vicreg report {shlex.quote(str(folder))}")
-    lines.append(f"\nThe encoder is in {folder}. To load it:\n")
-    lines.append(LOCAL_SNIPPET.format(name=python_string(folder), features=results["features"]))
+    lines.append(f"\nThe {'model' if is_dual else 'encoder'} is in {folder}. To load it:\n")
+    name = python_string(folder)
+    if is_dual:
+        lines.append(f"{DUAL_IMPORTS}\n\nname = {name}\n{DUAL_LOCAL_CODE}")
+    else:
+        lines.append(LOCAL_SNIPPET.format(name=name, features=results["features"]))
     return "\n" + "\n".join(lines)

@@ -1,6 +1,9 @@
 """A run on images with captions, from a folder with metadata: what it leaves, how it goes on, and who can use it."""
 
+import contextlib
+import io
 import json
+import re
 import shutil
 
 import datasets
@@ -66,8 +69,10 @@ def flags(request):
 def run(data, flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "walls"
     threads = torch.get_num_threads()
-    pretrain(out=folder, data=data, **flags)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        pretrain(out=folder, data=data, **flags)
     torch.set_num_threads(threads)
+    (folder.parent / "printed.txt").write_text(printed.getvalue())
     return folder
 
 
@@ -92,6 +97,15 @@ def test_the_folder_is_a_model_that_everybody_can_use(run):
         torch.testing.assert_close(torch.tensor([by_name[text] for text in texts]), row, rtol=0, atol=1e-5)
     for place, kind in (("image_encoder", "bigbird_vit"), ("text_encoder", "distilbert")):
         assert AutoModel.from_pretrained(run, subfolder=place).config.model_type == kind
+
+
+def test_the_end_of_a_run_says_recall_and_code_that_works(run):
+    figures, code = (run.parent / "printed.txt").read_text().split("To load it:\n\n")
+    recall = json.loads((run / "results.json").read_text())["image_text"]["text_to_image_recall_10"]
+    assert re.search(rf"images found by a caption .* at 10: {recall:.3f}", figures)
+    made = {"images": pictures()}
+    exec(code, made)
+    assert made["logits"].shape == (len(COLOURS), 2)
 
 
 def test_recall_is_in_the_log_in_the_results_and_in_the_card(run):

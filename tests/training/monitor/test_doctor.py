@@ -8,7 +8,9 @@ import pytest
 
 from hf_vicreg import pretrain
 from hf_vicreg.cli import main
+from hf_vicreg.training.engine.pretraining import short
 from hf_vicreg.training.monitor.doctor import FIGURES, health_table
+from hf_vicreg.training.objectives.registry import ENTRIES
 
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "health.md"
 
@@ -114,3 +116,20 @@ def test_the_guide_documents_every_field_that_a_run_writes(tmp_path, tiny_recipe
     assert health_table(lines) in printed  # the summary at the end
     assert main(["doctor", str(tmp_path / "run")]) == 0
     assert "second_encoder_spread" in capsys.readouterr().out
+
+
+def test_what_is_normal_is_that_of_the_objective():
+    line = {"step": 1, "loss": 2.0} | dict.fromkeys(FIGURES, 1.0)
+    assert "towards gamma" in health_table([line])
+    normalised = health_table([line], ENTRIES["simclr"])
+    assert "towards 1; a collapse" in normalised
+    assert "gamma" not in normalised
+    masked = health_table([line], ENTRIES["mae"])
+    assert "embedding" not in masked
+    assert "encoder_rank" in masked
+
+
+@pytest.mark.parametrize("objective", ENTRIES)
+def test_parts_of_a_loss_can_be_told_apart_in_the_line_of_progress(objective):
+    parts = ENTRIES[objective].parts
+    assert len({short(part) for part in parts}) == len(parts)
