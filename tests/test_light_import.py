@@ -119,6 +119,7 @@ LIGHT = {
     "section": (["pretrain", "digits", "--simcl.temperature", "1"], 2, "did you mean `--simclr.temperature`?"),
     "pages": (["pretrain", "digits", "--pages", "odd"], 2, "`pages`: expected 'channels' or 'images', got 'odd'"),
     "bounds": (["pretrain", "digits", "--normalisation", "fixed", "5", "2"], 2, "`normalisation`: expected fixed LOW"),
+    "run for images": (["pretrain", "runs/old"], 2, "the folder of a run; name its images"),
     "processes": (["pretrain", "digits", "--num_processes", "0"], 2, "`num_processes`: expected 1 to 64, got 0"),
     "several": (["pretrain", "photoss", "--num_processes", "2"], 2, "did you mean 'photos'?"),
     "resuming": (["pretrain", "digits", "--resume_from_checkpoint", "latest"], 2, "the newest are runs/old."),
@@ -132,6 +133,7 @@ def test_what_needs_no_model_loads_no_library(case, tmp_path):
     (tmp_path / "photos" / "note.txt").touch()
     (tmp_path / "runs" / "old").mkdir(parents=True)
     (tmp_path / "runs" / "old" / "recipe.yaml").touch()
+    (tmp_path / "runs" / "old" / "log.jsonl").touch()
     program = (
         "import sys\n"
         "from hf_vicreg.cli import main\n"

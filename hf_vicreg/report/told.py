@@ -102,7 +102,7 @@ def curves_section(panels: list[dict[str, Any]], made_by: str) -> str:
         "</div>"
         f'<div class="panels" id="curves">{"".join(map(_panel, panels))}</div>'
     )
-    return section("training", "Training, step by step", "Every line of the log, in one time for all.", body, made_by)
+    return section("training", "Training, step by step", "Every line of the log, all by its step.", body, made_by)
 
 
 def _panel(panel: dict[str, Any]) -> str:

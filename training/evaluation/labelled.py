@@ -137,7 +137,11 @@ def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, Lab
             LabelledImages(
                 split,
                 dataset_source(
-                    name, _numbered(name, split, splits[split], column, names), arguments.image_column_name, column
+                    name,
+                    _numbered(name, split, splits[split], column, names),
+                    arguments.image_column_name,
+                    column,
+                    said=split == test_split,
                 ),
                 names,
             )

@@ -30,7 +30,7 @@ from hf_vicreg.training.planner.choices import (
 from hf_vicreg.training.planner.machine import Machine, this_machine
 from hf_vicreg.training.planner.memory import fit_memory
 from hf_vicreg.training.planner.schedule import CLOSING_SECONDS, steps_within, words
-from hf_vicreg.training.planner.table import plan_table
+from hf_vicreg.training.planner.table import plan_table, say_defaults
 from hf_vicreg.training.planner.trial import Trial, try_steps
 from hf_vicreg.training.run.arguments import bytes_of, seconds_of
 from hf_vicreg.training.run.checks import check_statistics_batch
@@ -92,6 +92,8 @@ def configure(
     resuming = run.resume_from_checkpoint is not None
     if isinstance(source, ImageSource) and (is_open(settings) or run.plan_only) and not resuming:
         return plan_run(settings, source, held_out, accelerator, machine, began=began)
+    if not resuming:
+        say_defaults(settings, config)
     if run.per_device_train_batch_size is not None:
         batch = run.per_device_train_batch_size * processes
         if batch < 2:

@@ -49,6 +49,11 @@ def with_places(settings: dict[str, Any]) -> dict[str, Any]:
         InputError: No images by that name, a folder that cannot be the run's, or no folder where none can be chosen.
     """
     images = settings.get("train_dir") or settings.get("dataset_name") or ""
+    if all(os.path.isfile(os.path.join(images, name)) for name in (RECIPE, "log.jsonl")):
+        raise InputError(
+            f"`data`: expected images, got {images!r}, the folder of a run; name its images, and add "
+            f"--model_name_or_path {images} to begin with its weights."
+        )
     if settings.get("train_dir"):
         if not os.path.isdir(images):
             raise InputError(f"`train_dir`: expected a folder of images, got {images!r}{_instead(images)}")

@@ -10,6 +10,9 @@ from transformers import AutoModel
 
 import hf_vicreg
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.planner.table import say_defaults
+from hf_vicreg.training.run.resolve import resolve
+from hf_vicreg.training.run.settings import explicit_settings
 
 SMALL = {"model": {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}}
 # a machine under test is slow and shared: the time is given for more than it can need
@@ -125,3 +128,13 @@ def test_what_cannot_be_planned_is_refused_and_nothing_is_written(tmp_path, imag
     with pytest.raises(InputError, match=message):
         hf_vicreg.pretrain(data=image_folder(count), out=tmp_path / "run", **few, **more)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_expander_that_nobody_chose_is_said(caplog):
+    caplog.set_level("INFO", "hf_vicreg")
+    given = {"data": "digits", "output_dir": "x", "model": {"hidden_size": 192}, "batch_size": 8, "max_steps": 1}
+    masked, chosen = {"objective": "mae"}, {"vicreg": {"expander_sizes": [16, 16]}}
+    for further, said in (({}, 1), (masked, 1), (chosen, 1)):
+        say_defaults(explicit_settings(given | further), resolve(given | further))
+        assert len(caplog.records) == said
+    assert "the expander is 8192-8192-8192, the default" in caplog.text
