@@ -52,7 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
     images.add_argument("source", metavar="SOURCE", help="folder of images, local `datasets` folder or Hub id")
     images.add_argument("--patch_size", type=int, help="in pixels; smaller images are skipped")
     images.add_argument("--image_size", type=int, help="in pixels; how many images would be enlarged")
-    images.add_argument("--num_channels", type=int, help="read a folder's images with so many channels, not as RGB")
+    images.add_argument(
+        "--num_channels",
+        "--model.num_channels",
+        type=int,
+        help="read a folder's images with so many channels, not as RGB",
+    )
     images.add_argument("--num_proc", type=int, help="threads that read; default: the cores at hand")
     images.add_argument("--json", type=Path, metavar="FILE", help="file to write everything to, each image skipped")
     images.add_argument("--dataset_config_name", help="configuration of the Hub dataset")
@@ -64,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     views.add_argument("source", metavar="DATA", help="folder of images, local `datasets` folder, Hub id, or `digits`")
     views.add_argument("out", metavar="OUT", type=Path, help="PNG file to write")
     views.add_argument("--preset", help="augmentation by name: photo, microscopy, pathology, satellite, medical, ...")
-    views.add_argument("--num_channels", type=int, default=3, help="of the images (default: 3)")
+    views.add_argument(
+        "--num_channels", "--model.num_channels", type=int, default=3, help="of the images (default: 3)"
+    )
     views.add_argument("--normalisation", nargs="+", help="photo, percentile, minmax or fixed LOW HIGH")
     views.add_argument("--pages", help="what pages of a file are: channels or images")
     views.add_argument("--window", type=int, help="read larger images by windows of so many pixels a side")

@@ -125,6 +125,8 @@ def convert(
         original = load_source(source, AutoModelForImageClassification if with_head else AutoModel)
         dense = (BigBirdViTForImageClassification if with_head else BigBirdViTModel).from_dense(original, **pattern)
     seconds = seconds_of(time_budget)
+    if max_steps is not None and adapt is None:
+        raise InputError("`max_steps`: expected images to tune on beside it, got none; add --adapt IMAGES.")
     if max_steps is not None and max_steps < 1:
         raise InputError(f"`max_steps`: expected at least 1, got {max_steps}.")
     unlabelled = None if adapt is None else load_sources(**data_setting(os.fspath(adapt), {}))[0]

@@ -267,6 +267,12 @@ def test_relative_errors_and_neighbours_are_their_definitions():
     assert nearest.shape == (9, 3)
 
 
+def test_steps_without_images_to_tune_on_are_refused(sources, tmp_path, capsys):
+    assert main(["convert", str(sources / "dinov2"), str(tmp_path / "out"), "--max_steps", "3"]) == 2
+    assert "`max_steps`: expected images to tune on beside it, got none; add --adapt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -91,6 +91,7 @@ LIGHT = {
     "help": (["--help"], 0, "pretrain an encoder"),
     "help of pretrain": (["pretrain", "--help"], 0, "usage: hf-vicreg pretrain"),
     "help of evaluate": (["evaluate", "knn", "--help"], 0, "--neighbours"),
+    "help of views": (["inspect", "views", "--help"], 0, "--model.num_channels"),
     "verb": (["pretrin"], 2, "pretrin"),
     "flag": (["pretrain", "digits", "--lerning_rate", "1"], 2, "did you mean `--learning_rate`?"),
     "folder": (["pretrain", "photoss"], 2, "'photoss', which does not exist; did you mean 'photos'?"),

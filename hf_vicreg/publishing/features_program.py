@@ -9,6 +9,7 @@ folder is ever run.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 class NoPackage:
@@ -30,8 +31,8 @@ def images(folder):
 
     settings = Path(folder) / "preprocessor_config.json"
     settings = json.loads(settings.read_text()) if settings.is_file() else {}
-    low, high = (np.float32(settings.get(f"channel_{end}") or [0, 0, 0]) for end in ("low", "high"))
-    found = []
+    low, high = (np.array(settings.get(f"channel_{end}") or [0, 0, 0], np.float32) for end in ("low", "high"))
+    found: list[Any] = []
     for height, width in ((75, 50), (40, 64)):
         state = height
         pixels = bytearray()

@@ -17,6 +17,7 @@ from hf_vicreg.report.space import Space, look_around
 from hf_vicreg.report.told import curves_section, heading, panels_of, recipe_section
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_config, load_vision_encoder
+from hf_vicreg.training.export import IMAGES
 from hf_vicreg.training.run.run_folder import file_inside
 
 logger = logging.getLogger(__name__)
@@ -99,10 +100,11 @@ class _Look:
             self.lack = "Needs the run's encoder, which is there when the run is finished."
         else:
             try:
-                _refuse_links(facts.folder)
-                channels = getattr(load_config(str(facts.folder)), "num_channels", 3)
+                place = _encoder_folder(facts.folder)
+                _refuse_links(facts.folder, place)
+                channels = getattr(load_config(str(place)), "num_channels", 3)
                 if channels == 3:
-                    self.encoder = load_vision_encoder(str(facts.folder))
+                    self.encoder = load_vision_encoder(str(place))
                 else:
                     self.lack = (
                         f"Shows RGB images alone, and this encoder takes {channels} channels; hf-vicreg inspect views "
@@ -156,14 +158,19 @@ class _Look:
         return text
 
 
-def _refuse_links(folder: Path) -> None:
-    """Raise InputError for a file of the model that lies elsewhere."""
+def _refuse_links(run: Path, place: Path) -> None:
+    """Raise InputError for a file of the model in `place`, of the run or below it, that lies outside the run."""
     names = {"config.json", "preprocessor_config.json", "model.safetensors", INDEX}
-    if (folder / INDEX).exists():
+    if (place / INDEX).exists():
         try:
-            shards = read_checked(file_inside(folder, INDEX), check_plain).get("weight_map")
+            shards = read_checked(file_inside(run, str(place.relative_to(run) / INDEX)), check_plain).get("weight_map")
         except FileError as error:
             raise InputError(f"`RUN`: {error}") from None
         names |= {str(one) for one in shards.values()} if isinstance(shards, dict) else set()
     for name in sorted(names):
-        file_inside(folder, name)
+        file_inside(run, str(place.relative_to(run) / name))
+
+
+def _encoder_folder(run: Path) -> Path:
+    """Return the folder of the encoder of images: of a run of captions it lies beside that of texts."""
+    return run / IMAGES if (run / IMAGES / "config.json").is_file() else run

@@ -67,10 +67,8 @@ def test_only_what_is_on_the_list_is_staged(run, staged, monkeypatch):
         "recipe.yaml",
         "results.json",
         "training_curves.png",
-        *(f"{name}.py" for name in with_siblings({"modeling_bigbird_masked_image"})),
-        "image_processing_bigbird_vit.py",
+        *(f"{name}.py" for name in with_siblings({"modeling_bigbird_masked_image", "image_processing_bigbird_vit"})),
         "image_processing_pil_bigbird_vit.py",
-        "rgb_image.py",
     }
     assert {
         "notes.txt",

@@ -40,10 +40,10 @@ def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]
             if any(key in values for values in measured.values()):
                 found = (f"{values[key]:<6.3f}" if key in values else "-     " for values in measured.values())
                 lines.append(f"  {text:<18} " + "  ".join(found))
-    if found := results.get("image_text"):
+    if retrieval := results.get("image_text"):
         lines.append("Held-out images and captions:")
         lines += [
-            f"  {text:<25} recall at 1: {found[f'{key}_recall_1']:.3f}, at 10: {found[f'{key}_recall_10']:.3f}"
+            f"  {text:<25} recall at 1: {retrieval[f'{key}_recall_1']:.3f}, at 10: {retrieval[f'{key}_recall_10']:.3f}"
             for key, text in ROWS
         ]
     if any("loss" in record for record in records):

@@ -242,8 +242,10 @@ class PretrainArguments:
     hub_strategy: str = _hub("end", "`end`: the finished run; `checkpoint`: every checkpoint, too, in the background.")
     hub_private_repo: bool = _hub(False, "Make a new repository a private one.")
     device: str = _run("auto", "`auto` (a GPU if there is one), `cpu`, `cuda` or `mps`.")
-    time_budget: str | None = _run(None, "How long the run may take: 90s, 15m, 2h, 1d, 1h30m.")
-    max_memory: str | None = _run(None, "Memory the run may take on its device: 512m, 4g.")
+    time_budget: str | None = _run(
+        None, "How long the run may take: 90s, 15m, 2h, 1d, 1h30m; default of a planned run: 3h."
+    )
+    max_memory: str | None = _run(None, "Memory the run may take on its device: 512m, 4g; default: what is free.")
     plan_only: bool = _run(False, "Print the plan of the run and leave; nothing is written.")
     seed: int = _run(0, "Seed of weights, order and augmentation.")
 

@@ -18,6 +18,7 @@ from hf_vicreg import VicRegDualEncoder, embed, pretrain
 from hf_vicreg.cli import main
 from hf_vicreg.publishing.custom_code import with_siblings
 from hf_vicreg.publishing.staging import stage
+from hf_vicreg.report.report import write_report
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import ImageTextArguments
 from hf_vicreg.training.image_text.evaluate import evaluate_image_text
@@ -106,6 +107,12 @@ def test_the_end_of_a_run_says_recall_and_code_that_works(run):
     made = {"images": pictures()}
     exec(code, made)
     assert made["logits"].shape == (len(COLOURS), 2)
+
+
+def test_its_report_looks_through_the_encoder_of_images(run, data, tmp_path):
+    text = write_report(run, data=str(data), output=tmp_path / "report.html").read_text()
+    assert 'id="attention"' in text
+    assert "Needs" not in text
 
 
 def test_recall_is_in_the_log_in_the_results_and_in_the_card(run):
