@@ -261,7 +261,7 @@ def test_bad_data_is_named(tmp_path, image_folder):
         ({"dataset_name": str(tmp_path / "empty")}, "empty or a file"),
         ({"dataset_name": str(tmp_path / "nowhere")}, "does not exist"),
         ({"dataset_name": "nobody/nothing"}, "cannot load nobody/nothing"),
-        ({"dataset_name": str(no_images)}, "; files of images end in .bmp"),
+        ({"dataset_name": str(no_images)}, "; files of images end in .avif"),
         ({"dataset_name": str(two_columns)}, "name it with --image_column_name"),
         ({"dataset_name": str(two_columns), "image_column_name": "up"}, "got 'up'"),
         ({"dataset_name": str(two_columns), "image_column_name": "left", "label_column_name": "y"}, "got 'y'"),
