@@ -13,8 +13,13 @@ from transformers import AutoImageProcessor, ViTConfig, ViTImageProcessor, ViTMo
 
 from hf_vicreg import BigBirdViTModel, embed, pretrain
 from hf_vicreg.cli import main
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.errors import InputError, RunStopped
+from hf_vicreg.training.evaluation.arguments import ImageTextArguments
+from hf_vicreg.training.image_text.evaluate import evaluate_image_text
+from hf_vicreg.training.pretrained.companions import add_companions
 from hf_vicreg.training.pretrained.source_encoder import inflated_weights
+from hf_vicreg.training.run.resolve import resolve
 
 CHANNELS = 4
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -38,11 +43,13 @@ def place(tmp_path_factory):
     (root / "images").mkdir()
     for number in range(8):
         (root / "images" / f"{number}.tif").write_bytes(encoded(number)[0])
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dim", "bright"])})
+    names = datasets.ClassLabel(names=["dim", "bright"])
+    features = datasets.Features({"image": datasets.Image(), "label": names, "text": datasets.Value("string")})
     for split, numbers in (("train", range(16)), ("test", range(16, 24))):
         rows = {
             "image": [{"bytes": encoded(one)[0], "path": None} for one in numbers],
             "label": [one % 2 for one in numbers],
+            "text": [("dim", "bright")[one % 2] for one in numbers],
         }
         (root / "table").mkdir(exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(root / "table" / f"{split}.parquet")
@@ -81,6 +88,34 @@ def test_a_resumed_run_keeps_what_was_measured(place, tmp_path):
     assert resumed.processor.to_dict() == whole.processor.to_dict()
     for one, other in zip(resumed.encoder.parameters(), whole.encoder.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_captions_of_many_channels_are_trained_and_measured(place, tmp_path):
+    texts = {"model_type": "distilbert", "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16, "vocab_size": 300}
+    given = {"model": SHAPE | {"num_channels": CHANNELS}, "caption_column": ["text"], "second_model": texts}
+    run = pretrain(out=tmp_path / "run", data=place / "table", max_steps=1, **given, **FLAGS)
+    arguments = ImageTextArguments(str(place / "table"), caption_column=["text"], output_dir=str(tmp_path))
+    metrics = evaluate_image_text(str(run.output_dir), arguments)["metrics"]
+    assert metrics == pytest.approx(run.results["image_text"])
+
+
+def test_a_teacher_sees_values_as_it_was_trained_on_them(place, tmp_path):
+    config = resolve(
+        FLAGS
+        | {"train_dir": str(place / "images"), "output_dir": str(tmp_path), "teacher": str(place / "run")}
+        | {"model": SHAPE | {"num_channels": CHANNELS}, "normalisation": ["fixed", "0", "65535"]}
+        | {"views": {"channel_low": 0.0, "channel_high": 65535.0, "image_mean": 0.5, "image_std": 0.25}}
+    )
+    model = VicRegForPreTraining(config.vicreg)
+    add_companions(model, config)
+    processor = AutoImageProcessor.from_pretrained(place / "run")
+    low, high, mean, std = (
+        np.array(getattr(processor, one)) for one in ("channel_low", "channel_high", "image_mean", "image_std")
+    )
+    value = low + 0.3 * (high - low)
+    own = torch.tensor((value / 65535 - 0.5) / 0.25)[:, None, None]
+    seen = (own * model.objective.scale + model.objective.shift).flatten()
+    torch.testing.assert_close(seen.float(), torch.tensor((0.3 - mean) / std).float(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="module")

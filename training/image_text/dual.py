@@ -11,7 +11,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import load_config, load_processor, load_weights, no_model
+from hf_vicreg.training.evaluation.encoder import load_config, load_processor, load_weights, no_model, source_for
 from hf_vicreg.training.evaluation.features import BATCH_SIZE, encoded_batches
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.texts.captions import tokenised
@@ -37,6 +37,7 @@ class Dual:
 
         With an accelerator each process encodes a share; every one must call.
         """
+        source = source_for(self.processor, source)
         share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         parts = [
             (indices, features)

@@ -9,7 +9,7 @@ import torch
 from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import ImageTextArguments
-from hf_vicreg.training.evaluation.encoder import public_name, weights_digest
+from hf_vicreg.training.evaluation.encoder import public_name, source_for, weights_digest
 from hf_vicreg.training.evaluation.evaluate import results_folder, share_right
 from hf_vicreg.training.evaluation.features import encoded_batches
 from hf_vicreg.training.evaluation.online_probe import small_pixels
@@ -127,7 +127,8 @@ def _pictures(dual: Dual, rows: Any, source: ImageSource, arguments: ImageTextAr
     for name, encode in (("image_to_image", dual.pixels), ("raw_pixels", small_pixels)):
         both: list[torch.Tensor] = []
         for one in (source, others):
-            parts = [(indices, features) for _, indices, features in encoded_batches(one, dual.processor, encode)]
+            read = source_for(dual.processor, one)
+            parts = [(indices, features) for _, indices, features in encoded_batches(read, dual.processor, encode)]
             if sum(len(indices) for indices, _ in parts) < len(one):
                 raise InputError("`second_image_column_name`: expected readable images, some are corrupt; check them.")
             both.append(torch.cat([features for _, features in parts]))

@@ -28,6 +28,7 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
         source, test = load_captioned(config)
         if config.reads_channels:
             source = as_channels(source, config.num_channels, run.pages)
+            test = None if test is None else as_channels(test, config.num_channels, run.pages)
         return source.first(run.max_train_samples), source.first(run.knn_train_samples), test
     if config.reads_channels and run.train_dir:
         photo = config.normalisation_kind == "photo"

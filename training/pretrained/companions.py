@@ -1,17 +1,18 @@
 """What is trained with a model and is no part of it: low-rank adapters, and the maps that predict a teacher."""
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_vicreg.modeling.encoder_outputs import encoder_outputs, patch_grid
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, representation_size
 from hf_vicreg.modeling.taught import Taught
 from hf_vicreg.training.engine.encoders import add_adapters
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.pretrained.source_encoder import load_source, normalisation_of
+from hf_vicreg.training.pretrained.source_encoder import channels_of, load_source, normalisation_of
 from hf_vicreg.training.run.config import RunConfig
 
 FIELD = "teacher"
+OF_PHOTOS = ([0.0] * 3, [255.0] * 3)  # values of RGB that become 0 and 1
 
 
 def add_companions(model: VicRegForPreTraining, config: RunConfig) -> None:
@@ -22,6 +23,9 @@ def add_companions(model: VicRegForPreTraining, config: RunConfig) -> None:
     """
     if config.run.lora_rank:
         add_adapters(model.encoder, config.run.lora_rank)
+        for copied in model.objective.teachers:  # it follows the encoder, weight by weight
+            add_adapters(copied, config.run.lora_rank)
+            copied.requires_grad_(False)
     if config.run.teacher:
         _add_teacher(model, config)
 
@@ -47,10 +51,32 @@ def _add_teacher(model: VicRegForPreTraining, config: RunConfig) -> None:
         teacher,
         (representation_size(model.encoder.config), representation_size(teacher.config)),
         weight=config.run.teacher_weight,
-        normalisation=normalisation_of(name, teacher.config, FIELD),
+        normalisation=_normalisation(name, teacher.config, config),
         own_normalisation=config.normalisation,
         with_tokens=_has_tokens(model.encoder, size) and _has_tokens(teacher, size),
     )
+
+
+def _normalisation(name: str, teacher: PreTrainedConfig, config: RunConfig) -> tuple[list[float], list[float]]:
+    """Return mean and deviation by which a teacher normalises what the run's images have between 0 and 1.
+
+    Values that become 0 and 1 may be others for the teacher than for the run: `(value - low) / (high - low)` of either
+    is a line, and so is the one as a function of the other.
+
+    Raises:
+        InputError: It takes other channels than RGB and does not say how.
+    """
+    own = channels_of(name, teacher)
+    if own is None and config.num_channels != 3:
+        raise InputError(f"`{FIELD}`: expected an image processor of {config.num_channels} channels beside {name!r}.")
+    mean, std = normalisation_of(name, teacher, FIELD) if own is None else (own["image_mean"], own["image_std"])
+    ranges = OF_PHOTOS if own is None else (own["channel_low"], own["channel_high"])
+    found = []
+    columns = (*(config.channel_ranges or OF_PHOTOS), *ranges, mean, std)
+    for own_low, own_high, low, high, centre, spread in zip(*columns, strict=True):
+        ratio = (high - low) / (own_high - own_low)
+        found.append((centre * ratio + (low - own_low) / (own_high - own_low), spread * ratio))
+    return [centre for centre, _ in found], [spread for _, spread in found]
 
 
 @torch.no_grad()

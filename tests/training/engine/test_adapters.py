@@ -13,10 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification, ResNetConfig, ResNetModel
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel, pretrain
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.publishing.staging import stage
 from hf_vicreg.training.engine.encoders import add_adapters, merge_adapters
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FinetuneArguments
+from hf_vicreg.training.pretrained.companions import add_companions
+from hf_vicreg.training.pretrained.warm_start import with_source
+from hf_vicreg.training.run.resolve import resolve
 from hf_vicreg.training.tasks.arguments import CaptioningArguments, DetectionArguments
 from hf_vicreg.training.tasks.captioning.command import finetune_captioning
 from hf_vicreg.training.tasks.classification.command import finetune_classification
@@ -119,6 +123,21 @@ def test_a_run_of_adapters_resumes_and_is_kept_whole_and_alone(source, tiny_reci
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} < set(staged.names)
     assert 'subfolder="adapter"' in staged.card
     assert str(tmp_path) not in (tmp_path / "staged" / "adapter" / "adapter_config.json").read_text()
+
+
+def test_a_copy_that_follows_the_encoder_has_its_adapters(source, tmp_path):
+    settings = {"model_name_or_path": str(source), "lora_rank": 2, "objective": "byol", "dataset_name": "digits"}
+    settings |= {"output_dir": str(tmp_path), "vicreg": {"expander_sizes": [8, 8]}}
+    config = resolve(with_source(settings))
+    model = VicRegForPreTraining(config.vicreg)
+    add_companions(model, config)
+    model.begin_step(0, 10)
+    (teacher,) = model.objective.teachers
+    torch.testing.assert_close(teacher.state_dict(), model.encoder.state_dict(), rtol=0, atol=0)
+    assert not any(one.requires_grad for one in teacher.parameters())
+    model.end_step()
+    merge_adapters(model)
+    assert not [name for name in model.state_dict() if "lora" in name]
 
 
 def walls(folder):
