@@ -94,7 +94,9 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
         views = torch.empty(images, 2, config.num_channels, height, width)
         inputs: dict[str, Any] = {"pixel_values": views}
         if config.run.caption_column is not None:
-            tokens = torch.zeros(images, config.run.max_text_length, dtype=torch.int64)
+            most = getattr(config.vicreg.second_encoder, "max_position_embeddings", None)
+            length = min(config.run.max_text_length, most or config.run.max_text_length)
+            tokens = torch.zeros(images, length, dtype=torch.int64)
             inputs = {"pixel_values": views[:, 0], "second_inputs": {"input_ids": tokens}}
         if local:
             inputs["local_pixel_values"] = torch.empty(images, local, config.num_channels, side, side)

@@ -53,6 +53,14 @@ def test_weights_are_counted_with_gradients_and_moments(tiny_recipe):
     assert step_memory(_config(tiny_recipe, optim="lars"), 4).weights == 12 * numbers
 
 
+def test_captions_are_no_longer_than_their_encoder_takes(tiny_recipe):
+    texts = {"model_type": "distilbert", "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
+    texts |= {"vocab_size": 300, "max_position_embeddings": 8}
+    given = {"caption_column": ["text"], "dataset_name": "x/y", "second_model": texts}
+    long, short = (step_memory(_config(tiny_recipe, **given, max_text_length=one), 4) for one in (64, 8))
+    assert long == short
+
+
 def test_recomputed_layers_keep_less(tiny_recipe):
     plain, again = (step_memory(_config(tiny_recipe, gradient_checkpointing=one), 16).encoder for one in (False, True))
     assert again < 0.7 * plain
