@@ -229,8 +229,8 @@ def begin(run: Run) -> None:
         " and ".join(f"{size / 1e6:.2f}" for size in sizes),
         run.density,
         f"covariance by {covariance_form(config.step_size, config.vicreg.expander_sizes[-1])}"
-        if config.run.objective == "vicreg"
-        else f"objective {config.run.objective}",
+        if config.entry.name == "vicreg"
+        else f"objective {config.entry.name}",
     )
     if run.probe.possible and "untrained" not in loop.state.knn:
         loop.state.note(run.probe.of_pixels())

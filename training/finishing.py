@@ -22,7 +22,6 @@ from hf_vicreg.training.monitor.doctor import health_of
 from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
 from hf_vicreg.training.monitor.summary import summary
 from hf_vicreg.training.monitor.tracking import finish_trackers
-from hf_vicreg.training.objectives.registry import ENTRIES
 from hf_vicreg.training.pretrained.companions import take_away_teacher
 
 
@@ -67,7 +66,7 @@ def finish(run: Run) -> dict[str, Any]:
     for one in run.exports:
         one.model.eval()
 
-    entry = ENTRIES[run.config.run.objective]
+    entry = run.config.entry
 
     def write() -> None:
         records = read_log(run.folder / LOG_FILE)
@@ -89,7 +88,7 @@ def finish(run: Run) -> dict[str, Any]:
 
 def results_of(run: Run, state: RunState) -> dict[str, Any]:
     """Return what `results.json` says of a run at a step."""
-    flags, step_size, entry = run.config.run, run.config.step_size, ENTRIES[run.config.run.objective]
+    flags, step_size, entry = run.config.run, run.config.step_size, run.config.entry
     name = flags.dataset_name
     return {
         "dataset": run.source.name,

@@ -27,7 +27,6 @@ from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.launch.distributed import gather_sets
 from hf_vicreg.training.launch.signals import StopRequest, outlive_signals
 from hf_vicreg.training.monitor.health import measure_health
-from hf_vicreg.training.objectives.registry import ENTRIES
 from hf_vicreg.training.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -64,8 +63,8 @@ def pretraining_loop(
         folder=Path(config.run.output_dir),
         measure=measure,
         stop=stop,
-        gamma=config.vicreg.gamma if config.vicreg.pair_loss == "vicreg" else None,
-        objective=ENTRIES[config.run.objective],
+        gamma=config.vicreg.gamma,
+        objective=config.entry,
     )
 
 
@@ -84,8 +83,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         """Set up encoders, optimiser and data order; arguments and errors as for `pretraining_loop`."""
         run = config.run
         self.config, self.run, self.accelerator, self.source, self.model = config, run, accelerator, source, model
-        self.objective = ENTRIES[run.objective]
-        self.parts = self.objective.parts if config.vicreg.pair_loss == "vicreg" else ()
+        self.objective = config.entry
+        self.parts = self.objective.parts
         self.pieces, self.images_per_step = config.step_size // run.batch_size, config.step_size
         if isinstance(source, ImageSource) and config.step_size > len(source):
             raise InputError(

@@ -7,7 +7,8 @@ from typing import Any
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
-from hf_vicreg.training.objectives.registry import ENTRIES
+from hf_vicreg.training.objectives.entry import ObjectiveEntry
+from hf_vicreg.training.objectives.registry import ENTRIES, entry_of
 from hf_vicreg.training.run.arguments import RESERVED, PretrainArguments, ViewsConfig
 from hf_vicreg.training.run.section_flags import VICREG_WEIGHTS
 
@@ -63,6 +64,11 @@ class RunConfig:
             for one in (self.views.channel_low, self.views.channel_high)
         )
         return None if low is None or high is None else (low, high)
+
+    @property
+    def entry(self) -> ObjectiveEntry:
+        """What is said of what is learned: of the objective, or of a loss of pairs in its place."""
+        return entry_of({"objective": self.run.objective, "vicreg": {"pair_loss": self.vicreg.pair_loss}})
 
     @property
     def step_size(self) -> int:

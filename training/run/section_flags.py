@@ -69,7 +69,10 @@ VIEWS: dict[str, SectionFlag] = {
     )
 }
 # of the objectives with `vicreg_weights`; the rest of the section is of all
-VICREG_WEIGHTS = ("invariance_weight", "variance_weight", "covariance_weight", "gamma", "eps", "convention")
+VICREG_WEIGHTS = (
+    *("invariance_weight", "variance_weight", "covariance_weight", "gamma", "eps", "convention"),
+    "pair_loss",  # takes VICReg's place, and no other's
+)
 # fields of every configuration of transformers: taken where they are given, and not worth a line of help
 INHERITED = {
     "architectures",

@@ -71,6 +71,10 @@ BAD = {
         r"`simclr.temperature`: expected no setting of another objective than 'vi",
     ),
     "weights": ({"objective": "byol", "vicreg": {"gamma": 2}}, r"`vicreg.gamma`: expected no setting of another"),
+    "pairs": (
+        {"objective": "simclr", "vicreg": {"pair_loss": "infonce"}, "second_model": {"hidden_size": 192}},
+        r"`vicreg.pair_loss`: expected no setting of another",
+    ),
     "branches": (
         {"objective": "byol", "second_model": {"hidden_size": 192}},
         r"`second_model`: expected none with objective 'byol': its predictor",
