@@ -23,6 +23,7 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import ImageTextArguments
 from hf_vicreg.training.image_text.evaluate import evaluate_image_text
 from hf_vicreg.training.image_text.search import search
+from hf_vicreg.training.monitor.doctor import read_run
 from hf_vicreg.training.texts.tokenizer import build_tokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 50, 220), "white": (240, 240, 240)}
@@ -113,6 +114,13 @@ def test_its_report_looks_through_the_encoder_of_images(run, tmp_path):
     text = write_report(run, data="digits", output=tmp_path / "report.html").read_text()
     assert 'id="attention"' in text
     assert "Needs" not in text
+
+
+def test_a_loss_of_pairs_is_called_by_its_name(data, flags, tmp_path):
+    given = flags | {"vicreg": {"expander_sizes": [16, 8], "pair_loss": "infonce"}, "max_steps": 1}
+    results = pretrain(out=tmp_path / "run", data=data, **given).results
+    assert (results["objective"], results["method"], results["loss_parts"]) == ("infonce", "InfoNCE", [])
+    assert read_run(tmp_path / "run")[2].name == "infonce"
 
 
 def test_recall_is_in_the_log_in_the_results_and_in_the_card(run):
