@@ -30,9 +30,8 @@ from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.run.resolve import resolve
 from hf_vicreg.training.run.run_folder import RECIPE
 from hf_vicreg.training.run.section_flags import INHERITED
-from hf_vicreg.training.run.settings import DEFAULT_MODEL_TYPE, read_recipe, same_source
+from hf_vicreg.training.run.settings import DEFAULT_MODEL_TYPE, NORMALISATION, read_recipe, same_source
 
-NORMALISATION = ("image_mean", "image_std", "channel_low", "channel_high")
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # one voice for the whole command
 
 

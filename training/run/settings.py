@@ -30,6 +30,8 @@ from hf_vicreg.training.run.view_presets import VIEW_PRESETS
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_TYPE = "bigbird_vit"
+# how values of channels become what an encoder takes, among the views
+NORMALISATION = ("image_mean", "image_std", "channel_low", "channel_high")
 
 
 def recipe_names() -> list[str]:
@@ -204,7 +206,7 @@ def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
     source = above.get("model_name_or_path")
     if source is not None and not same_source(source, below.get("model_name_or_path")):
         fields = below.pop("model", {})
-        for key in ("image_mean", "image_std"):  # of the recipe's own source
+        for key in NORMALISATION:  # of the recipe's own source
             views.pop(key, None)
         if fields.get("image_size") is not None and "image_size" not in above.get("model", {}):
             views.setdefault("image_size", fields["image_size"])

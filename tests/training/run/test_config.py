@@ -284,3 +284,13 @@ def test_a_flag_alone_is_not_held_against_a_default_that_may_yet_be_fitted():
     assert explicit_settings(chosen)["statistics_batch_size"] == 100
     with pytest.raises(InputError, match="`statistics_batch_size`: expected a multiple"):
         explicit_settings(chosen | {"batch_size": 64})
+
+
+def test_another_source_leaves_nothing_of_the_recipes_normalisation(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: one\nviews: {image_mean: 0.4, image_std: 0.2, channel_low: 3.0, channel_high: 900.0}\n"
+    )
+    given = {"config": str(recipe), "dataset_name": "digits", "output_dir": "x"}
+    assert "views" not in explicit_settings(given | {"model_name_or_path": "other"})
+    assert len(explicit_settings(given | {"model_name_or_path": "one"})["views"]) == 4
