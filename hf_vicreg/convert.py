@@ -124,6 +124,11 @@ def convert(
     with blamed_on("SOURCE"):
         original = load_source(source, AutoModelForImageClassification if with_head else AutoModel)
         dense = (BigBirdViTForImageClassification if with_head else BigBirdViTModel).from_dense(original, **pattern)
+    if adapt is not None and dense.config.num_channels != 3:
+        raise InputError(
+            f"`adapt`: expected a model of RGB images, {str(source)!r} takes {dense.config.num_channels} channels; "
+            "leave it out."
+        )
     seconds = seconds_of(time_budget)
     if max_steps is not None and adapt is None:
         raise InputError("`max_steps`: expected images to tune on beside it, got none; add --adapt IMAGES.")

@@ -25,7 +25,8 @@ from transformers import (
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTForImageClassification, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
-from hf_vicreg.convert import feature_drift
+from hf_vicreg.convert import convert, feature_drift
+from hf_vicreg.training.errors import InputError
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
@@ -292,4 +293,12 @@ def test_what_cannot_be_tuned_on_is_one_line(changes, message, sources, tmp_path
     assert main(["convert", str(sources / "dinov2"), "out", *arguments]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_other_channels_are_tuned_on_no_colours(tmp_path):
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, num_channels=4)
+    ViTModel(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(InputError, match=r"`adapt`: expected a model of RGB images, .* takes 4 channels"):
+        convert(tmp_path / "source", tmp_path / "out", adapt="digits", max_steps=1)
     assert not (tmp_path / "out").exists()

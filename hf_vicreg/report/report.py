@@ -104,7 +104,7 @@ class _Look:
                 _refuse_links(facts.folder, place)
                 channels = getattr(load_config(str(place)), "num_channels", 3)
                 if channels == 3:
-                    self.encoder = load_vision_encoder(str(place))
+                    self.encoder = _of_eight_bits(load_vision_encoder(str(place)))
                 else:
                     self.lack = (
                         f"Shows RGB images alone, and this encoder takes {channels} channels; hf-vicreg inspect views "
@@ -158,8 +158,7 @@ class _Look:
         return text
 
 
-def _refuse_links(run: Path, place: Path) -> None:
-    """Raise InputError for a file of the model in `place`, of the run or below it, that lies outside the run."""
+                    self.encoder = _of_eight_bits(load_vision_encoder(str(place)))
     names = {"config.json", "preprocessor_config.json", "model.safetensors", INDEX}
     if (place / INDEX).exists():
         try:

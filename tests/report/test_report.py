@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoImageProcessor, AutoModel
 
-from hf_vicreg import BigBirdViTConfig, BigBirdViTModel
+from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
 from hf_vicreg.report.attention import attention_maps, lattice
 from hf_vicreg.report.page import data_block
@@ -285,6 +285,13 @@ def test_an_encoder_of_other_channels_says_so(run, tmp_path):
     config.num_channels = 2
     BigBirdViTModel(config).save_pretrained(copy)
     assert write_report(copy, data="digits").read_text().count("takes 2 channels") == 5
+
+
+def test_an_encoder_of_deeper_images_says_so(run, tmp_path):
+    copy = copied(run, tmp_path)
+    ranges = {"channel_low": [0.0] * 3, "channel_high": [4095.0] * 3}
+    BigBirdViTImageProcessor(size={"height": 16, "width": 16}, **ranges).save_pretrained(copy)
+    assert write_report(copy, data="digits").read_text().count("Shows images of 8 bits alone") == 5
 
 
 def test_two_runs_stand_side_by_side(run, tmp_path):
