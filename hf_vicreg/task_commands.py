@@ -1,25 +1,30 @@
-"""`hf-vicreg finetune detection`, `finetune captioning` and `detect`: flags; the work is imported when asked for."""
+"""`hf-vicreg finetune detection|segmentation|captioning`, `detect` and `segment`: flags; work comes later."""
 
 import argparse
 from typing import Any
 
 from hf_vicreg.evaluation_commands import add_command, run_task
 from hf_vicreg.training.errors import log_to_stderr, place_for
-from hf_vicreg.training.tasks.arguments import CaptioningArguments, DetectionArguments
+from hf_vicreg.training.tasks.arguments import CaptioningArguments, DetectionArguments, SegmentationArguments
 
 DETECTION_EXAMPLE = (
     "hf-vicreg finetune detection runs/mine --dataset_name my_boxes --output_dir runs/detector --image_height 240 "
     "--image_width 320 --num_train_epochs 2"
+)
+SEGMENTATION_EXAMPLE = (
+    "hf-vicreg finetune segmentation runs/mine --dataset_name my_masks --output_dir runs/segmenter --image_height 64 "
+    "--image_width 64 --num_train_epochs 2"
 )
 CAPTIONING_EXAMPLE = (
     "hf-vicreg finetune captioning runs/mine --dataset_name my_captions --output_dir runs/captioner "
     "--num_train_epochs 2"
 )
 DETECT_EXAMPLE = "hf-vicreg detect runs/detector my_photo.jpg --output detections"
+SEGMENT_EXAMPLE = "hf-vicreg segment runs/segmenter my_photo.jpg --output segments"
 
 
 def add_tasks(verbs: Any, tasks: Any) -> None:
-    """Add `detect` to the command's sub-parsers and two tasks to those of `finetune`."""
+    """Add `detect` and `segment` to the command's sub-parsers and three tasks to those of `finetune`."""
     add_command(
         tasks,
         "detection",
@@ -27,6 +32,15 @@ def add_tasks(verbs: Any, tasks: Any) -> None:
         "a detector of objects",
         DETECTION_EXAMPLE,
         _finetune_detection,
+        model="folder or Hub id of a BigBirdViT",
+    )
+    add_command(
+        tasks,
+        "segmentation",
+        SegmentationArguments,
+        "a segmenter, which finds the class of each pixel",
+        SEGMENTATION_EXAMPLE,
+        _finetune_segmentation,
         model="folder or Hub id of a BigBirdViT",
     )
     add_command(
@@ -44,12 +58,29 @@ def add_tasks(verbs: Any, tasks: Any) -> None:
     detect.add_argument("--output", help="folder for the images with their boxes drawn; default: lines alone")
     detect.add_argument("--threshold", type=float, default=0.5, help="least score of a box (default: 0.5)")
     detect.set_defaults(run=_detect)
+    segment = verbs.add_parser(
+        "segment",
+        help="masks of images of any size, found by a fine-tuned segmenter",
+        epilog=f"example:\n  {SEGMENT_EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    segment.add_argument("model", metavar="MODEL", help="folder or Hub id of a segmenter")
+    segment.add_argument("images", metavar="IMAGE", nargs="+", help="image files, and folders of them")
+    segment.add_argument("--output", required=True, help="folder for masks and overlays")
+    segment.set_defaults(run=_segment)
 
 
 def _finetune_detection(parsed: argparse.Namespace) -> int:
     from hf_vicreg.training.tasks.detection.command import finetune_detection
 
     return run_task(finetune_detection, parsed)
+
+
+def _finetune_segmentation(parsed: argparse.Namespace) -> int:
+    from hf_vicreg.training.tasks.segmentation.command import finetune_segmentation
+
+    return run_task(finetune_segmentation, parsed)
 
 
 def _finetune_captioning(parsed: argparse.Namespace) -> int:
@@ -64,3 +95,11 @@ def _detect(parsed: argparse.Namespace) -> None:
     log_to_stderr()
     with place_for("output", parsed.output or "."):
         detect(parsed.model, parsed.images, parsed.output, parsed.threshold)
+
+
+def _segment(parsed: argparse.Namespace) -> None:
+    from hf_vicreg.training.tasks.segmentation.segment import segment
+
+    log_to_stderr()
+    with place_for("output", parsed.output):
+        segment(parsed.model, parsed.images, parsed.output)

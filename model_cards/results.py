@@ -17,6 +17,7 @@ COMMANDS = {
     "image_text": "evaluate image-text",
     "finetune_classification": "finetune classification",
     "finetune_detection": "finetune detection",
+    "finetune_segmentation": "finetune segmentation",
     "finetune_captioning": "finetune captioning",
 }
 METADATA_TASKS = ("knn", "linear", "finetune_classification")  # of which accuracies go into the card's metadata

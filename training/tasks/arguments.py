@@ -1,4 +1,4 @@
-"""Flags of `hf-vicreg finetune detection` and `captioning`; light, for the command's parser reads them all."""
+"""Flags of `hf-vicreg finetune detection`, `segmentation` and `captioning`; light: the parser reads all."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,25 @@ class DetectionArguments(TaskArguments):
     d_model: int = flag(256, "Width of the detector behind the encoder, a multiple of 32.")
     encoder_layers: int = flag(2, "Layers of deformable attention over the feature map.")
     decoder_layers: int = flag(3, "Layers from queries to boxes.")
+
+
+@dataclass
+class SegmentationArguments(TaskArguments):
+    """A segmenter: UperNet over the encoder."""
+
+    mask_column_name: str = flag("mask", "Column of masks, images with a class index (255: unknown) a pixel.")
+    class_names: str | None = flag(
+        None, "Names of the classes from 0 on, with commas between; default: numbers, as many as training masks show."
+    )
+    instances: bool = flag(
+        False, "Masks number objects from 1 on (0: none); learn background, interior and border, tell objects apart."
+    )
+    image_height: int = flag(256, "Height in pixels of what the model sees at once; larger images go by windows.")
+    image_width: int = flag(256, "The same for the width.")
+    scale_jitter: float = flag(0.25, "Training crops are magnified by a factor from 1 +- this.")
+    quarter_turns: bool = flag(False, "Turn training images by 0, 90, 180 or 270 degrees: where there is no above.")
+    dice_of_background: bool = flag(False, "Count class 0 in Dice like any other; default: it is the background.")
+    decoder_hidden_size: int = flag(128, "Width of the part behind the encoder, a multiple of 32.")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hf_vicreg.training.errors import InputError
@@ -68,12 +69,32 @@ def load_annotated(
             )
         rows = splits[split]
         rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-        source = dataset_source(name, rows, arguments.image_column_name, None, said=bool(both))
-        annotations = list(rows.select_columns([column])[column])
+        annotations, images = _annotations(rows, column)
+        source = dataset_source(name, images, arguments.image_column_name, None, said=bool(both))
         digests = [_digest(source, split, index) for index in range(len(source))]
         whole = hashlib.sha256(b"".join(digests) + repr(annotations).encode()).hexdigest()[:16]
         both.append((AnnotatedImages(split, source, annotations, whole, digests), rows.features[column]))
     return both[0], both[1]
+
+
+def _annotations(rows: Any, column: str) -> tuple[list[Any], Any]:
+    """Return a column's values, the encoded bytes of images (None: missing), and rows whose images are no annotations.
+
+    Files are read here: a fingerprint is of what is in them, not of where they lie.
+    """
+    import datasets
+
+    if not isinstance(rows.features[column], datasets.Image):
+        return list(rows.select_columns([column])[column]), rows
+    encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return [_encoded(row[column]) for row in encoded], rows.remove_columns([column])
+
+
+def _encoded(entry: Any) -> bytes | None:
+    try:
+        return entry and (entry["bytes"] or Path(entry["path"]).read_bytes())
+    except OSError:  # said with its row by whoever needs it
+        return None
 
 
 def first_readable(

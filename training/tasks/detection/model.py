@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -23,12 +21,10 @@ from transformers import (
 )
 
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
-from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
-from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTBackbone
 from hf_vicreg.training.engine.encoders import add_adapters
-from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import load_config, load_processor, load_weights, public_name
+from hf_vicreg.training.evaluation.encoder import load_processor
 from hf_vicreg.training.tasks.arguments import DetectionArguments
+from hf_vicreg.training.tasks.backbone import canvas_size, pretrained_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -54,28 +50,7 @@ def build_detector(
     Raises:
         InputError: No model there, none of this architecture, or weights of the encoder missing.
     """
-    config = load_config(name)
-    if isinstance(config, VicRegConfig):
-        raise InputError(f"`MODEL`: expected an encoder, {name} is the wrapper around one; give the run's folder.")
-    if not isinstance(config, BigBirdViTConfig):
-        raise InputError(f"`MODEL`: expected a model of type 'bigbird_vit', got {config.model_type!r}.")
-    set_seed(arguments.seed)
-    try:
-        backbone, info = load_weights(BigBirdViTBackbone, name)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        if not arguments.from_scratch:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"`MODEL`: expected the folder or Hub id of a model in safetensors form, got {name!r}: {reason}"
-            ) from error
-        backbone, info = BigBirdViTBackbone(config), {"missing_keys": []}
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(
-            f"`MODEL`: expected weights for the whole encoder in {name}, found none for {missing[0]} and "
-            f"{len(missing) - 1} more."
-        )
-    backbone.config.name_or_path = public_name(name)  # it is saved, and folders of this machine are nobody's business
+    backbone = pretrained_backbone(name, arguments)
     detector = DeformableDetrForObjectDetection(
         DeformableDetrConfig(
             backbone_config=backbone.config,
@@ -207,12 +182,3 @@ def find_boxes(
         {key: one[key][order].float().cpu() if key != "labels" else one[key][order].cpu() for key in one}
         for one, order in zip(found, best, strict=True)
     ]
-
-
-def canvas_size(config: BigBirdViTConfig, height: int, width: int) -> tuple[int, int]:
-    """Return the smallest (height, width) in pixels of at least the given one that patches cover without a rest."""
-    height, width = (
-        patch + stride * max(0, -(-(side - patch) // stride))
-        for side, patch, stride in zip((height, width), config.patch_size_hw, config.patch_stride_hw, strict=True)
-    )
-    return height, width

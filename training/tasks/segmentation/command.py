@@ -1,0 +1,122 @@
+"""`hf-vicreg finetune segmentation`: a pretrained encoder and images with masks in, a segmenter's folder out."""
+
+import logging
+import time
+from functools import partial
+from typing import Any
+
+from hf_vicreg.training.engine.checkpoint import RunState
+from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
+from hf_vicreg.training.evaluation.encoder import public_name, weights_digest
+from hf_vicreg.training.evaluation.labelled import count_overlap
+from hf_vicreg.training.evaluation.results import FILE, describe_data
+from hf_vicreg.training.launch.distributed import build_accelerator
+from hf_vicreg.training.launch.signals import StopRequest
+from hf_vicreg.training.tasks.arguments import SegmentationArguments, check_task, settings_of
+from hf_vicreg.training.tasks.segmentation.data import CropSampler, SegmentationViews, collate, load_segmentation
+from hf_vicreg.training.tasks.segmentation.masks import check_extra
+from hf_vicreg.training.tasks.segmentation.model import (
+    build_segmenter,
+    build_segmenter_processor,
+    learning_rate_scale,
+    model_inputs,
+)
+from hf_vicreg.training.tasks.segmentation.tester import Tester
+from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record
+
+logger = logging.getLogger(__name__)
+
+PICTURE = "segments.png"
+LOADING_SNIPPET = """\
+hf-vicreg segment {folder} IMAGE --output segments
+
+import hf_vicreg
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+processor = AutoImageProcessor.from_pretrained("{folder}")
+model = AutoModelForSemanticSegmentation.from_pretrained("{folder}")"""
+
+
+def finetune_segmentation(model_name: str, arguments: SegmentationArguments) -> dict[str, Any]:
+    """Fine-tune a segmenter, measure it on the test images, leave a folder that transformers loads.
+
+    Args:
+        model_name: Folder or Hub id of the pretrained encoder.
+        arguments: The flags.
+
+    Returns:
+        The entry of `results.json`.
+
+    Raises:
+        InputError: Bad input; nothing has been overwritten.
+    """
+    started = time.perf_counter()
+    folder = check_task(arguments)
+    if arguments.instances:
+        check_extra()
+    train, test, class_names = load_segmentation(arguments)
+    overlap = count_overlap(train.digests, test.digests)
+    accelerator = build_accelerator(arguments.mixed_precision)
+    model = build_segmenter(model_name, class_names, arguments)
+    size = (arguments.image_height, arguments.image_width)
+    processor = build_segmenter_processor(model_name, model.config.backbone_config, *size)
+    window = (processor.size["height"], processor.size["width"])
+    if window != size:
+        logger.info("windows of %dx%d pixels instead of %dx%d: a whole number of patches", *window, *size)
+    recipe = settings_of(arguments) | {"weights": weights_digest(model)}
+    sampler = CropSampler(
+        window, arguments.scale_jitter, arguments.flip_probability, quarter_turns=arguments.quarter_turns
+    )
+    tester = Tester(model, processor, test, class_names, accelerator, arguments)
+    step = ModelLossStep(
+        model,
+        SegmentationViews(train, sampler, arguments.seed, instances=arguments.instances),
+        len(train),
+        collate,
+        partial(model_inputs, processor),
+        lambda name: learning_rate_scale(name, arguments.encoder_learning_rate_ratio),
+        arguments,
+        accelerator,
+    )
+    loop = TrainingLoop(
+        step,
+        LoopSettings.of(arguments, measure_steps=arguments.eval_steps or 0),
+        accelerator,
+        RunState(recipe=recipe, data_fingerprint=train.fingerprint),
+        folder=folder,
+        measure=lambda: tester.measure()[0],
+        stop=StopRequest(folder, None),
+    )
+    fine_tune(loop, arguments, model_name, recipe, f"{len(train)} training images, {len(class_names)} classes")
+    metrics, details = tester.measure()
+    loop.note(metrics)
+    record = tuned_record(
+        "finetune_segmentation",
+        loop,
+        step.model,
+        processor,
+        feature="masks",
+        data=describe_data(
+            arguments,
+            train,
+            test,
+            overlap,
+            mask_column=arguments.mask_column_name,
+            num_classes=len(class_names),
+            class_names=class_names,
+        ),
+        settings=settings_of(arguments),
+        metrics=metrics,
+        details={"pretrained_model": None if arguments.from_scratch else public_name(model_name), **details},
+        pictures=[PICTURE],
+        started=started,
+    )
+    if accelerator.is_main_process:
+        tester.draw(folder / PICTURE)
+        save_tuned(folder, record, step.model, processor)
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        print(f"\n{figures} on {len(test)} images, in {folder / FILE}.")
+        print(f"Masks given and found are in {folder / PICTURE}. To use the segmenter:\n")
+        print(LOADING_SNIPPET.format(folder=folder))
+    accelerator.wait_for_everyone()
+    return record
