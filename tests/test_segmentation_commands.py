@@ -40,14 +40,15 @@ def workplace(tmp_path_factory):
                 top, left = rng.integers(2, 20), 26 * one + rng.integers(1, 9)
                 pixels[top : top + 15, left : left + 14] = (40, 60, 90)
                 objects[top : top + 15, left : left + 14] = 300 * one + 5
-            rows.append(f"{number}.png,masks/{number}.png")
+            rows.append(json.dumps({"file_name": f"{number}.png", "mask_file_name": f"masks/{number}.png"}))
             for data, mask in (("my_masks", (objects > 0).astype(np.uint8)), ("my_objects", objects)):
                 (folder / data / split / "masks").mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(folder / data / split / f"{number}.png")
                 Image.fromarray(mask).save(folder / data / split / "masks" / f"{number}.png")
         for data in ("my_masks", "my_objects"):
-            (folder / data / split / "metadata.csv").write_text("\n".join(["file_name,mask_file_name", *rows]))
+            (folder / data / split / "metadata.jsonl").write_text("\n".join(rows))
     Image.fromarray(np.tile(pixels, (3, 2, 1))).save(folder / "my_photo.jpg")
+    (folder / "empty").mkdir()
     return folder
 
 
@@ -172,7 +173,7 @@ def test_two_processes_train_a_segmenter(workplace, ranks):
         (f"{FINETUNE} my_masks --decoder_hidden_size 40", "`decoder_hidden_size`: expected a multiple of 32, got 40"),
         ("segment runs/mine my_photo.jpg --output", "`MODEL`: expected the folder or Hub id of a segmenter"),
         ("segment runs/mine no_photo.jpg --output", "`IMAGE`: expected image files, cannot read no_photo.jpg"),
-        ("segment runs/mine runs --output", "`IMAGE`: expected image files below runs, found none"),
+        ("segment runs/mine empty --output", "`IMAGE`: expected image files below empty, found none"),
     ],
     ids=["column", "numbers", "jitter", "width", "no-segmenter", "no-image", "no-images"],
 )
