@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
+from hf_vicreg.training.tasks.segmentation.measures import confusion
 from hf_vicreg.training.tasks.segmentation.model import find_classes
 
 SMALL = "--image_height 32 --image_width 32 --decoder_hidden_size 32 --batch_size 2"
@@ -96,6 +97,17 @@ def test_the_examples_of_segmentation_run_as_written(workplace, capsys):
         assert mask.mode == "L"
         assert np.array_equal(np.asarray(mask), expected)
         assert overlay.size == photo.size == (104, 120)
+    # what was measured before it was saved
+    counts = np.zeros((2, 2), int)
+    for number in range(2):
+        with (
+            Image.open(f"my_masks/test/{number}.png") as image,
+            Image.open(f"my_masks/test/masks/{number}.png") as mask,
+        ):
+            found = find_classes(names["model"], names["processor"], image.convert("RGB")).numpy()
+            counts += confusion(np.asarray(mask), found, 2)
+    # threads may have been others, and pixels that are a tie fall otherwise
+    assert np.abs(counts - record["details"]["confusion"]).sum() <= 0.01 * counts.sum()
     # a window's own logits, as anybody gets them from transformers
     window = photo.crop((0, 0, 64, 64))
     inputs = names["processor"](window, return_tensors="pt")
