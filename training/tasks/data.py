@@ -87,7 +87,8 @@ def _annotations(rows: Any, column: str) -> tuple[list[Any], Any]:
     if not isinstance(rows.features[column], datasets.Image):
         return list(rows.select_columns([column])[column]), rows
     encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return [_encoded(row[column]) for row in encoded], rows.remove_columns([column])
+    others = [one for one, kind in rows.features.items() if isinstance(kind, datasets.Image) and one != column]
+    return [_encoded(row[column]) for row in encoded], rows.remove_columns([column]) if others else rows
 
 
 def _encoded(entry: Any) -> bytes | None:
