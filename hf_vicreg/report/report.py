@@ -158,7 +158,16 @@ class _Look:
         return text
 
 
-                    self.encoder = _of_eight_bits(load_vision_encoder(str(place)))
+def _of_eight_bits(encoder: VisionEncoder) -> VisionEncoder:
+    """Return an encoder of images that are shown as they are read, with 8 bits; raise InputError for another."""
+    highest = max(getattr(encoder.processor, "channel_high", None) or [255.0])
+    if highest > 255:
+        raise InputError(f"Shows images of 8 bits alone, and this encoder takes values up to {highest:g}.")
+    return encoder
+
+
+def _refuse_links(run: Path, place: Path) -> None:
+    """Raise InputError for a file of the model in `place`, of the run or below it, that lies outside the run."""
     names = {"config.json", "preprocessor_config.json", "model.safetensors", INDEX}
     if (place / INDEX).exists():
         try:
