@@ -41,7 +41,7 @@ def run(code, *arguments, cwd=REPOSITORY):
     return finished
 
 
-QUICK = ("package-first", "transformers-first", "name-first")  # the others are in the slow run
+QUICK = ("package-first", "name-first")  # the others are in the slow run
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,7 @@ def test_models_are_registered_in_any_order_of_imports(order):
     assert run(f"import sys\n{ORDERS[order]}\n{USE}").stderr == ""
 
 
+@pytest.mark.slow
 def test_a_model_reaches_a_spawned_process(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(

@@ -40,6 +40,7 @@ def launcher():
     return [sys.executable, "-m", "accelerate.commands.launch"]
 
 
+@pytest.mark.slow  # test_average.py trains with one and two in the default run
 @pytest.mark.distributed
 def test_one_and_two_processes_train_alike(tmp_path, tiny_recipe, command, run_process, free_port):
     changes = {"num_train_epochs": 3, "model": tiny_recipe["model"] | {"drop_path_rate": 0.0}}
@@ -110,6 +111,7 @@ def test_a_fresh_python_gives_the_features_from_before_saving(tmp_path, tiny_rec
     assert finished.stdout.strip() == "bitwise", finished.stderr
 
 
+@pytest.mark.slow  # test_light_import.py and test_user_mistakes.py ask for exit codes
 def test_bad_input_ends_with_exit_code_2(tmp_path, run_process):
     finished = run_process(
         [

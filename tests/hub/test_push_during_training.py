@@ -71,7 +71,12 @@ def test_checkpoints_are_pushed_one_at_a_time_and_then_the_finished_run(hub, tra
             r"`hub_model_id`: expected one of the token's owners ['writer', 'lab'], got 'nobody'",
             marks=pytest.mark.slow,
         ),
-        ("writer", None, "`hub_model_id`: expected OWNER/NAME with --push_to_hub, got 'writer'"),
+        pytest.param(
+            "writer",
+            None,
+            "`hub_model_id`: expected OWNER/NAME with --push_to_hub, got 'writer'",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_push_that_cannot_succeed_is_told_before_training(repo, token, message, hub, training):

@@ -34,7 +34,7 @@ def labelled(path, split, labels, feature=None):
     )
 
 
-@pytest.mark.parametrize("name", ["boxes", "my/boxes"])
+@pytest.mark.parametrize("name", ["boxes", pytest.param("my/boxes", marks=pytest.mark.slow)])
 def test_a_mistyped_folder_is_told_at_once_where_the_hub_is_out_of_reach(tmp_path, name):
     """In a process of its own with the Hub at a port that nobody listens on: no retries, one line."""
     with socket.socket() as taken:  # bound and not listening: refused

@@ -41,6 +41,7 @@ def test_two_processes_share_a_batch_and_choose_one_folder(workplace, run_proces
     assert finished.stdout.count("The encoder is in") == 1
 
 
+@pytest.mark.slow
 def test_bad_input_that_every_process_meets_is_one_line(workplace, run_process):
     finished = run_process([*COMMAND, "--num_processes=2", "--device", "cuda", "--output_dir", "out"], **QUIET)
     assert finished.returncode == 2
@@ -49,6 +50,7 @@ def test_bad_input_that_every_process_meets_is_one_line(workplace, run_process):
     assert not (workplace / "out").exists()
 
 
+@pytest.mark.slow  # test_lifecycle.py stops two ranks in the default run
 def test_a_signal_stops_all_of_them_with_a_checkpoint(workplace, run_process):
     flags = ["--output_dir", "out", "--num_train_epochs", "100000", "--logging_steps", "1"]
     process = run_process.start([*COMMAND, *TWO, *flags], **QUIET)

@@ -58,6 +58,7 @@ def test_wandb_writes_offline(command, tmp_path, run_process):
     assert list((tmp_path / "run" / "trackers" / "wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_not_installed_is_one_line_and_nothing_is_written(command, tmp_path, run_process):
     # a finder that finds neither, as on a machine without them
     (tmp_path / "hidden").mkdir()
