@@ -96,6 +96,7 @@ def test_a_hub_that_fails_costs_a_warning_and_not_the_run(hub, training):
     assert (out / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_does_not_wait_for_the_hub(hub, training, tmp_path):
     silent = hub.fault("POST", "writer/live/commit", "hang")
     scratch = tmp_path / "scratch"

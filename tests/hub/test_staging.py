@@ -155,6 +155,9 @@ def test_an_encoder_of_transformers_own_needs_code_for_its_processor_only(run, s
     found = staged(run)
     assert "auto_map" not in json.loads((found.folder / "config.json").read_text())
     assert {name for name in found.names if name.endswith(".py")} == {
+        "channel_files.py",
+        "channel_layout.py",
+        "channel_pixels.py",
         "image_processing_bigbird_vit.py",
         "image_processing_pil_bigbird_vit.py",
         "rgb_image.py",

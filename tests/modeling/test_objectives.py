@@ -1,8 +1,6 @@
 """Every objective against its authors' formula, over one process and several, in one pass and two."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -175,22 +173,12 @@ def test_pieces_have_the_gradient_of_the_whole_batch(name):
 
 
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3], ids="{}-processes".format)
-def results(request, made_once):
+def results(request, made_once, ranks):
     """What the worker measured with that many processes, its world size asserted first."""
-    from_conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).parents[1] / "conftest.py"))
-    count = str(request.param)
-    script = str(Path(__file__).with_name("worker_objectives.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, script]
+    count, script = request.param, Path(__file__).with_name("worker_objectives.py")
 
     def measure(output):
-        finished = subprocess.run(
-            [*command, count, str(output)],
-            env=from_conftest.child_environment(),
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
+        finished = ranks(count, script, count, output, timeout_s=400)
         assert finished.returncode == 0, finished.stderr[-3000:]
 
     loaded = load_file(made_once(f"objectives_{count}", measure))

@@ -31,6 +31,7 @@ def recipe_file(tmp_path, tiny_recipe):
     return write
 
 
+@pytest.mark.slow  # image_text/ trains two branches in the default run
 def test_two_branches_of_different_kinds_train_and_resume(tmp_path, tiny_recipe):
     resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     settings = tiny_recipe | {

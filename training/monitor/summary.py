@@ -8,6 +8,7 @@ from hf_vicreg.model_cards.card import LOCAL_SNIPPET
 from hf_vicreg.model_cards.dual import DUAL_IMPORTS, DUAL_LOCAL_CODE, ROWS
 from hf_vicreg.model_cards.escaping import python_string
 from hf_vicreg.training.monitor.doctor import health_table
+from hf_vicreg.training.objectives.pair_losses import PAIR_LOSSES
 from hf_vicreg.training.objectives.registry import ENTRIES
 
 
@@ -47,7 +48,7 @@ def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]
             for key, text in ROWS
         ]
     if any("loss" in record for record in records):
-        lines.append(f"\n{health_table(records, ENTRIES[results['objective']])}\n")
+        lines.append(f"\n{health_table(records, (ENTRIES | PAIR_LOSSES)[results['objective']])}\n")
         for verdict in results["verdicts"]:
             when = "since" if verdict["present"] else "at"
             lines.append(

@@ -295,6 +295,7 @@ def kill_and_go_on(command, out, run_process, kills, most):
     return finished
 
 
+@pytest.mark.slow  # one that is asked to stop goes on in the default run
 def test_killed_three_times_it_ends_with_the_rows_of_an_undisturbed_run(tmp_path, model, small_shards, run_process):
     folder = images(tmp_path / "images", 400)
     (folder / "00100.png").write_bytes(b"broken")
