@@ -21,7 +21,7 @@ from hf_vicreg.training.tasks.segmentation.model import (
     learning_rate_scale,
     model_inputs,
 )
-from hf_vicreg.training.tasks.segmentation.tester import Tester
+from hf_vicreg.training.tasks.segmentation.scoring import Tester
 from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record
 
 logger = logging.getLogger(__name__)
