@@ -12,7 +12,7 @@ from .channel_files import open_channels
 from .channel_layout import ChannelFile, axes_of_array
 
 
-class ChannelKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+class BigBirdViTImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What an image processor of any number of channels has beside others.
 
     channel_low (`list[float]`, *optional*):
@@ -76,7 +76,6 @@ class ChannelPixelsMixin:
     normalised by `image_mean` and `image_std`.
     """
 
-    valid_kwargs = ChannelKwargs
     channel_low = None
     channel_high = None
     pages = None

@@ -3,7 +3,7 @@
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
-from .channel_pixels import ChannelPlanesMixin
+from .channel_pixels import BigBirdViTImageProcessorKwargs, ChannelPlanesMixin
 from .rgb_image import UprightRgbMixin
 
 
@@ -12,6 +12,7 @@ class BigBirdViTImageProcessorPil(ChannelPlanesMixin, UprightRgbMixin, PilBacken
     [0, 1], normalised. Each kind of image file gets the pixels that training gave it; see `upright_rgb`. With
     `channel_low` and `channel_high` images have any number of channels; see `ChannelPlanesMixin`."""
 
+    valid_kwargs = BigBirdViTImageProcessorKwargs
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
