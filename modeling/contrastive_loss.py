@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from .global_batch import global_samples
 from .vicreg_statistics import share_sizes
 
 PairLoss = Literal["vicreg", "infonce", "siglip"]
@@ -61,7 +62,7 @@ def contrastive_loss(
             sizes = share_sizes([len(z_a)], process_group, z_a.device)
             if any(size != sizes[0] for size in sizes):
                 raise ValueError(f"`z_a`: expected as many samples on every process, got {sizes}.")
-            both = [_Gather.apply(one, process_group) for one in both]
+            both = [global_samples(one, process_group) for one in both]
         logits = log_scale.to(dtype).exp().clamp(max=MAX_SCALE) * both[0] @ both[1].T
         if kind == "siglip":
             assert bias is not None
@@ -69,25 +70,6 @@ def contrastive_loss(
             return -F.logsigmoid(signs * (logits + bias.to(dtype))).sum() / len(logits)
         own = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-class _Gather(torch.autograd.Function):
-    """The rows of all processes. Each computes the same function of them: what is averaged afterwards is its own rows'
-    gradient times their number.
-    """
-
-    @staticmethod
-    def forward(ctx, rows, group):
-        ctx.group = group
-        everyone = rows.new_empty(dist.get_world_size(group) * len(rows), rows.shape[1])
-        dist.all_gather(list(everyone.chunk(dist.get_world_size(group))), rows.contiguous(), group=group)
-        return everyone
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        processes = dist.get_world_size(ctx.group)
-        return gradient.chunk(processes)[dist.get_rank(ctx.group)] * processes, None
 
 
 __all__ = ["PairLoss", "contrastive_loss"]

@@ -63,7 +63,8 @@ def finish(run: Run) -> dict[str, Any]:
         run.loop.note(figures)
     finish_trackers(run.accelerator)
     results = results_of(run, state) | ({"image_text": figures} if figures else {})
-    for one in run.exports:
+    exports = run.exports
+    for one in exports:
         one.model.eval()
 
     entry = run.config.entry
@@ -76,7 +77,7 @@ def finish(run: Run) -> dict[str, Any]:
             draw_curves(with_ends(records, results), run.folder / CURVES_FILE, entry.parts)
             if run.pictures is not None:
                 run.pictures.draw()
-            export_run(run.folder, run.model, run.exports, run.config.to_recipe(), results)
+            export_run(run.folder, run.model, exports, run.config.to_recipe(), results)
         print(summary(run.folder, results, records, is_dual=run.config.run.caption_column is not None))
 
     run_on_main(write, run.accelerator)

@@ -14,8 +14,9 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.engine.encoders import ADAPTER, merge_adapters
-from hf_vicreg.training.engine.loop import TrainingLoop
+from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.engine.optim import parameter_groups
 from hf_vicreg.training.engine.resume import checkpoint_to_resume
 from hf_vicreg.training.engine.step import TrainingStep
@@ -23,7 +24,7 @@ from hf_vicreg.training.errors import InputError, room_in
 from hf_vicreg.training.evaluation.encoder import public_name, quiet_transformers, weights_digest
 from hf_vicreg.training.evaluation.results import add_evaluation, evaluation_record
 from hf_vicreg.training.images.order import StepSampler
-from hf_vicreg.training.launch.signals import outlive_signals
+from hf_vicreg.training.launch.signals import StopRequest, outlive_signals
 from hf_vicreg.training.run.run_folder import start_folder
 from hf_vicreg.training.tasks.arguments import OWN_FILE, TaskArguments
 
@@ -161,6 +162,30 @@ class ModelLossStep(TaskStep):
         loss = self.loss_scale * self.wrapped(**self.inputs_of(batch, self.accelerator.device)).loss
         self.accelerator.backward(loss)
         return {"loss": loss.item()}
+
+
+def tuning_loop(
+    step: TaskStep,
+    settings: Any,
+    accelerator: Accelerator,
+    recipe: dict[str, Any],
+    fingerprint: str,
+    folder: Path,
+    measure: Callable[[], dict[str, float]] | None = None,
+) -> TrainingLoop:
+    """Return the loop of one fine-tuning, at its first step; see `TrainingLoop`.
+
+    A resumed run has to agree with recipe and fingerprint; `measure` needs flags with `eval_steps`.
+    """
+    return TrainingLoop(
+        step,
+        LoopSettings.of(settings, measure_steps=settings.eval_steps or 0 if measure else 0),
+        accelerator,
+        RunState(recipe=recipe, data_fingerprint=fingerprint),
+        folder=folder,
+        measure=measure,
+        stop=StopRequest(folder, None),
+    )
 
 
 def fine_tune(loop: TrainingLoop, settings: Any, model_name: str, recipe: dict[str, Any], images: str) -> None:

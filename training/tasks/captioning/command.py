@@ -12,14 +12,11 @@ from accelerate.utils import gather_object
 from transformers import BaseImageProcessor, PreTrainedTokenizerFast, VisionEncoderDecoderModel
 
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
-from hf_vicreg.training.engine.checkpoint import RunState
-from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import load_config, public_name, weights_digest
 from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.results import FILE, describe_data
 from hf_vicreg.training.launch.distributed import build_accelerator
-from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.tasks.arguments import CaptioningArguments, check_task, settings_of
 from hf_vicreg.training.tasks.captioning.data import (
     CaptionedViews,
@@ -32,7 +29,7 @@ from hf_vicreg.training.tasks.captioning.data import (
 )
 from hf_vicreg.training.tasks.captioning.model import build_captioner, build_tokenizer, learning_rate_scale
 from hf_vicreg.training.tasks.data import AnnotatedImages
-from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record
+from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record, tuning_loop
 
 logger = logging.getLogger(__name__)
 
@@ -82,15 +79,7 @@ def finetune_captioning(model_name: str, arguments: CaptioningArguments) -> dict
         arguments,
         accelerator,
     )
-    loop = TrainingLoop(
-        step,
-        LoopSettings.of(arguments, measure_steps=arguments.eval_steps or 0),
-        accelerator,
-        RunState(recipe=recipe, data_fingerprint=train.fingerprint),
-        folder=folder,
-        measure=lambda: tester.measure()[0],
-        stop=StopRequest(folder, None),
-    )
+    loop = tuning_loop(step, arguments, accelerator, recipe, train.fingerprint, folder, lambda: tester.measure()[0])
     fine_tune(loop, arguments, model_name, recipe, f"{len(train)} captioned images, {len(tokenizer)} tokens")
     metrics, captions = tester.measure()
     loop.note(metrics)

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_vicreg.training.engine.checkpoint import RunState
-from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FinetuneArguments, TuningArguments, check_ranges
 from hf_vicreg.training.evaluation.encoder import load_processor, public_name, source_for, weights_digest
@@ -19,12 +17,11 @@ from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap
 from hf_vicreg.training.evaluation.pictures import can_draw, confusion_matrix, draw_confusion
 from hf_vicreg.training.evaluation.results import FILE, describe_data
 from hf_vicreg.training.images.sources import ImageSource, load_sources
-from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.run.run_folder import refuse_foreign_folder
 from hf_vicreg.training.tasks.classification.data import LABELLED, UNLABELLED
 from hf_vicreg.training.tasks.classification.model import build_classifier, classifier_accelerator
 from hf_vicreg.training.tasks.classification.training import ClassifierStep
-from hf_vicreg.training.tasks.training import fine_tune, save_tuned, tuned_record
+from hf_vicreg.training.tasks.training import fine_tune, save_tuned, tuned_record, tuning_loop
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +64,7 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
     encoder_weights = weights_digest(model.base_model)
     recipe = settings_of(arguments) | {"weights": weights_digest(model)}
     step = ClassifierStep(model, processor, tuning_from(arguments), sources, accelerator, seed=arguments.seed)
-    loop = TrainingLoop(
-        step,
-        LoopSettings.of(arguments),
-        accelerator,
-        RunState(recipe=recipe, data_fingerprint=_fingerprint(sources)),
-        folder=folder,
-        stop=StopRequest(folder, None),
-    )
+    loop = tuning_loop(step, arguments, accelerator, recipe, _fingerprint(sources), folder)
     fine_tune(loop, arguments, model_name, recipe, f"{len(sources[LABELLED])} labelled images")
     predictions, labels = step.predict(test.source, arguments.per_device_eval_batch_size)
     accuracy = share_right(predictions, labels)

@@ -12,14 +12,11 @@ from accelerate.utils import gather_object
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from hf_vicreg.training.engine.checkpoint import RunState
-from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import public_name, weights_digest
 from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.results import FILE, describe_data
 from hf_vicreg.training.launch.distributed import build_accelerator
-from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
 from hf_vicreg.training.tasks.arguments import DetectionArguments, check_task, settings_of
 from hf_vicreg.training.tasks.data import AnnotatedImages
@@ -33,7 +30,7 @@ from hf_vicreg.training.tasks.detection.model import (
     find_boxes,
     learning_rate_scale,
 )
-from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record
+from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record, tuning_loop
 
 logger = logging.getLogger(__name__)
 
@@ -93,15 +90,7 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
         # transformers divides the number of boxes by that of processes though it has averaged it already
         loss_scale=1 / accelerator.num_processes,
     )
-    loop = TrainingLoop(
-        step,
-        LoopSettings.of(arguments, measure_steps=arguments.eval_steps or 0),
-        accelerator,
-        RunState(recipe=recipe, data_fingerprint=train.fingerprint),
-        folder=folder,
-        measure=lambda: tester.measure()[0],
-        stop=StopRequest(folder, None),
-    )
+    loop = tuning_loop(step, arguments, accelerator, recipe, train.fingerprint, folder, lambda: tester.measure()[0])
     height, width = canvas
     fine_tune(loop, arguments, model_name, recipe, f"{len(train)} training images of {height}x{width} pixels")
     metrics, by_class, predictions = tester.measure()

@@ -5,13 +5,10 @@ import time
 from functools import partial
 from typing import Any
 
-from hf_vicreg.training.engine.checkpoint import RunState
-from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.evaluation.encoder import public_name, weights_digest
 from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.results import FILE, describe_data
 from hf_vicreg.training.launch.distributed import build_accelerator
-from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.tasks.arguments import SegmentationArguments, check_task, settings_of
 from hf_vicreg.training.tasks.segmentation.data import CropSampler, SegmentationViews, collate, load_segmentation
 from hf_vicreg.training.tasks.segmentation.masks import check_extra
@@ -22,7 +19,7 @@ from hf_vicreg.training.tasks.segmentation.model import (
     model_inputs,
 )
 from hf_vicreg.training.tasks.segmentation.scoring import Tester
-from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record
+from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record, tuning_loop
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +75,7 @@ def finetune_segmentation(model_name: str, arguments: SegmentationArguments) -> 
         arguments,
         accelerator,
     )
-    loop = TrainingLoop(
-        step,
-        LoopSettings.of(arguments, measure_steps=arguments.eval_steps or 0),
-        accelerator,
-        RunState(recipe=recipe, data_fingerprint=train.fingerprint),
-        folder=folder,
-        measure=lambda: tester.measure()[0],
-        stop=StopRequest(folder, None),
-    )
+    loop = tuning_loop(step, arguments, accelerator, recipe, train.fingerprint, folder, lambda: tester.measure()[0])
     fine_tune(loop, arguments, model_name, recipe, f"{len(train)} training images, {len(class_names)} classes")
     metrics, details = tester.measure()
     loop.note(metrics)
