@@ -113,8 +113,11 @@ def is_image_folder(name: str) -> bool:
     return bool(suffixes & (IMAGE_SUFFIXES | SCIENCE_SUFFIXES)) or any(Path(name).rglob("*.zarr"))
 
 
-def files_below(folder: str) -> Iterator[str]:
-    """Yield every file below a folder; linked folders are followed, but none is entered twice."""
+def files_below(folder: str, *, zarr: bool = False) -> Iterator[str]:
+    """Yield every file below a folder; linked folders are followed, but none is entered twice.
+
+    With `zarr` a folder `*.zarr`, which is an image, is a file as well.
+    """
     entered = set()
     for where, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
@@ -122,5 +125,6 @@ def files_below(folder: str) -> Iterator[str]:
             folders.clear()
             continue
         entered.add(real)
-        folders.sort()
-        yield from (os.path.join(where, name) for name in names)
+        images = [name for name in folders if zarr and name.lower().endswith(".zarr")]
+        folders[:] = sorted(name for name in folders if name not in images)
+        yield from (os.path.join(where, name) for name in (*images, *names))

@@ -14,7 +14,7 @@ from hf_vicreg.modeling.channel_files import open_channels
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.channel_source import ChannelSource, stamp
 from hf_vicreg.training.images.channels.windows import is_blank, windows_of
-from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES
+from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES, files_below
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,10 @@ def channel_folder(
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"`train_dir`: expected a folder of images, got {folder}, which is not a folder.")
-    paths = sorted(_files(folder))
+    suffixes = IMAGE_SUFFIXES | SCIENCE_SUFFIXES
+    paths = sorted(path for path in files_below(folder, zarr=True) if os.path.splitext(path)[1].lower() in suffixes)
     if not paths:
-        known = ", ".join(sorted(IMAGE_SUFFIXES | SCIENCE_SUFFIXES))
+        known = ", ".join(sorted(suffixes))
         raise InputError(f"`train_dir`: expected image files ({known}) below {folder}, found none.")
     names = [os.path.relpath(path, root) for path in paths]
     digest = hashlib.sha256(f"{num_channels} {pages} {window}".encode())
@@ -117,22 +118,6 @@ def _boxes(source: ChannelSource, window: int | None, file: int) -> list[tuple[i
     if window is None or max(height, width) <= window:
         return [(image, 0, 0, 0, 0) for image in range(opened.num_images)]
     return [(image, *box) for image in range(opened.num_images) for box in windows_of(height, width, window)]
-
-
-def _files(folder: str) -> list[str]:
-    """Return image files below a folder; an OME-Zarr is one, and not entered."""
-    found, entered = [], set()
-    for where, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(where)
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        found += [os.path.join(where, one) for one in folders if one.lower().endswith(".zarr")]
-        folders[:] = sorted(one for one in folders if not one.lower().endswith(".zarr"))
-        suffixes = IMAGE_SUFFIXES | SCIENCE_SUFFIXES
-        found += [os.path.join(where, one) for one in names if os.path.splitext(one)[1].lower() in suffixes]
-    return found
 
 
 def _contents(paths: list[str], index: int) -> bytes:
