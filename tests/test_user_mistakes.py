@@ -157,7 +157,7 @@ def test_a_mistake_of_the_user_gets_one_line(mistake, workplace, capsys):
         (f"{KNN} encoder {LABELLED}", "hf_vicreg.training.evaluation.evaluate.describe_data"),
         (
             f"finetune classification encoder {LABELLED} --output_dir tuned",
-            "hf_vicreg.training.tasks.classification.command.TrainingLoop",
+            "hf_vicreg.training.tasks.training.TrainingLoop",
         ),
         ("detect encoder photos/0.png", "hf_vicreg.training.tasks.detection.detect.load_config"),
     ],
