@@ -1,8 +1,8 @@
-"""Flags of `hf-vicreg finetune detection`, `segmentation` and `captioning`; light: the parser reads all."""
+"""Flags of `hf-vicreg finetune detection`, `segmentation`, `captioning`, `multitask`; light: the parser reads all."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import flag
@@ -12,16 +12,9 @@ OWN_FILE = "finetuning.json"  # what a folder has to hold to be taken for a fine
 
 
 @dataclass
-class TaskArguments:
-    """What every fine-tuning of a task model takes."""
+class RunArguments:
+    """How a task model, or several, is trained."""
 
-    dataset_name: str = flag("", "Hub id, local `datasets` folder, or folder of images with a metadata file.")
-    dataset_config_name: str | None = flag(None, "Configuration of the Hub dataset.")
-    train_split: str = flag("train", "Split to train on.")
-    test_split: str | None = flag(None, "Split to test on; default: `test` or `validation`.")
-    image_column_name: str | None = flag(None, "Column of images; default: the only image column.")
-    max_train_samples: int | None = flag(None, "Use the first so many training images.")
-    max_test_samples: int | None = flag(None, "Use the first so many test images.")
     output_dir: str = flag("", "Folder of the fine-tuned model, new or empty.")
     batch_size: int = flag(16, "Images a step over all processes.")
     num_train_epochs: int = flag(50, "Passes over the training images.")
@@ -33,18 +26,31 @@ class TaskArguments:
     warmup_ratio: float = flag(0.05, "Share of the steps with linear warm-up.")
     weight_decay: float = flag(1e-4, "AdamW's decoupled decay; biases, norms and tokens are exempt.")
     max_grad_norm: float = flag(1.0, "Clip the norm of the gradient; 0 turns it off.")
-    flip_probability: float = flag(0.5, "Horizontal flip.")
-    lora_rank: int = flag(0, "Train low-rank adapters of the encoder in place of its weights; 0: all learn.")
-    from_scratch: bool = flag(False, "Take MODEL's configuration, not its weights.")
     mixed_precision: str = flag("no", "`auto` (bf16 where the device has it), `bf16` or `no`.")
     dataloader_num_workers: int = flag(0, "Loader processes.")
-    per_device_eval_batch_size: int = flag(8, "Test images at once.")
     logging_steps: int = flag(10, "Steps between lines of log.jsonl.")
     eval_steps: int | None = flag(None, "Steps between measurements on the test images; default: at the end alone.")
     checkpointing_steps: int = flag(500, "Steps between checkpoints; one more at the end.")
     checkpoints_total_limit: int = flag(2, "Newest checkpoints to keep.")
     resume_from_checkpoint: str | None = flag(None, "`latest`, or a folder below `output_dir`/checkpoints.")
     seed: int = flag(0, "Seed of new weights, order and augmentation.")
+
+
+@dataclass
+class TaskArguments(RunArguments):
+    """What every fine-tuning of a task model takes."""
+
+    dataset_name: str = flag("", "Hub id, local `datasets` folder, or folder of images with a metadata file.")
+    dataset_config_name: str | None = flag(None, "Configuration of the Hub dataset.")
+    train_split: str = flag("train", "Split to train on.")
+    test_split: str | None = flag(None, "Split to test on; default: `test` or `validation`.")
+    image_column_name: str | None = flag(None, "Column of images; default: the only image column.")
+    max_train_samples: int | None = flag(None, "Use the first so many training images.")
+    max_test_samples: int | None = flag(None, "Use the first so many test images.")
+    flip_probability: float = flag(0.5, "Horizontal flip.")
+    lora_rank: int = flag(0, "Train low-rank adapters of the encoder in place of its weights; 0: all learn.")
+    from_scratch: bool = flag(False, "Take MODEL's configuration, not its weights.")
+    per_device_eval_batch_size: int = flag(8, "Test images at once.")
 
 
 @dataclass
@@ -104,6 +110,30 @@ class CaptioningArguments(TaskArguments):
     per_device_eval_batch_size: int = flag(64, "Test images at once.")
 
 
+@dataclass
+class LabelArguments(TaskArguments):
+    """Classes of images, several of them an image, or numbers; a task among several."""
+
+    label_column_name: str = flag("label", "Column of classes, of lists of them, or of numbers or lists of numbers.")
+    crop_min_ratio: float = flag(0.5, "Smallest crop of a training image, as a share of its area.")
+    per_device_eval_batch_size: int = flag(64, "Test images at once.")
+
+
+@dataclass
+class MultitaskArguments(RunArguments):
+    """One encoder and a head for each of several tasks, trained together."""
+
+    batch_size: int = flag(32, "Images a step over all tasks and processes.")
+    num_train_epochs: int = flag(50, "Passes over the training images of all tasks together.")
+    temperature: float = flag(
+        1.0, "Images a step of a task are in proportion to (its training images)^(1 / this); larger is more even."
+    )
+    weighting: Literal["fixed", "uncertainty"] = flag(
+        "fixed", "How losses are weighted: as each task's `weight` says, or learned, by each task's noise."
+    )
+    only: str | None = flag(None, "Train this task alone, in the same steps and images, to compare with.")
+
+
 AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("max_train_samples", "max_test_samples", "batch_size", "num_train_epochs", "max_steps"), 1),
     **dict.fromkeys(("per_device_eval_batch_size", "logging_steps", "eval_steps", "checkpointing_steps"), 1),
@@ -111,6 +141,7 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
     **dict.fromkeys(("learning_rate", "encoder_learning_rate_ratio", "weight_decay", "max_grad_norm"), 0),
     **dict.fromkeys(("dataloader_num_workers", "seed", "lora_rank"), 0),
+    "temperature": 1,
     "max_target_length": 2,  # a token and the end
     "vocab_size": 260,  # bytes and the special tokens
 }
@@ -136,13 +167,8 @@ def check_task(arguments: TaskArguments) -> Path:
     Raises:
         InputError: A value out of range, no data, or a folder that is not new, empty or one to resume.
     """
+    check_run(arguments)
     values = vars(arguments)
-    for name, least in AT_LEAST.items():
-        if values.get(name) is not None and not least <= values[name] < float("inf"):
-            raise InputError(f"`{name}`: expected a number of at least {least}, got {values[name]}.")
-    for name in SHARES:
-        if not 0 <= values.get(name, 0) <= 1:
-            raise InputError(f"`{name}`: expected a number from 0 to 1, got {values[name]}.")
     if not 0 <= values.get("scale_jitter", 0) < 0.9:
         raise InputError(f"`scale_jitter`: expected a number from 0 to below 0.9, got {values['scale_jitter']}.")
     for name in ("d_model", "decoder_hidden_size"):
@@ -151,8 +177,6 @@ def check_task(arguments: TaskArguments) -> Path:
     if isinstance(arguments, DetectionArguments) and arguments.decoder_layers < 2:
         # transformers ties the heads of the later layers to the first one's, and cannot save a single one
         raise InputError(f"`decoder_layers`: expected at least 2 of a detector, got {arguments.decoder_layers}.")
-    if arguments.mixed_precision not in ("auto", "bf16", "no"):
-        raise InputError(f"`mixed_precision`: expected 'auto', 'bf16' or 'no', got {arguments.mixed_precision!r}.")
     if arguments.from_scratch and not arguments.encoder_learning_rate_ratio:
         raise InputError(
             "`encoder_learning_rate_ratio`: expected more than 0 with --from_scratch, which leaves nothing to freeze."
@@ -162,6 +186,32 @@ def check_task(arguments: TaskArguments) -> Path:
         raise InputError(f"`lora_rank`: expected a pretrained encoder that learns, got {other}; leave one out.")
     if not arguments.dataset_name:
         raise InputError("`dataset_name`: expected annotated images, got none; add --dataset_name NAME.")
+    return output_folder(arguments)
+
+
+def check_run(arguments: RunArguments) -> None:
+    """Check the ranges of numbers, and the precision.
+
+    Raises:
+        InputError: A value out of range.
+    """
+    values = vars(arguments)
+    for name, least in AT_LEAST.items():
+        if values.get(name) is not None and not least <= values[name] < float("inf"):
+            raise InputError(f"`{name}`: expected a number of at least {least}, got {values[name]}.")
+    for name in SHARES:
+        if not 0 <= values.get(name, 0) <= 1:
+            raise InputError(f"`{name}`: expected a number from 0 to 1, got {values[name]}.")
+    if arguments.mixed_precision not in ("auto", "bf16", "no"):
+        raise InputError(f"`mixed_precision`: expected 'auto', 'bf16' or 'no', got {arguments.mixed_precision!r}.")
+
+
+def output_folder(arguments: RunArguments) -> Path:
+    """Return the output folder; nothing is written.
+
+    Raises:
+        InputError: None, or one that is not new, empty or one to resume.
+    """
     if not arguments.output_dir:
         raise InputError("`output_dir`: expected a folder for the model, got none; add --output_dir FOLDER.")
     folder = Path(arguments.output_dir)
@@ -169,6 +219,6 @@ def check_task(arguments: TaskArguments) -> Path:
     return folder
 
 
-def settings_of(arguments: TaskArguments) -> dict[str, Any]:
+def settings_of(arguments: RunArguments) -> dict[str, Any]:
     """Return the flags that change a figure and are not said among the data."""
     return {key: value for key, value in vars(arguments).items() if key not in ELSEWHERE}

@@ -1,22 +1,33 @@
 """The pretrained encoder as the backbone of a task's model."""
 
+from typing import TypeVar
+
 from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
-from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTBackbone
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTBackbone, BigBirdViTModel
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import load_config, load_weights, public_name
 from hf_vicreg.training.tasks.arguments import TaskArguments
 
+Encoder = TypeVar("Encoder", bound=BigBirdViTModel)
+
 
 def pretrained_backbone(name: str, arguments: TaskArguments) -> BigBirdViTBackbone:
+    """Return an encoder that gives feature maps; see `pretrained_encoder`."""
+    return pretrained_encoder(BigBirdViTBackbone, name, seed=arguments.seed, from_scratch=arguments.from_scratch)
+
+
+def pretrained_encoder(kind: type[Encoder], name: str, *, seed: int, from_scratch: bool = False) -> Encoder:
     """Return an encoder with its weights, or of its configuration alone where it is trained from scratch.
 
     Args:
+        kind: Its class.
         name: Folder or Hub id of a BigBirdViT.
-        arguments: Flags with the seed, which is set.
+        seed: Of new weights; it is set.
+        from_scratch: Take the configuration alone where there are no weights.
 
     Raises:
         InputError: No model there, none of this architecture, or weights of the encoder missing.
@@ -26,16 +37,16 @@ def pretrained_backbone(name: str, arguments: TaskArguments) -> BigBirdViTBackbo
         raise InputError(f"`MODEL`: expected an encoder, {name} is the wrapper around one; give the run's folder.")
     if not isinstance(config, BigBirdViTConfig):
         raise InputError(f"`MODEL`: expected a model of type 'bigbird_vit', got {config.model_type!r}.")
-    set_seed(arguments.seed)
+    set_seed(seed)
     try:
-        backbone, info = load_weights(BigBirdViTBackbone, name)
+        backbone, info = load_weights(kind, name)
     except (OSError, ValueError, StrictDataclassError) as error:
-        if not arguments.from_scratch:
+        if not from_scratch:
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"`MODEL`: expected the folder or Hub id of a model in safetensors form, got {name!r}: {reason}"
             ) from error
-        backbone, info = BigBirdViTBackbone(config), {"missing_keys": []}
+        backbone, info = kind(config), {"missing_keys": []}
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(

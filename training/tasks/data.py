@@ -1,14 +1,21 @@
 """Annotated images of a task: two splits, checked for what any task needs."""
 
 import hashlib
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.data import Dataset
+
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.order import MAX_SUBSTITUTES
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_splits
-from hf_vicreg.training.tasks.arguments import TaskArguments
+from hf_vicreg.training.images.views import ViewSampler
+from hf_vicreg.training.run.arguments import ViewsConfig
+from hf_vicreg.training.tasks.arguments import CaptioningArguments, LabelArguments, TaskArguments
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,44 @@ def first_readable(
         if image is not None:
             return index, image
     return None
+
+
+class TargetViews(Dataset):
+    """Training samples for (epoch, index); all randomness depends on (seed, epoch, index) alone."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        targets: Sequence[torch.Tensor],
+        image_size: tuple[int, int],
+        arguments: CaptioningArguments | LabelArguments,
+    ):
+        """Take one target an image, (height, width) in pixels, and how images are cropped."""
+        self.source, self.targets, self.seed = source, targets, arguments.seed
+        # views without colours: what is said of an image may name them
+        views = ViewsConfig(
+            crop_min_ratio=arguments.crop_min_ratio,
+            flip_probability=arguments.flip_probability,
+            jitter_probability=0.0,
+            grayscale_probability=0.0,
+            blur_probability=0.0,
+            solarize_probability=0.0,
+        )
+        self.sampler = ViewSampler.of_views(views, image_size)[0]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | None:
+        """Return `crop` `(3, height, width)` uint8, `colours` and `labels`, the image's target.
+
+        An unreadable image is replaced by another one with its target; None when too many are.
+        """
+        epoch, wanted = key
+        substitutes = random.Random(f"{self.seed}/{epoch}/{wanted}/substitute")
+        found = first_readable(self.source, wanted, substitutes.randrange, MAX_SUBSTITUTES)
+        if found is None:
+            return None
+        index, image = found
+        crop, colours = self.sampler(image, random.Random(f"{self.seed}/{epoch}/{wanted}/0"))
+        return {"crop": crop, "colours": torch.tensor(colours), "labels": self.targets[index]}
 
 
 def _digest(source: ImageSource, split: str, index: int) -> bytes:

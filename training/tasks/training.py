@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -27,6 +28,7 @@ from hf_vicreg.training.images.order import StepSampler
 from hf_vicreg.training.launch.signals import StopRequest, outlive_signals
 from hf_vicreg.training.run.run_folder import start_folder
 from hf_vicreg.training.tasks.arguments import OWN_FILE, TaskArguments
+from hf_vicreg.training.tasks.prepared import PreparedTask
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class TaskStep(TrainingStep[dict[str, float]]):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         groups: list[dict[str, Any]],
         settings: Any,
         accelerator: Accelerator,
@@ -78,7 +80,7 @@ class TaskStep(TrainingStep[dict[str, float]]):
         self.images_per_step, self.steps_per_epoch = batch_size, num_images // batch_size
         self.num_steps = settings.max_steps or settings.num_train_epochs * self.steps_per_epoch
         self.wrapped, self.optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=settings.learning_rate))
-        self.model: PreTrainedModel = accelerator.unwrap_model(self.wrapped)
+        self.model: Any = accelerator.unwrap_model(self.wrapped)
 
     @abstractmethod
     def backward(self, batches: Sequence[Any], step: int) -> dict[str, float]:
@@ -114,52 +116,29 @@ class TaskStep(TrainingStep[dict[str, float]]):
 class ModelLossStep(TaskStep):
     """Fine-tuning of a model whose forward pass returns its loss, a detector or a captioner."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        dataset: Dataset,
-        num_images: int,
-        collate: Callable[[list[Any]], dict[str, Any] | None],
-        inputs_of: Callable[[dict[str, Any], torch.device], dict[str, Any]],
-        scale_of: Callable[[str], float],
-        settings: TaskArguments,
-        accelerator: Accelerator,
-        loss_scale: float = 1.0,
-    ):
+    def __init__(self, task: PreparedTask, settings: TaskArguments, accelerator: Accelerator):
         """Set up optimiser and data order.
-
-        Args:
-            model: Takes what `inputs_of` returns, and returns a `loss`.
-            dataset: Samples for (epoch, index).
-            num_images: How many indices there are.
-            collate: Makes a batch of samples, None if one of them could not be read.
-            inputs_of: Moves a batch to the device, ready for the model.
-            scale_of: Factor on the learning rate of a parameter, by its name; 0 freezes it.
-            settings: The flags.
-            accelerator: Processes and device.
-            loss_scale: Factor on the model's loss.
 
         Raises:
             InputError: A batch that the processes cannot share.
         """
-        self.dataset, self.num_images, self.collate, self.inputs_of = dataset, num_images, collate, inputs_of
-        self.loss_scale = loss_scale
-        batch_size = fitting_batch(settings.batch_size, num_images, accelerator.num_processes)
-        groups = scaled_groups(model, settings.weight_decay, scale_of)
-        super().__init__(model, groups, settings, accelerator, num_images=num_images, batch_size=batch_size)
+        self.task = task
+        batch_size = fitting_batch(settings.batch_size, task.num_images, accelerator.num_processes)
+        groups = scaled_groups(task.model, settings.weight_decay, task.scale_of)
+        super().__init__(task.model, groups, settings, accelerator, num_images=task.num_images, batch_size=batch_size)
 
     def batches(self, first_step: int) -> DataLoader:
         """Return batches of training images."""
         seed = self.settings.seed
-        sampler = self.sampler(self.num_images, self.images_per_step, seed, first_step)
-        return self.loader(self.dataset, sampler, self.collate, seed)
+        sampler = self.sampler(self.task.num_images, self.images_per_step, seed, first_step)
+        return self.loader(self.task.dataset, sampler, self.task.collate, seed)
 
     def backward(self, batches: Sequence[dict[str, Any] | None], step: int) -> dict[str, float]:
         """The gradient of the model's own loss; see `TrainingStep`."""
         (batch,) = batches
         if batch is None:
             raise InputError(UNREADABLE)
-        loss = self.loss_scale * self.wrapped(**self.inputs_of(batch, self.accelerator.device)).loss
+        loss = self.task.loss_scale * self.wrapped(**self.task.inputs_of(batch, self.accelerator.device)).loss
         self.accelerator.backward(loss)
         return {"loss": loss.item()}
 
@@ -284,9 +263,7 @@ def save_tuned(folder: Path, record: dict[str, Any], model: PreTrainedModel, *co
     add_evaluation(folder, record)
 
 
-def scaled_groups(
-    model: PreTrainedModel, weight_decay: float, scale_of: Callable[[str], float]
-) -> list[dict[str, Any]]:
+def scaled_groups(model: nn.Module, weight_decay: float, scale_of: Callable[[str], float]) -> list[dict[str, Any]]:
     """Return AdamW's groups of `parameter_groups`, split by `scale`, the factor on the learning rate."""
     scales = {id(parameter): scale_of(name) for name, parameter in model.named_parameters()}
     for parameter in model.parameters():

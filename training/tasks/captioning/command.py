@@ -29,6 +29,7 @@ from hf_vicreg.training.tasks.captioning.data import (
 )
 from hf_vicreg.training.tasks.captioning.model import build_captioner, build_tokenizer, learning_rate_scale
 from hf_vicreg.training.tasks.data import AnnotatedImages
+from hf_vicreg.training.tasks.prepared import PreparedTask
 from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record, tuning_loop
 
 logger = logging.getLogger(__name__)
@@ -59,27 +60,16 @@ def finetune_captioning(model_name: str, arguments: CaptioningArguments) -> dict
     """
     started = time.perf_counter()
     folder = check_task(arguments)
-    train, test = load_captioning(arguments)
-    overlap = count_overlap(train.digests, test.digests)
     config = load_config(model_name)
     # models of others may have parameters that no forward pass reaches; a decoder does not look at pooled features
     all_used = config.model_type == BigBirdViTConfig.model_type and config.pooler_act is None
     accelerator = build_accelerator(arguments.mixed_precision, find_unused_parameters=not all_used)
-    tokenizer = build_tokenizer(train.annotations, arguments.vocab_size)
-    model, processor = build_captioner(model_name, tokenizer, arguments)
-    recipe = settings_of(arguments) | {"weights": weights_digest(model)}
-    tester = _Tester(model, processor, tokenizer, test, accelerator, arguments)
-    step = ModelLossStep(
-        model,
-        CaptionedViews(train, tokenizer, processor, arguments),
-        len(train),
-        collate,
-        partial(model_inputs, processor),
-        lambda name: learning_rate_scale(name, arguments.encoder_learning_rate_ratio),
-        arguments,
-        accelerator,
-    )
-    loop = tuning_loop(step, arguments, accelerator, recipe, train.fingerprint, folder, lambda: tester.measure()[0])
+    task, tester = prepare_captioning(model_name, arguments, accelerator)
+    train, test, processor, tokenizer = task.train, task.test, task.processor, tester.tokenizer
+    overlap = count_overlap(train.digests, test.digests)
+    recipe = settings_of(arguments) | {"weights": task.weights}
+    step = ModelLossStep(task, arguments, accelerator)
+    loop = tuning_loop(step, arguments, accelerator, recipe, train.fingerprint, folder, task.measure)
     fine_tune(loop, arguments, model_name, recipe, f"{len(train)} captioned images, {len(tokenizer)} tokens")
     metrics, captions = tester.measure()
     loop.note(metrics)
@@ -90,7 +80,7 @@ def finetune_captioning(model_name: str, arguments: CaptioningArguments) -> dict
         step.model,
         processor,
         feature="captions",
-        data=describe_data(arguments, train, test, overlap, text_column=arguments.text_column_name),
+        data=describe_data(arguments, train, test, overlap, **task.facts),
         settings=settings_of(arguments),
         metrics=metrics,
         details={
@@ -116,7 +106,36 @@ def finetune_captioning(model_name: str, arguments: CaptioningArguments) -> dict
     return record
 
 
-class _Tester:
+def prepare_captioning(
+    model_name: str, arguments: CaptioningArguments, accelerator: Accelerator
+) -> tuple[PreparedTask, "Tester"]:
+    """Return a captioner and its data, ready for a step, and what measures it.
+
+    Raises:
+        InputError: No such data or model.
+    """
+    train, test = load_captioning(arguments)
+    tokenizer = build_tokenizer(train.annotations, arguments.vocab_size)
+    model, processor = build_captioner(model_name, tokenizer, arguments)
+    tester = Tester(model, processor, tokenizer, test, accelerator, arguments)
+    task = PreparedTask(
+        model,
+        processor,
+        train,
+        test,
+        CaptionedViews(train, tokenizer, processor, arguments),
+        collate,
+        partial(model_inputs, processor),
+        lambda name: learning_rate_scale(name, arguments.encoder_learning_rate_ratio),
+        lambda: tester.measure()[0],
+        weights_digest(model),
+        companions=(tokenizer,),
+        facts={"text_column": arguments.text_column_name},
+    )
+    return task, tester
+
+
+class Tester:
     """Writes captions for the test images, an equal share on each process."""
 
     def __init__(

@@ -1,20 +1,15 @@
 """Images with captions: checked, and as training samples."""
 
-import random
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.images.order import MAX_SUBSTITUTES
-from hf_vicreg.training.images.views import ViewSampler
-from hf_vicreg.training.run.arguments import ViewsConfig
 from hf_vicreg.training.tasks.arguments import CaptioningArguments
 from hf_vicreg.training.tasks.classification.data import image_size_of, pixel_values
-from hf_vicreg.training.tasks.data import AnnotatedImages, first_readable, load_annotated
+from hf_vicreg.training.tasks.data import AnnotatedImages, TargetViews, load_annotated
 
 IGNORED = -100  # a label that the loss leaves out
 
@@ -39,8 +34,8 @@ def _checked(images: AnnotatedImages) -> AnnotatedImages:
     return replace(images, annotations=[" ".join(text.split()) for text in images.annotations])
 
 
-class CaptionedViews(Dataset):
-    """Training samples for (epoch, index); all randomness depends on (seed, epoch, index) alone."""
+class CaptionedViews(TargetViews):
+    """Training samples for (epoch, index), whose labels are the tokens of a caption."""
 
     def __init__(
         self,
@@ -50,32 +45,8 @@ class CaptionedViews(Dataset):
         arguments: CaptioningArguments,
     ):
         """Take what turns captions into tokens, and the processor for its image size."""
-        self.images, self.seed = images, arguments.seed
-        # views without colours: a caption may name them
-        views = ViewsConfig(
-            crop_min_ratio=arguments.crop_min_ratio,
-            flip_probability=arguments.flip_probability,
-            jitter_probability=0.0,
-            grayscale_probability=0.0,
-            blur_probability=0.0,
-            solarize_probability=0.0,
-        )
-        self.sampler = ViewSampler.of_views(views, image_size_of(processor))[0]
-        self.tokens = caption_tokens(tokenizer, images.annotations, arguments.max_target_length)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | None:
-        """Return `crop` `(3, height, width)` uint8, `colours` and `labels` `(tokens,)` int64.
-
-        An unreadable image is replaced by another one with its caption; None when too many are.
-        """
-        epoch, wanted = key
-        substitutes = random.Random(f"{self.seed}/{epoch}/{wanted}/substitute")
-        found = first_readable(self.images.source, wanted, substitutes.randrange, MAX_SUBSTITUTES)
-        if found is None:
-            return None
-        index, image = found
-        crop, colours = self.sampler(image, random.Random(f"{self.seed}/{epoch}/{wanted}/0"))
-        return {"crop": crop, "colours": torch.tensor(colours), "labels": self.tokens[index]}
+        tokens = caption_tokens(tokenizer, images.annotations, arguments.max_target_length)
+        super().__init__(images.source, tokens, image_size_of(processor), arguments)
 
 
 def caption_tokens(tokenizer: PreTrainedTokenizerFast, captions: list[str], limit: int) -> list[torch.Tensor]:

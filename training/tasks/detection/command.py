@@ -30,6 +30,7 @@ from hf_vicreg.training.tasks.detection.model import (
     find_boxes,
     learning_rate_scale,
 )
+from hf_vicreg.training.tasks.prepared import PreparedTask
 from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record, tuning_loop
 
 logger = logging.getLogger(__name__)
@@ -61,37 +62,14 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
     """
     started = time.perf_counter()
     folder = check_task(arguments)
-    check_extra()
-    train, test, class_names = load_detection(arguments)
-    overlap = count_overlap(train.digests, test.digests)
     accelerator = build_accelerator(arguments.mixed_precision)
-    model = build_detector(model_name, class_names, arguments)
-    backbone_config = model.config.backbone_config
-    processor = build_detector_processor(model_name, backbone_config, arguments.image_height, arguments.image_width)
-    canvas = (processor.pad_size["height"], processor.pad_size["width"])
-    plain = DetectionViews(train, CanvasSampler(canvas, 0.0, 0.0), arguments.seed)
-    centring = collate([plain[0, index] for index in range(min(NUM_CENTRING, len(train)))])
-    if centring is None:
-        raise InputError("`train_split`: expected readable images, found too many corrupt ones; check them.")
-    recipe = settings_of(arguments) | {"weights": weights_digest(model)}  # before what another CPU rounds differently
-    centre_features(model, model_inputs(processor, centring, model.device))
-    tester = _Tester(model, processor, test, class_names, accelerator, arguments.per_device_eval_batch_size)
-    step = ModelLossStep(
-        model,
-        DetectionViews(
-            train, CanvasSampler(canvas, arguments.scale_jitter, arguments.flip_probability), arguments.seed
-        ),
-        len(train),
-        collate,
-        partial(model_inputs, processor),
-        lambda name: learning_rate_scale(name, arguments.encoder_learning_rate_ratio),
-        arguments,
-        accelerator,
-        # transformers divides the number of boxes by that of processes though it has averaged it already
-        loss_scale=1 / accelerator.num_processes,
-    )
-    loop = tuning_loop(step, arguments, accelerator, recipe, train.fingerprint, folder, lambda: tester.measure()[0])
-    height, width = canvas
+    task, tester = prepare_detection(model_name, arguments, accelerator)
+    train, test, processor, class_names = task.train, task.test, task.processor, tester.class_names
+    overlap = count_overlap(train.digests, test.digests)
+    recipe = settings_of(arguments) | {"weights": task.weights}
+    step = ModelLossStep(task, arguments, accelerator)
+    loop = tuning_loop(step, arguments, accelerator, recipe, train.fingerprint, folder, task.measure)
+    height, width = processor.pad_size["height"], processor.pad_size["width"]
     fine_tune(loop, arguments, model_name, recipe, f"{len(train)} training images of {height}x{width} pixels")
     metrics, by_class, predictions = tester.measure()
     loop.note(metrics)
@@ -101,17 +79,7 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
         step.model,
         processor,
         feature="boxes",
-        data=describe_data(
-            arguments,
-            train,
-            test,
-            overlap,
-            objects_column=arguments.objects_column_name,
-            num_classes=len(class_names),
-            class_names=class_names,
-            num_train_objects=sum(len(one.boxes) for one in train.annotations),
-            num_test_objects=sum(len(one.boxes) for one in test.annotations),
-        ),
+        data=describe_data(arguments, train, test, overlap, **task.facts),
         settings=settings_of(arguments),
         metrics=metrics,
         details={
@@ -131,6 +99,52 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
         print(LOADING_SNIPPET.format(folder=folder))
     accelerator.wait_for_everyone()
     return record
+
+
+def prepare_detection(
+    model_name: str, arguments: DetectionArguments, accelerator: Accelerator
+) -> tuple[PreparedTask, "Tester"]:
+    """Return a detector and its data, ready for a step, and what measures it.
+
+    Raises:
+        InputError: No such data or model, or a package that is not installed.
+    """
+    check_extra()
+    train, test, class_names = load_detection(arguments)
+    model = build_detector(model_name, class_names, arguments)
+    backbone_config = model.config.backbone_config
+    processor = build_detector_processor(model_name, backbone_config, arguments.image_height, arguments.image_width)
+    canvas = (processor.pad_size["height"], processor.pad_size["width"])
+    plain = DetectionViews(train, CanvasSampler(canvas, 0.0, 0.0), arguments.seed)
+    centring = collate([plain[0, index] for index in range(min(NUM_CENTRING, len(train)))])
+    if centring is None:
+        raise InputError("`train_split`: expected readable images, found too many corrupt ones; check them.")
+    weights = weights_digest(model)  # before what another CPU rounds differently
+    centre_features(model, model_inputs(processor, centring, model.device))
+    tester = Tester(model, processor, test, class_names, accelerator, arguments.per_device_eval_batch_size)
+    sampler = CanvasSampler(canvas, arguments.scale_jitter, arguments.flip_probability)
+    task = PreparedTask(
+        model,
+        processor,
+        train,
+        test,
+        DetectionViews(train, sampler, arguments.seed),
+        collate,
+        partial(model_inputs, processor),
+        lambda name: learning_rate_scale(name, arguments.encoder_learning_rate_ratio),
+        lambda: tester.measure()[0],
+        weights,
+        # transformers divides the number of boxes by that of processes though it has averaged it already
+        loss_scale=1 / accelerator.num_processes,
+        facts={
+            "objects_column": arguments.objects_column_name,
+            "num_classes": len(class_names),
+            "class_names": class_names,
+            "num_train_objects": sum(len(one.boxes) for one in train.annotations),
+            "num_test_objects": sum(len(one.boxes) for one in test.annotations),
+        },
+    )
+    return task, tester
 
 
 def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
@@ -166,7 +180,7 @@ def _curve(folder: Path) -> list[tuple[int, float]]:
     return [(one["step"], one["map_50"]) for one in read_log(folder / LOG_FILE) if "map_50" in one]
 
 
-class _Tester:
+class Tester:
     """Finds and measures boxes on the test images, an equal share on each process."""
 
     def __init__(
