@@ -1,11 +1,16 @@
-"""`hf-vicreg finetune detection|segmentation|captioning`, `detect` and `segment`: flags; work comes later."""
+"""`hf-vicreg finetune detection|segmentation|captioning|multitask`, `detect`, `segment`: flags; work comes later."""
 
 import argparse
 from typing import Any
 
 from hf_vicreg.evaluation_commands import add_command, run_task
 from hf_vicreg.training.errors import log_to_stderr, place_for
-from hf_vicreg.training.tasks.arguments import CaptioningArguments, DetectionArguments, SegmentationArguments
+from hf_vicreg.training.tasks.arguments import (
+    CaptioningArguments,
+    DetectionArguments,
+    MultitaskArguments,
+    SegmentationArguments,
+)
 
 DETECTION_EXAMPLE = (
     "hf-vicreg finetune detection runs/mine --dataset_name my_boxes --output_dir runs/detector --image_height 240 "
@@ -19,12 +24,13 @@ CAPTIONING_EXAMPLE = (
     "hf-vicreg finetune captioning runs/mine --dataset_name my_captions --output_dir runs/captioner "
     "--num_train_epochs 2"
 )
+MULTITASK_EXAMPLE = "hf-vicreg finetune multitask tasks.yaml --output_dir runs/three --num_train_epochs 2"
 DETECT_EXAMPLE = "hf-vicreg detect runs/detector my_photo.jpg --output detections"
 SEGMENT_EXAMPLE = "hf-vicreg segment runs/segmenter my_photo.jpg --output segments"
 
 
 def add_tasks(verbs: Any, tasks: Any) -> None:
-    """Add `detect` and `segment` to the command's sub-parsers and three tasks to those of `finetune`."""
+    """Add `detect` and `segment` to the command's sub-parsers and four tasks to those of `finetune`."""
     add_command(
         tasks,
         "detection",
@@ -46,6 +52,16 @@ def add_tasks(verbs: Any, tasks: Any) -> None:
     add_command(
         tasks, "captioning", CaptioningArguments, "a writer of captions", CAPTIONING_EXAMPLE, _finetune_captioning
     )
+    multitask = add_command(
+        tasks,
+        "multitask",
+        MultitaskArguments,
+        "one encoder with a head for each of several tasks, trained together",
+        MULTITASK_EXAMPLE,
+        _finetune_multitask,
+        model="",
+    )
+    multitask.add_argument("model", metavar="TASKS", help="YAML file with `model`, the encoder, and a list of `tasks`")
     detect = verbs.add_parser(
         "detect",
         help="objects on images, found by a fine-tuned detector",
@@ -87,6 +103,12 @@ def _finetune_captioning(parsed: argparse.Namespace) -> int:
     from hf_vicreg.training.tasks.captioning.command import finetune_captioning
 
     return run_task(finetune_captioning, parsed)
+
+
+def _finetune_multitask(parsed: argparse.Namespace) -> int:
+    from hf_vicreg.training.tasks.multitask.command import finetune_multitask
+
+    return run_task(finetune_multitask, parsed)
 
 
 def _detect(parsed: argparse.Namespace) -> None:

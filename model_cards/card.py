@@ -21,6 +21,7 @@ from huggingface_hub import ModelCardData
 from hf_vicreg.model_cards.dual import DUAL_CODE, DUAL_IMPORTS, DUAL_LOCAL_CODE, DUAL_TYPE, retrieval_table
 from hf_vicreg.model_cards.escaping import code, code_block, one_line, prose, python_string
 from hf_vicreg.model_cards.merging import BEGIN, END, SECTIONS
+from hf_vicreg.model_cards.multitask import HEADS_NOTE, about_tasks, multitask_record, tasks_table
 from hf_vicreg.model_cards.results import MISSING, count, evaluation_results, evaluations_table, figure, knn_table
 from hf_vicreg.model_cards.schema import (
     HUB_ID,
@@ -126,6 +127,11 @@ class CardFacts:
         return any(str(one).endswith("ForImageClassification") for one in self.config.get("architectures") or ())
 
     @property
+    def multitask(self) -> dict[str, Any]:
+        """What `results.json` says of a fine-tuning of the encoder for several tasks; empty where it was none."""
+        return {} if self.recipe or self.is_classifier else multitask_record(self.results)
+
+    @property
     def is_dual(self) -> bool:
         """Whether it is a model of images and texts."""
         return self.model_type == DUAL_TYPE
@@ -153,7 +159,7 @@ def model_card(facts: CardFacts) -> str:
         snippet=code_block(loading_snippet(facts), "python"),
         loading_note=_loading_note(facts),
         results="\n".join(_results(facts)),
-        training="\n".join(_fine_tuning(facts) if facts.is_classifier else _training(facts)),
+        training="\n".join(_how_trained(facts)),
         attention=_attention(facts),
     )
     return f"---\n{metadata(facts).to_yaml()}\n---\n\n{body}"
@@ -212,6 +218,8 @@ def _about(facts: CardFacts) -> str:
     size = f"{parameters:,}" if parameters is not None else MISSING
     if facts.is_classifier:
         labels = facts.config.get("id2label") or {}
+        if facts.config.get("problem_type") == "regression":
+            return f"A {code(facts.model_type)} that gives {len(labels)} number(s) for an image. Parameters: {size}."
         return f"A {code(facts.model_type)} classifier of {len(labels)} classes. Parameters: {size}."
     if facts.is_dual:
         return (
@@ -220,6 +228,8 @@ def _about(facts: CardFacts) -> str:
             + f", that share nothing and were trained together on {count(results, 'num_images')} images of "
             f"{code(facts.dataset)} and their captions: embeddings of both are compared by cosine. Parameters: {size}."
         )
+    if facts.multitask:
+        return about_tasks(facts.multitask, facts.model_type)
     method = prose(results.get("method") or "VICReg")
     pretrained = f"pretrained without labels by {method} on {count(results, 'num_images')} images of"
     text = f"A {code(facts.model_type)} encoder, {pretrained} {code(facts.dataset)}. Parameters: {size}."
@@ -248,6 +258,8 @@ def _loading_note(facts: CardFacts) -> str:
             "The encoder with its expander and the loss, to go on with pretraining: "
             '`AutoModelForPreTraining.from_pretrained(name, subfolder="pretraining", ...)`.'
         )
+    if facts.multitask:
+        lines.append(HEADS_NOTE)
     if facts.has_adapter:
         lines.append(
             "The weights hold what low-rank adapters have learned. The adapters alone, to put on the model that they "
@@ -259,13 +271,22 @@ def _loading_note(facts: CardFacts) -> str:
 def _results(facts: CardFacts) -> Iterator[str]:
     if facts.is_dual:
         yield from retrieval_table(facts.results)
-    elif not facts.is_classifier:
+    elif not facts.is_classifier and not facts.multitask:
         yield from knn_table(facts.results, facts.dataset, second_encoder=facts.has_second_encoder)
-    elif not facts.results.get("evaluations"):
+    elif facts.is_classifier and not facts.results.get("evaluations"):
         yield f"Accuracy on held-out images: {MISSING}."
     yield from evaluations_table(facts.results)
     if "neighbours.png" in facts.pictures:
         yield "\n![Held-out images and their nearest neighbours](neighbours.png)"
+
+
+def _how_trained(facts: CardFacts) -> Iterator[str]:
+    if not facts.multitask:
+        yield from _fine_tuning(facts) if facts.is_classifier else _training(facts)
+        return
+    yield from tasks_table(facts.multitask)
+    if "training_curves.png" in facts.pictures:
+        yield "\n![The loss by step](training_curves.png)"
 
 
 def _fine_tuning(facts: CardFacts) -> Iterator[str]:

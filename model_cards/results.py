@@ -19,6 +19,7 @@ COMMANDS = {
     "finetune_detection": "finetune detection",
     "finetune_segmentation": "finetune segmentation",
     "finetune_captioning": "finetune captioning",
+    "finetune_multitask": "finetune multitask",
 }
 METADATA_TASKS = ("knn", "linear", "finetune_classification")  # of which accuracies go into the card's metadata
 
@@ -101,7 +102,9 @@ def _command(evaluation: dict[str, Any]) -> str:
     task, data = str(evaluation.get("task")), evaluation.get("data") or {}
     flags = {"dataset_name": data.get("dataset"), "dataset_config_name": data.get("config")}
     flags |= {key: data.get(key) for key in ("train_split", "test_split")} | (evaluation.get("settings") or {})
-    words = ["hf-vicreg", *COMMANDS.get(task, task).split(), "MODEL"]
+    if task == "finetune_multitask":  # which data is said in the file, for each task
+        flags = evaluation.get("settings") or {}
+    words = ["hf-vicreg", *COMMANDS.get(task, task).split(), "TASKS.yaml" if task == "finetune_multitask" else "MODEL"]
     for key, value in flags.items():
         if isinstance(value, str | int | float | list) and value != []:
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]

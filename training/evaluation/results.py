@@ -3,7 +3,8 @@
 The file is one object. A pretraining run writes its own fields there; evaluations are a list under `evaluations`, each
 
     task         "knn", "linear", "retrieval", "few_labels", "image_text", "finetune_classification",
-                 "finetune_detection", "finetune_segmentation" or "finetune_captioning"
+                 "finetune_detection", "finetune_segmentation", "finetune_captioning" or "finetune_multitask", whose
+                 `data` and `details` have a mapping `tasks`, and whose metrics are called `task.metric`
     model        name, model_type, parameters, weights (a hash of configuration and weights), feature, preprocessing
     data         dataset, config, splits, columns, numbers of images and classes, fingerprints of the images' bytes,
                  test_images_in_train (how many are byte for byte among the training images)

@@ -1,0 +1,1 @@
+"""One encoder and a head for each of several tasks."""
