@@ -281,6 +281,21 @@ def test_a_folder_named_like_code_is_a_string_in_the_snippet():
     assert strings == [" ".join(name.split())] * 2
 
 
+def test_tasks_of_others_are_text_on_a_card():
+    task = {"kind": PAGE, "dataset_name": PAGE, "images_a_step": PAGE, "loss_weight": [PAGE]}
+    record = {"task": "finetune_multitask", "details": {"tasks": {PAGE[:60]: task, "none": PAGE}}}
+    card = model_card(CardFacts(name="x", config={"model_type": "bigbird_vit"}, results={"evaluations": [record]}))
+    assert "fine-tuned for several tasks" in card
+    assert not STEERING.search(card)
+    body = card.removeprefix("---\n").split("\n---\n", 1)[1]
+    tokens = [one for token in PAGES.parse(body) for one in (token, *(token.children or []))]
+    assert not [one for one in tokens if one.type == "link_open"]
+    assert all(one.content.startswith("<!-- ") for one in tokens if one.type.startswith("html"))
+    assert len([one for one in tokens if one.type == "heading_open"]) == 7
+    (row,) = (line for line in body.splitlines() if line.startswith("| ") and "onerror" in line)
+    assert row.replace("\\|", "").count("|") == 6
+
+
 def test_what_a_run_writes_passes_the_schema_whole(run_folder):
     """A field that the package writes and the schema does not know would be lost in publishing: name it there."""
     results = json.loads((run_folder / "results.json").read_text())
