@@ -52,6 +52,10 @@ def test_python_blocks_run(page, workplace, monkeypatch, capsys):
     names = {"images": [Image.new("RGB", (40, 40), (200, 10, 30)) for _ in range(2)]}
     found = blocks(page, "python")
     assert found
+    for text in blocks(page, "yaml"):
+        named = re.match(r"# (\w+\.yaml)\n", text)  # a file that the blocks read
+        if named:
+            (workplace / named[1]).write_text(text)
     for code in found:
         exec(compile(code, page.name, "exec"), names)
     assert names["model"] is not None
