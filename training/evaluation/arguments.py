@@ -24,6 +24,11 @@ class LabelledDataArguments:
     test_split: str | None = flag(None, "Split to test on; default: `test` or `validation`.")
     image_column_name: str | None = flag(None, "Column of images; default: the only image column.")
     label_column_name: str = flag("label", "Column of class indices or of class names.")
+    labels_file: str | None = flag(
+        None,
+        "CSV file with the labels of images of --dataset_name: file_name, label and split (train or test), as "
+        "`hf-vicreg explore` saves it.",
+    )
     max_train_samples: int | None = flag(None, "Use the first so many training images.")
     max_test_samples: int | None = flag(None, "Use the first so many test images.")
     per_device_eval_batch_size: int = flag(256, "Images encoded at once.")

@@ -1,5 +1,6 @@
 """Labelled images to evaluate on: checked, with class names, and fingerprinted by all of their bytes."""
 
+import csv
 import hashlib
 import logging
 import random
@@ -8,9 +9,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.arguments import LabelledDataArguments
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
+from hf_vicreg.training.run.places import data_setting
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,9 @@ def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, Lab
         InputError: No labels, one class only, an empty or missing split, and what `load_sources` refuses.
     """
     name, column = arguments.dataset_name, arguments.label_column_name
-    if name == "digits":
+    if arguments.labels_file is not None:
+        train, test = _from_file(arguments, arguments.labels_file)
+    elif name == "digits":
         digits, held_out = load_sources(dataset_name=name)
         assert held_out is not None
         names = [str(digit) for digit in range(10)]
@@ -166,6 +170,55 @@ def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, Lab
         "%s: %d training and %d test images of %d classes", name, len(train.source), len(test.source), len(present)
     )
     return train, test
+
+
+def _from_file(arguments: LabelledDataArguments, path: str) -> tuple[LabelledImages, LabelledImages]:
+    """Return the images of a set that a file gives labels and splits.
+
+    Raises:
+        InputError: No such columns, an image that is not in the set or stands there twice, no label, another split.
+    """
+    splits: dict[str, dict[str, str]] = {"train": {}, "test": {}}
+    columns = ("file_name", "label", "split")
+    with (
+        blamed_on("labels_file", f"expected a CSV file, got {path}"),
+        open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file,
+    ):
+        try:
+            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+                wrong = [one for one in columns if not row.get(one)]
+                if wrong or row["split"] not in splits or any(row["file_name"] in one for one in splits.values()):
+                    raise InputError(
+                        f"`labels_file`: expected {', '.join(columns)} (train or test) in every row of {path}, each "
+                        f"image once, found row {number}: {[row.get(one) for one in columns]}."
+                    )
+                splits[row["split"]][row["file_name"]] = row["label"]
+        except csv.Error as error:
+            raise ValueError(error) from error
+    for split, found in splits.items():
+        if not found:
+            raise InputError(f"`labels_file`: expected images of split {split!r} in {path}, found none.")
+    where, columns_of = data_setting(arguments.dataset_name, {}), ("dataset_config_name", "image_column_name")
+    named = {one: getattr(arguments, one) for one in (*columns_of, "train_split")}
+    source = replace(load_sources(**where, **named)[0], label_names=None)
+    places = {source.describe(index): index for index in range(len(source))}
+    names = sorted(set(splits["train"].values()))
+    number_of = {name: number for number, name in enumerate(names)}
+    images = []
+    for split, found in splits.items():
+        unknown = next((one for one in found if one not in places), None)
+        new = next((one for one in found.values() if one not in number_of), None)
+        if unknown is not None or new is not None:
+            raise InputError(
+                f"`labels_file`: expected images of {arguments.dataset_name}, in split 'test' of the classes of split "
+                f"'train', found {unknown if new is None else new!r} in split {split!r} of {path}."
+            )
+        labels = [0] * len(source)
+        for one, label in found.items():
+            labels[places[one]] = number_of[label]
+        labelled = LabelledImages(split, replace(source, labels=labels), names)
+        images.append(labelled.select(sorted(places[one] for one in found)))
+    return images[0], images[1]
 
 
 def count_overlap(train: Sequence[bytes], test: Sequence[bytes]) -> int:
