@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 ROOMS = ("modeling", "training", "model_cards")
 
 setup(
-    packages=["hf_vicreg", "hf_vicreg.publishing", "hf_vicreg.report"]
+    packages=["hf_vicreg", "hf_vicreg.publishing", "hf_vicreg.report", "hf_vicreg.explore"]
     + [
         f"hf_vicreg.{package}"
         for room in ROOMS
@@ -21,6 +21,7 @@ setup(
     package_data={
         "hf_vicreg": ["py.typed"],
         "hf_vicreg.report": ["*.css", "*.js"],
+        "hf_vicreg.explore": ["*.css", "*.html", "*.js"],
         "hf_vicreg.training.recipes": ["*.yaml"],
         "hf_vicreg.training.launch": ["*.yaml", "*.sh"],
         "hf_vicreg.model_cards": ["*.md"],

@@ -18,6 +18,8 @@ NEEDED = [
     "hf_vicreg/py.typed",
     "hf_vicreg/report/page.css",
     "hf_vicreg/report/page.js",
+    "hf_vicreg/explore/index.html",
+    "hf_vicreg/explore/map.js",
     "hf_vicreg/training/recipes/digits.yaml",
     "hf_vicreg/training/launch/",
     "hf_vicreg/model_cards/",

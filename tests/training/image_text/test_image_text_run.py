@@ -10,12 +10,14 @@ import datasets
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, DistilBertConfig, DistilBertModel, pipeline
 
 from hf_vicreg import VicRegDualEncoder, embed, pretrain
 from hf_vicreg.cli import main
+from hf_vicreg.explore.explorer import open_explorer
 from hf_vicreg.publishing.custom_code import with_siblings
 from hf_vicreg.publishing.staging import stage
 from hf_vicreg.report.report import write_report
@@ -227,7 +229,7 @@ def test_bad_input_is_told_in_one_line(changes, message, data, flags, run, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_it_is_evaluated_and_searched(run, data, tmp_path, capsys):
+def test_it_is_evaluated_and_searched(run, data, tmp_path, capsys, monkeypatch):
     arguments = ImageTextArguments(
         dataset_name=str(data),
         image_column_name="image",
@@ -249,6 +251,12 @@ def test_it_is_evaluated_and_searched(run, data, tmp_path, capsys):
         words = model(**processor(text=["a red wall"], return_tensors="pt")).text_embeds[0]
     cosines = torch.nn.functional.normalize(torch.tensor(rows["embedding"][:]), dim=1) @ words
     assert rows["id"][int(cosines.argmax())] == found[0].id
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    explorer = open_explorer(place, run)
+    assert explorer.takes_words
+    by_page = explorer.near_words("a red wall", 3)
+    assert [cosine for _, cosine in by_page] == pytest.approx([one.cosine for one in found], abs=1e-5)
+    assert explorer.images.ids[by_page[0][0]] == found[0].id
     assert main(["search", str(run), str(place), "a red wall", "--num_results", "2"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     for words, message in ((" ", "`WORDS`: expected some words"),):

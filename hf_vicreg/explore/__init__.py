@@ -1,0 +1,1 @@
+"""A folder of images as a local web page: `hf-vicreg explore`."""
