@@ -31,6 +31,7 @@ def contrastive_loss(
     *,
     kind: PairLoss = "infonce",
     process_group: dist.ProcessGroup | None = None,
+    equal_shares: bool = False,
 ) -> torch.Tensor:
     """Return the scalar loss of a batch of pairs, at least float32.
 
@@ -46,6 +47,7 @@ def contrastive_loss(
         bias: Scalar b, of `siglip`.
         kind: `infonce` or `siglip`.
         process_group: Processes that together hold the batch; each must call.
+        equal_shares: The caller knows that their shares are of equal size; then they are not compared.
 
     Raises:
         ValueError: Shapes that do not agree, another kind, or shares of several sizes.
@@ -59,7 +61,7 @@ def contrastive_loss(
         dtype = torch.promote_types(z_a.dtype, torch.float32)
         both = [F.normalize(one.to(dtype), dim=1) for one in (z_a, z_b)]
         if process_group is not None:
-            sizes = share_sizes([len(z_a)], process_group, z_a.device)
+            sizes = [] if equal_shares else share_sizes([len(z_a)], process_group, z_a.device)
             if any(size != sizes[0] for size in sizes):
                 raise ValueError(f"`z_a`: expected as many samples on every process, got {sizes}.")
             both = [global_samples(one, process_group) for one in both]

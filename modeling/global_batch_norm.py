@@ -28,18 +28,18 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
             process_group: Processes that together hold the batch; each must call.
 
         Raises:
-            ValueError: Fewer than two samples in training.
+            ValueError: Fewer than two samples in training; of several processes, a share without any.
         """
         if process_group is None or not self.training:
             return super().forward(hidden_states)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
             normalised, mean, variance, count = _Normalise.apply(hidden_states.to(dtype), self.eps, process_group)
-            self._update_running(mean, variance, int(count))
+            self._update_running(mean, variance, count)
             return (normalised * self.weight + self.bias).to(hidden_states.dtype)
 
     @torch.no_grad()
-    def _update_running(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+    def _update_running(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
@@ -58,14 +58,15 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps, group):
         # each process sends (n, mean, sum of squared deviations); merged as in Chan et al. 1979, free of cancellation
+        if len(x) < (2 if dist.get_world_size(group) == 1 else 1):
+            # of the process's own alone: the count of all is on the device, and reading it would wait for that
+            raise ValueError(f"`hidden_states`: expected at least 2 samples in training, got {len(x)}.")
         mean = x.mean(0)
         local = torch.cat([x.new_tensor([len(x)]), mean, (x - mean).square().sum(0)])
         shares = local.new_empty(dist.get_world_size(group), len(local))
         dist.all_gather(list(shares.unbind()), local, group=group)
         counts, (means, squares) = shares[:, :1], shares[:, 1:].chunk(2, dim=1)
         count = counts.sum()
-        if count < 2:
-            raise ValueError(f"`hidden_states`: expected at least 2 samples in training, got {int(count)}.")
         mean = (counts * means).sum(0) / count
         variance = (squares + counts * (means - mean).square()).sum(0) / count
         inverse = (variance + eps).rsqrt()

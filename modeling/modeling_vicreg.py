@@ -220,7 +220,8 @@ class VicRegForPreTraining(PreTrainedModel):
         group = self._process_group()
         num_samples = len(encoded[0])
         is_vicreg = self.config.objective == "vicreg"  # whose loss shares sizes itself
-        if group is not None and (self.config.expander_norm == "batch" or not is_vicreg):
+        unsure = group is not None and not self.objective.shares_are_equal
+        if unsure and (self.config.expander_norm == "batch" or not is_vicreg):
             # before the expander's batch norms wait for each other: as many samples and views everywhere
             sizes = share_sizes([num_samples, len(encoded)], group, encoded[0].device)
             if any(size != sizes[0] for size in sizes):
@@ -237,8 +238,15 @@ class VicRegForPreTraining(PreTrainedModel):
         embedded = torch.stack(embeddings, dim=1)
         if self.logit_scale is not None:
             z_a, z_b = embeddings
-            kind = self.config.pair_loss
-            loss = contrastive_loss(z_a, z_b, self.logit_scale, self.logit_bias, kind=kind, process_group=group)
+            loss = contrastive_loss(
+                z_a,
+                z_b,
+                self.logit_scale,
+                self.logit_bias,
+                kind=self.config.pair_loss,
+                process_group=group,
+                equal_shares=self.objective.shares_are_equal,
+            )
             return VicRegOutput(loss=loss, embeddings=embedded, representations=joined, **states)
         device = embeddings[0].device.type
         with contextlib.nullcontext() if is_vicreg else torch.autocast(device, enabled=False):

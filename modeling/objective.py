@@ -47,6 +47,7 @@ class Objective(nn.Module):
         uses_expander: Whether the loss sees embeddings; without, there is no expander, and these are pooled features.
         further_per_view: How many tensors `further` returns for each view.
         further_per_image: How many it returns beside those.
+        shares_are_equal: Whether the caller sees to it that every process has as many samples: then nothing is asked.
         settings: Those of this one, complete.
     """
 
@@ -58,6 +59,7 @@ class Objective(nn.Module):
     uses_expander: ClassVar[bool] = True
     further_per_view: int = 0
     further_per_image: int = 0
+    shares_are_equal: bool = False
 
     def __init__(self, config: Any, encoder: nn.Module, expander: nn.Module):
         """Make what the method needs beside the model's encoder and expander.

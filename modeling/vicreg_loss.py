@@ -46,6 +46,7 @@ def vicreg_loss(
     convention: Convention = "official",
     local_views: Sequence[torch.Tensor] = (),
     process_group: dist.ProcessGroup | None = None,
+    equal_shares: bool = False,
 ) -> VicRegTerms:
     """Return the VICReg loss of two batches of embeddings, or more where there are local views.
 
@@ -64,6 +65,8 @@ def vicreg_loss(
         process_group: Processes whose batches, of equal size, together make the global batch. Each gets the loss of
             the global batch, and gradients multiplied by the number of processes, so that the mean over processes
             that DistributedDataParallel takes is the gradient of one process with the joined batch. All must call.
+        equal_shares: The caller knows that they are of equal size: they are not compared, which costs an exchange and
+            makes a GPU's processor wait for it.
 
     Raises:
         ValueError: Wrong shape or type, fewer than two samples in the global batch, a negative weight, weights for
@@ -73,7 +76,7 @@ def vicreg_loss(
     views = (z_a, z_b, *local_views)
     pairs = check_weights(invariance_weight, variance_weight, covariance_weight, gamma, eps)
     weights = [_view_weights(*one, len(views)) for one in zip(("variance", "covariance"), pairs, strict=True)]
-    num_samples = _global_batch(views, process_group)
+    num_samples = _global_batch(views, process_group, equal_shares)
     factors = convention_factors(convention, z_a.shape[1])
     if num_samples < 2:
         raise ValueError(
@@ -144,13 +147,13 @@ def _view_weights(name: str, pair: tuple[float, float], num_views: int) -> list[
     return list(pair) if num_views == 2 else [pair[0]] * num_views
 
 
-def _global_batch(views: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> int:
+def _global_batch(views: Sequence[torch.Tensor], group: dist.ProcessGroup | None, equal_shares: bool) -> int:
     """Return N; refuse bad or unequal shares on every process, where a later collective would hang or mix them up."""
     problem = _find_problem(views)
-    if group is None:
+    if group is None or equal_shares:
         if problem:
             raise ValueError(problem)
-        return len(views[0])
+        return len(views[0]) * (1 if group is None else dist.get_world_size(group))
     own = [0, 0, 0] if problem else [len(views[0]), views[0].shape[1], len(views)]
     sizes = share_sizes(own, group, views[0].device)
     if problem:

@@ -26,7 +26,11 @@ class VicReg(Objective):
 
     def forward(self, embeddings, further, process_group):
         terms = vicreg_loss(
-            *embeddings[:2], local_views=embeddings[2:], process_group=process_group, **self.weights
+            *embeddings[:2],
+            local_views=embeddings[2:],
+            process_group=process_group,
+            equal_shares=self.shares_are_equal,
+            **self.weights,
         )._asdict()
         return Terms(terms.pop("loss"), terms)
 

@@ -148,6 +148,7 @@ class VicRegL(Objective):
             eps=config.eps,
             convention="vicregl",
             process_group=process_group,
+            equal_shares=self.shares_are_equal,
         )
         views = [
             Patches(self.local_expander(tokens.flatten(0, 1), process_group).unflatten(0, tokens.shape[:2]), centres)

@@ -1,7 +1,6 @@
 """What keeps a loss or gradient that is not finite away from the weights."""
 
 import logging
-import math
 from enum import IntEnum
 
 import torch
@@ -16,7 +15,7 @@ MAX_SKIPPED_IN_A_ROW = 20  # unless a flag says otherwise
 
 
 class Verdict(IntEnum):
-    """On a step; where processes differ, the largest holds for all."""
+    """On a step, the same on all processes."""
 
     TAKE = 0
     OVERFLOW = 1
@@ -54,11 +53,11 @@ class StepGuard:
         for own, before in zip((one for norm in self.norms for one in norm.buffers()), self.before, strict=True):
             own.copy_(before)
 
-    def judge(self, loss: float, grad_norm: float) -> Verdict:
-        """Return this process's verdict; `grad_norm` is that of all gradients, unscaled."""
-        if not math.isfinite(loss):
+    def judge(self, loss_is_finite: bool, gradient_is_finite: bool) -> Verdict:
+        """Return the verdict on a step, of losses and unscaled gradients that are finite on all processes or not."""
+        if not loss_is_finite:
             return Verdict.SKIP
-        if math.isfinite(grad_norm):
+        if gradient_is_finite:
             return Verdict.TAKE
         return Verdict.OVERFLOW if self.scaler is not None and self.scaler.get_scale() >= 1 else Verdict.SKIP
 

@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 
 from hf_vicreg.training.engine.checkpoint import RunState, remove_leftovers
-from hf_vicreg.training.engine.guard import MAX_SKIPPED_IN_A_ROW, StepGuard, Verdict
+from hf_vicreg.training.engine.guard import MAX_SKIPPED_IN_A_ROW, StepGuard
 from hf_vicreg.training.engine.optim import learning_rate_at
 from hf_vicreg.training.engine.resume import checkpoint_together, resume_from
 from hf_vicreg.training.engine.step import DeviceFull, TrainingStep, learning_rates
 from hf_vicreg.training.errors import RunStopped
-from hf_vicreg.training.launch.distributed import largest, restore_rng, rng_states
+from hf_vicreg.training.launch.distributed import largest, read_once, restore_rng, rng_states
 from hf_vicreg.training.launch.signals import StopReason, StopRequest
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.monitor.run_log import RunLog, Stopwatch
@@ -220,16 +220,16 @@ class TrainingLoop:
         self.accelerator.unscale_gradients()
         grad_norm, other_norm = step.clip(settings.max_grad_norm or math.inf)
         # no process may step alone, and all have to stop at the same step
-        own = self.guard.judge(step.loss_of(outcome), grad_norm + other_norm)
-        reason = StopReason.NONE if self.stop is None else self.stop.reason()
-        verdict, common = largest([own, reason], self.accelerator)
-        self.stopping = StopReason(common)
-        if self.guard.allows(Verdict(verdict), state, settings.learning_rate):
+        loss, reason = step.loss_of(outcome), StopReason.NONE if self.stop is None else self.stop.reason()
+        judged = torch.stack([loss.isfinite().logical_not(), (grad_norm + other_norm).isfinite().logical_not()])
+        (bad_loss, bad_gradient, common), (norm,) = read_once([*judged, reason], [grad_norm], self.accelerator)
+        self.stopping = StopReason(int(common))
+        if self.guard.allows(self.guard.judge(not bad_loss, not bad_gradient), state, settings.learning_rate):
             step.optimizer.step()
             step.end()
         step.model.zero_grad()  # also what the optimiser leaves alone
         return outcome, {
-            "grad_norm": grad_norm,
+            "grad_norm": norm,
             "learning_rate": learning_rate,
             "skipped_steps": state.skipped_steps,
         }

@@ -84,6 +84,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         run = config.run
         self.config, self.run, self.accelerator, self.source, self.model = config, run, accelerator, source, model
         self.objective = config.entry
+        model.objective.shares_are_equal = True  # by the sampler; asking in each step would wait for the device
         self.parts = self.objective.parts
         self.pieces, self.images_per_step = config.step_size // run.batch_size, config.step_size
         if isinstance(source, ImageSource) and config.step_size > len(source):
@@ -145,9 +146,9 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             share_buffers(self.model)
         return outputs
 
-    def loss_of(self, outcome: VicRegOutput) -> float:
+    def loss_of(self, outcome: VicRegOutput) -> torch.Tensor:
         """Return the loss over the whole batch."""
-        return outcome["loss"].item()
+        return outcome["loss"].detach()
 
     def record(self, outcome: VicRegOutput) -> dict[str, float]:
         """Return the loss and its parts, and the health of embeddings and representations."""
@@ -168,13 +169,13 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         super().end()
         self.model.end_step()
 
-    def clip(self, max_norm: float) -> tuple[float, float]:
+    def clip(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip the encoders' gradient; return its norm from before, and that of the expanders'."""
         encoders = [one for encoder in self.model.encoders for one in encoder.parameters()]
         known = set(encoders)
         others = [one.grad for one in self.model.parameters() if one not in known and one.grad is not None]
         grad_norm = torch.nn.utils.clip_grad_norm_(encoders, max_norm)
-        return grad_norm.item(), torch.nn.utils.get_total_norm(others).item()
+        return grad_norm, torch.nn.utils.get_total_norm(others)
 
     def shrink(self, reason: str, step: int) -> None:
         """Let half as many images at once through the encoder from now on.

@@ -57,8 +57,8 @@ class TrainingStep(ABC, Generic[Outcome]):
         """
 
     @abstractmethod
-    def loss_of(self, outcome: Outcome) -> float:
-        """Return the loss of a step."""
+    def loss_of(self, outcome: Outcome) -> torch.Tensor:
+        """Return the loss of a step, a scalar on the device: reading it would wait for the device."""
 
     @abstractmethod
     def record(self, outcome: Outcome) -> dict[str, float]:
@@ -68,9 +68,10 @@ class TrainingStep(ABC, Generic[Outcome]):
         """Return what is shown beside the progress."""
         return "loss {loss:.3f} {images_per_second:.0f} img/s".format(**record)
 
-    def clip(self, max_norm: float) -> tuple[float, float]:
-        """Clip the gradient; return its norm from before, and that of what is judged but not clipped."""
-        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item(), 0.0
+    def clip(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip the gradient; return its norm from before, and that of what is judged but not clipped, as scalars."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        return norm, torch.zeros_like(norm)
 
     def shrink(self, reason: str, step: int) -> None:
         """Take less memory from now on, on every process.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput, has_batch_norm
 from hf_vicreg.training.engine.step import DeviceFull
-from hf_vicreg.training.launch.distributed import restore_rng, rng_states
+from hf_vicreg.training.launch.distributed import host_group, restore_rng, rng_states
 
 Result = TypeVar("Result")
 
@@ -77,16 +77,16 @@ def two_pass_backward(
                 torch.autograd.backward([one for one, _ in seen], [gradient for _, gradient in seen])
             start = end
 
-    encoded = _together(encode, device)
+    encoded = _together(encode)
     leaves = [torch.cat(parts).detach().requires_grad_() for parts in zip(*encoded, strict=True)]
     outputs = model.loss_of(leaves)
     assert outputs.loss is not None
     backward(outputs.loss)
-    _together(carry_on, device)
+    _together(carry_on)
     return outputs
 
 
-def _together(action: Callable[[], Result], device: torch.device) -> Result:
+def _together(action: Callable[[], Result]) -> Result:
     """Return what an action of this process alone returns, when those of all processes went well.
 
     Raises:
@@ -99,9 +99,9 @@ def _together(action: Callable[[], Result], device: torch.device) -> Result:
         failure = str(error)
     failed = failure is not None
     if dist.is_initialized() and dist.get_world_size() > 1:
-        flag = torch.tensor(int(failed), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        failed = bool(flag.item())
+        flag = torch.tensor(int(failed))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=host_group())
+        failed = bool(flag)
     if failed:
         raise DeviceFull(failure or "another process ran out of memory")
     return result  # type: ignore[return-value]

@@ -147,6 +147,37 @@ def largest(values: Sequence[int], accelerator: Accelerator) -> list[int]:
     return shared.tolist()
 
 
+def read_once(
+    common: Sequence[torch.Tensor | int], own: Sequence[torch.Tensor], accelerator: Accelerator
+) -> tuple[list[float], list[float]]:
+    """Return scalars of the device as numbers, by one transfer: the one time that a step waits for its device.
+
+    Args:
+        common: Of these the largest over all processes is returned; every one must call.
+        own: Of these this process's.
+        accelerator: Processes and device.
+    """
+    dtype = torch.promote_types(torch.float32, own[0].dtype)
+    shared = torch.stack([torch.as_tensor(one, dtype=dtype, device=accelerator.device) for one in common])
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    numbers = torch.cat([shared, torch.stack([one.detach().to(dtype) for one in own])]).tolist()
+    return numbers[: len(common)], numbers[len(common) :]
+
+
+def host_group() -> torch.distributed.ProcessGroup:
+    """Return the processes, connected by gloo: what they agree on there waits for no device; all must call."""
+    world = torch.distributed.group.WORLD
+    if torch.distributed.get_backend() == "gloo":
+        return world
+    if _host_groups.get("world") is not world:
+        _host_groups.update(world=world, host=torch.distributed.new_group(backend="gloo"))
+    return _host_groups["host"]
+
+
+_host_groups: dict[str, Any] = {}
+
+
 def run_on_main(action: Callable[[], Result], accelerator: Accelerator) -> Result:
     """Run an action on the main process while the others wait, and return its result on all; every process must call.
 

@@ -188,9 +188,9 @@ class AdaptationStep(TrainingStep[torch.Tensor]):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def loss_of(self, outcome: torch.Tensor) -> float:
+    def loss_of(self, outcome: torch.Tensor) -> torch.Tensor:
         """Return the sum of both errors."""
-        return outcome.item()
+        return outcome
 
     def record(self, outcome: torch.Tensor) -> dict[str, float]:
         """Return the loss alone."""

@@ -49,8 +49,8 @@ def fitting_batch(wanted: int, num_images: int, num_processes: int, kind: str = 
     return size
 
 
-class TaskStep(TrainingStep[dict[str, float]]):
-    """Fine-tuning by AdamW; what comes of a step is what the log says of it, its `loss` among it.
+class TaskStep(TrainingStep[dict[str, torch.Tensor]]):
+    """Fine-tuning by AdamW; what comes of a step is what the log says of it, scalars, its `loss` among them.
 
     Attributes:
         wrapped: The model as accelerate prepared it, which averages gradients over the processes.
@@ -83,16 +83,16 @@ class TaskStep(TrainingStep[dict[str, float]]):
         self.model: Any = accelerator.unwrap_model(self.wrapped)
 
     @abstractmethod
-    def backward(self, batches: Sequence[Any], step: int) -> dict[str, float]:
+    def backward(self, batches: Sequence[Any], step: int) -> dict[str, torch.Tensor]:
         """See `TrainingStep`."""
 
-    def loss_of(self, outcome: dict[str, float]) -> float:
+    def loss_of(self, outcome: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the loss."""
         return outcome["loss"]
 
-    def record(self, outcome: dict[str, float]) -> dict[str, float]:
+    def record(self, outcome: dict[str, torch.Tensor]) -> dict[str, float]:
         """Return all that came of the step."""
-        return outcome
+        return {name: one.item() for name, one in outcome.items()}
 
     def loader(self, dataset: Dataset, sampler: Iterable[Any] | Sampler, collate: Callable, seed: int) -> DataLoader:
         """Return a loader of the sampler's batches."""
@@ -133,14 +133,14 @@ class ModelLossStep(TaskStep):
         sampler = self.sampler(self.task.num_images, self.images_per_step, seed, first_step)
         return self.loader(self.task.dataset, sampler, self.task.collate, seed)
 
-    def backward(self, batches: Sequence[dict[str, Any] | None], step: int) -> dict[str, float]:
+    def backward(self, batches: Sequence[dict[str, Any] | None], step: int) -> dict[str, torch.Tensor]:
         """The gradient of the model's own loss; see `TrainingStep`."""
         (batch,) = batches
         if batch is None:
             raise InputError(UNREADABLE)
         loss = self.task.loss_scale * self.wrapped(**self.task.inputs_of(batch, self.accelerator.device)).loss
         self.accelerator.backward(loss)
-        return {"loss": loss.item()}
+        return {"loss": loss.detach()}
 
 
 def tuning_loop(

@@ -13,12 +13,11 @@ from hf_vicreg.training.errors import InputError
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_whatever_is_not_finite_is_skipped(value):
+def test_whatever_is_not_finite_is_skipped():
     guard = StepGuard(torch.nn.Linear(1, 1), 3)
-    assert guard.judge(1.0, 2.0) == Verdict.TAKE
-    assert guard.judge(value, 2.0) == Verdict.SKIP
-    assert guard.judge(1.0, value) == Verdict.SKIP
+    assert guard.judge(True, True) == Verdict.TAKE
+    assert guard.judge(False, True) == Verdict.SKIP
+    assert guard.judge(True, False) == Verdict.SKIP
 
 
 def test_a_skipped_step_leaves_no_trace_in_batch_norms():
@@ -32,7 +31,7 @@ def test_a_skipped_step_leaves_no_trace_in_batch_norms():
         loss = model(pixel_values=views).loss.item()
         moved = [name for name, one in model.named_buffers() if not torch.equal(one, before[name])]
         assert moved
-        assert guard.allows(guard.judge(loss, 1.0), state, learning_rate=1e-3) == allowed
+        assert guard.allows(guard.judge(math.isfinite(loss), True), state, learning_rate=1e-3) == allowed
         if not allowed:
             assert all(torch.equal(one, before[name]) for name, one in model.named_buffers())
         assert all(one.isfinite().all() for one in model.buffers())
@@ -57,11 +56,11 @@ def test_overflows_of_fp16_lower_the_scale_and_do_not_count_until_it_is_below_1(
     for _ in range(3):
         scaler.scale(net(torch.randn(8, 3)).sum() * math.inf).backward()
         scaler.unscale_(optimizer)
-        assert guard.judge(1.0, math.inf) == Verdict.OVERFLOW
+        assert guard.judge(True, False) == Verdict.OVERFLOW
         assert not guard.allows(Verdict.OVERFLOW, state, learning_rate=0.1)
         optimizer.zero_grad()
         scales.append(scaler.get_scale())
     assert scales == [2.0, 1.0, 0.5]
     assert state.skipped_steps == 0
-    assert guard.judge(1.0, math.inf) == Verdict.SKIP
-    assert guard.judge(math.nan, 1.0) == Verdict.SKIP
+    assert guard.judge(True, False) == Verdict.SKIP
+    assert guard.judge(False, True) == Verdict.SKIP

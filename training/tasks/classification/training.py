@@ -85,7 +85,7 @@ class ClassifierStep(TaskStep):
         images = ClassifierImages(self.sources, self.settings, image_size_of(self.processor), self.seed)
         return self.loader(images, PairedSampler(samplers), collate, self.seed)
 
-    def backward(self, batches: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
+    def backward(self, batches: Sequence[dict[str, Any]], step: int) -> dict[str, torch.Tensor]:
         """The gradient of the supervised or of the consistency loss; see `TrainingStep`."""
         (batch,) = batches
         if not all(kind in batch for kind in self.sources):
@@ -98,7 +98,7 @@ class ClassifierStep(TaskStep):
         else:
             loss, parts = self._supervised_loss(images, labels, step), {}
         accelerator.backward(loss)
-        return {"loss": loss.item(), **parts}
+        return {"loss": loss.detach(), **parts}
 
     def _supervised_loss(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         """Cross-entropy, of pairs of images where they are mixed.
@@ -114,7 +114,7 @@ class ClassifierStep(TaskStep):
 
     def _consistency_loss(
         self, images: torch.Tensor, labels: torch.Tensor, batch: dict[str, Any], step: int
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Annealed cross-entropy and consistency, and their readings; see `consistency.py`."""
         settings, accelerator = self.settings, self.accelerator
         weak, strong = pixel_values(batch[UNLABELLED], self.processor, accelerator.device).unbind(1)
@@ -133,10 +133,10 @@ class ClassifierStep(TaskStep):
             sharpening_temperature=settings.sharpening_temperature,
         )
         parts = {
-            "supervised_loss": supervised.item(),
-            "consistency_loss": consistency.item(),
-            "confident_ratio": confident.item(),
-            "counted_ratio": counted.item() / len(images),
+            "supervised_loss": supervised.detach(),
+            "consistency_loss": consistency.detach(),
+            "confident_ratio": confident,
+            "counted_ratio": counted / len(images),
         }
         return supervised + settings.consistency_weight * consistency, parts
 
