@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ class RunState:
         self.linear |= accuracies.get("linear", {})
 
 
-def save_checkpoint(
+def checkpoint_writer(
     folder: Path,
     state: RunState,
     model: torch.nn.Module,
@@ -69,8 +71,10 @@ def save_checkpoint(
     keep: int,
     keep_every_steps: int | None = None,
     average: WeightAverage | None = None,
-) -> Path:
-    """Write a checkpoint below `folder` and prune older ones; called on one process.
+) -> Callable[[], Path]:
+    """Copy what a checkpoint holds, and return what writes it, prunes older ones and returns the checkpoint's folder.
+
+    Training may go on in between: the copy is of the moment of this call. Called on one process.
 
     Args:
         folder: The run's `checkpoints` folder.
@@ -82,22 +86,28 @@ def save_checkpoint(
         keep_every_steps: Checkpoints whose step is a multiple of it are kept for good, and not counted.
         average: Of the weights, if there is one.
 
-    Returns:
-        The checkpoint's folder.
-
     Raises:
-        InputError: The disk is full; older checkpoints are left as they were.
-        OSError: It is not writable; the same holds.
+        InputError: By what is returned: the disk is full; older checkpoints are left as they were.
+        OSError: By what is returned: it is not writable; the same holds.
     """
-    final = folder / f"{PREFIX}{state.step:08d}"
-    temporary = folder / f"{WRITING}{final.name}"
+    held = (_flat_model(model), _flat_optimizer(optimizer), rng_states)
+    files = dict(zip(FILES[:3], held, strict=True))
+    if average is not None:
+        files[AVERAGE_FILE] = average.tensors()
+    copies = {name: {key: one.clone() for key, one in tensors.items()} for name, tensors in files.items()}
+    told = json.dumps(asdict(state), indent=1)
+    return partial(_write_whole, folder, f"{PREFIX}{state.step:08d}", copies, told, keep, keep_every_steps)
+
+
+def _write_whole(
+    folder: Path, name: str, files: dict[str, Any], state: str, keep: int, keep_every_steps: int | None
+) -> Path:
+    final, temporary = folder / name, folder / f"{WRITING}{name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with room_in(folder):
             temporary.mkdir(parents=True)
-            if average is not None:
-                save_file(average.tensors(), temporary / AVERAGE_FILE)
-            _write(temporary, state, model, optimizer, rng_states)
+            _write(temporary, files, state)
         if final.exists():  # left damaged by another hand, or written twice at one step
             _remove(final)
         temporary.rename(final)
@@ -116,17 +126,10 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(
-    folder: Path,
-    state: RunState,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rng_states: dict[str, torch.Tensor],
-) -> None:
-    save_file(_flat_model(model), folder / "model.safetensors")
-    save_file(_flat_optimizer(optimizer), folder / "optimizer.safetensors")
-    save_file(rng_states, folder / "rng.safetensors")
-    (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
+def _write(folder: Path, files: dict[str, dict[str, torch.Tensor]], state: str) -> None:
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+    (folder / "state.json").write_text(state)
     manifest = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in folder.iterdir():
@@ -260,13 +263,8 @@ def load_tensors(path: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
 
 
 def _flat_model(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights by name; those with several names are stored once for each, for safetensors take no shared memory."""
-    flat, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        one = tensor.detach().cpu().contiguous()
-        flat[name] = one.clone() if one.data_ptr() in seen else one
-        seen.add(one.data_ptr())
-    return flat
+    """Weights by name; those with several names once for each."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from hf_vicreg.training.engine.optim import learning_rate_at
 from hf_vicreg.training.engine.resume import checkpoint_together, resume_from
 from hf_vicreg.training.engine.step import DeviceFull, TrainingStep, learning_rates
 from hf_vicreg.training.errors import RunStopped
+from hf_vicreg.training.launch.background import Background
 from hf_vicreg.training.launch.distributed import largest, read_once, restore_rng, rng_states
 from hf_vicreg.training.launch.signals import StopReason, StopRequest
 from hf_vicreg.training.monitor.progress import Progress
@@ -103,7 +104,7 @@ class TrainingLoop:
         # called on the main process after each checkpoint that training goes on from
         self.on_checkpoint: Callable[[RunState], None] | None = None
         self.guard = StepGuard(step.model, settings.max_skipped_steps, accelerator.scaler)
-        self.stopping = StopReason.NONE
+        self.stopping, self.background = StopReason.NONE, Background()
 
     @property
     def epoch(self) -> float:
@@ -161,7 +162,7 @@ class TrainingLoop:
                     started += pause
                 state.training_seconds = seconds_before + time.perf_counter() - started
                 if state.step % settings.checkpointing_steps == 0 or last or stopping:
-                    self._checkpoint()
+                    self._checkpoint(wait=last or stopping)
                     if self.on_checkpoint is not None and accelerator.is_main_process and not (last or stopping):
                         self.on_checkpoint(state)
                 if stopping:
@@ -265,7 +266,7 @@ class TrainingLoop:
         place = f"epoch {self.epoch:g}" if self.epoch.is_integer() else f"step {self.state.step}"
         progress.write(f"{place}: " + ", ".join(f"{name} {one:.3f}" for name, one in figures.items()))
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, wait: bool) -> None:
         if self.folder is None:
             return
         accelerator, settings = self.accelerator, self.settings
@@ -280,6 +281,8 @@ class TrainingLoop:
             accelerator,
             settings.checkpoints_keep_every_steps,
             self.step.average,
+            background=self.background,
+            wait=wait,
         )
 
     def _leave(self) -> None:

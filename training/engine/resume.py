@@ -13,13 +13,14 @@ from torch import nn
 from hf_vicreg.training.engine.average import WeightAverage
 from hf_vicreg.training.engine.checkpoint import (
     RunState,
+    checkpoint_writer,
     find_checkpoint,
     load_state,
     load_tensors,
     local_rng_states,
-    save_checkpoint,
 )
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.launch.background import Background
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.objectives.registry import entry_of
 from hf_vicreg.training.run.arguments import PretrainArguments, ViewsConfig
@@ -168,11 +169,22 @@ def checkpoint_together(
     accelerator: Accelerator,
     keep_every_steps: int | None = None,
     average: WeightAverage | None = None,
+    *,
+    background: Background,
+    wait: bool,
 ) -> None:
-    """Write one checkpoint of all processes; every process must call. See `save_checkpoint`."""
+    """Write one checkpoint of all processes beside the training; every process must call. See `checkpoint_writer`.
+
+    An error of the checkpoint before is raised here. With `wait` this one is on the disk afterwards.
+    """
     states = local_rng_states(accelerator.process_index)
     if accelerator.num_processes > 1:
         states = {key: one for share in gather_object([states]) for key, one in share.items()}
-    run_on_main(
-        lambda: save_checkpoint(folder, state, model, optimizer, states, keep, keep_every_steps, average), accelerator
-    )
+
+    def write() -> None:
+        background.wait()  # two copies at a time would take more memory
+        background.start(checkpoint_writer(folder, state, model, optimizer, states, keep, keep_every_steps, average))
+        if wait:
+            background.wait()
+
+    run_on_main(write, accelerator)

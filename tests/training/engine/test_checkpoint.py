@@ -10,6 +10,7 @@ import torch
 
 from hf_vicreg.training.engine.checkpoint import (
     RunState,
+    checkpoint_writer,
     find_checkpoint,
     find_damage,
     list_checkpoints,
@@ -17,7 +18,6 @@ from hf_vicreg.training.engine.checkpoint import (
     load_tensors,
     local_rng_states,
     remove_leftovers,
-    save_checkpoint,
 )
 from hf_vicreg.training.errors import InputError
 
@@ -35,14 +35,16 @@ def trained(steps=3):
 
 def save(folder, step, keep=2):
     model, optimizer = trained()
-    return save_checkpoint(folder, RunState(step=step, recipe={"a": 1}), model, optimizer, local_rng_states(0), keep)
+    return checkpoint_writer(
+        folder, RunState(step=step, recipe={"a": 1}), model, optimizer, local_rng_states(0), keep
+    )()
 
 
 def test_everything_comes_back(tmp_path):
     path = save(tmp_path, 7)
     model, optimizer = trained()
     expected = torch.rand(3)
-    save_checkpoint(tmp_path, RunState(step=8), model, optimizer, local_rng_states(0), 2)
+    checkpoint_writer(tmp_path, RunState(step=8), model, optimizer, local_rng_states(0), 2)()
     following = torch.rand(3)
 
     other, other_optimizer = trained(steps=1)
@@ -57,6 +59,24 @@ def test_everything_comes_back(tmp_path):
         model_(torch.randn(8, 4)).square().sum().backward()
         optimizer_.step()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_what_is_written_is_of_the_moment_of_the_copy(tmp_path):
+    model, optimizer = trained()
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    moments = [one.clone() for entry in optimizer.state.values() for one in (entry["exp_avg"], entry["exp_avg_sq"])]
+    write = checkpoint_writer(tmp_path, RunState(step=3), model, optimizer, local_rng_states(0), 2)
+    model(torch.randn(8, 4)).square().sum().backward()
+    optimizer.step()
+    path = write()
+    other, other_optimizer = trained(steps=1)
+    load_tensors(path, other, other_optimizer, rank=0)
+    for name, one in other.state_dict().items():
+        assert torch.equal(one, before[name])
+        assert not torch.equal(one, model.state_dict()[name])
+    found = [one for entry in other_optimizer.state.values() for one in (entry["exp_avg"], entry["exp_avg_sq"])]
+    for one, two in zip(found, moments, strict=True):
         assert torch.equal(one, two)
 
 
@@ -121,7 +141,7 @@ def test_every_nth_is_kept_for_good(tmp_path):
     model, optimizer = trained(1)
     for step in range(5, 65, 5):
         state = RunState(step=step)
-        save_checkpoint(tmp_path, state, model, optimizer, local_rng_states(0), keep=2, keep_every_steps=20)
+        checkpoint_writer(tmp_path, state, model, optimizer, local_rng_states(0), keep=2, keep_every_steps=20)()
     assert [int(path.name.removeprefix("step_")) for path in list_checkpoints(tmp_path)] == [20, 40, 55, 60]
 
 
@@ -156,9 +176,9 @@ def test_the_scale_of_fp16_comes_back(tmp_path):
         scaler.scale(model(torch.randn(8, 4)).sum()).backward()
         scaler.step(optimizer)
         scaler.update()
-    path = save_checkpoint(
+    path = checkpoint_writer(
         tmp_path, RunState(step=1, scaler=scaler.state_dict()), model, optimizer, local_rng_states(0), 1
-    )
+    )()
     other = torch.amp.GradScaler("cpu")
     other.load_state_dict(load_state(path).scaler)
     assert other.state_dict() == scaler.state_dict()
@@ -170,7 +190,7 @@ def test_failing_to_write_leaves_older_ones(tmp_path):
     model, optimizer = trained()
     state = RunState(step=2, recipe={"not json": {1, 2}})
     with pytest.raises(TypeError):
-        save_checkpoint(tmp_path, state, model, optimizer, local_rng_states(0), 1)
+        checkpoint_writer(tmp_path, state, model, optimizer, local_rng_states(0), 1)()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert find_damage(tmp_path / "step_00000001") is None
 

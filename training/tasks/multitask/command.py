@@ -115,7 +115,7 @@ def finetune_multitask(path: str, arguments: MultitaskArguments) -> dict[str, An
                 one.name: {
                     **_told(one),
                     "images_a_step": shares[one.name],
-                    "loss_weight": model.present_weights()[one.name],
+                    "loss_weight": model.present_weights()[one.name].item(),
                     "folder": f"{HEADS}/{one.name}",
                 }
                 for one in chosen

@@ -65,15 +65,15 @@ class MultitaskModel(nn.Module):
         return balanced_loss(stacked, self.log_variances, factors)
 
     @torch.no_grad()
-    def present_weights(self) -> dict[str, float]:
-        """Return what each task's loss is multiplied by now."""
+    def present_weights(self) -> dict[str, torch.Tensor]:
+        """Return what each task's loss is multiplied by now, scalars."""
         if self.log_variances is None:
             assert self.weights is not None
-            return dict(self.weights)
+            return {name: torch.tensor(weight) for name, weight in self.weights.items()}
         factors = (self.likelihood_factors[name] for name in self.heads)
         return {
             name: factor * weight
-            for name, factor, weight in zip(self.heads, factors, (-self.log_variances).exp().tolist(), strict=True)
+            for name, factor, weight in zip(self.heads, factors, (-self.log_variances.detach()).exp(), strict=True)
         }
 
 

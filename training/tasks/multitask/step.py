@@ -115,7 +115,7 @@ class MultitaskStep(TaskStep):
         parts = {name: task.collate for name, task in self.tasks.items()}
         return self.loader(views, PairedSampler(samplers), partial(collate, parts), seed)
 
-    def backward(self, batches: Sequence[dict[str, Any] | None], step: int) -> dict[str, float]:
+    def backward(self, batches: Sequence[dict[str, Any] | None], step: int) -> dict[str, torch.Tensor]:
         """The gradient of all tasks' losses; see `TrainingStep`."""
         (batch,) = batches
         if batch is None:
@@ -124,8 +124,8 @@ class MultitaskStep(TaskStep):
         loss, losses = self.wrapped({name: task.inputs_of(batch[name], device) for name, task in self.tasks.items()})
         weights = self.model.present_weights()
         self.accelerator.backward(loss)
-        parts = {f"{name}.loss": one.item() for name, one in losses.items()}
-        return {"loss": loss.item()} | parts | {f"{name}.weight": one for name, one in weights.items()}
+        parts = {f"{name}.loss": one.detach() for name, one in losses.items()}
+        return {"loss": loss.detach()} | parts | {f"{name}.weight": one for name, one in weights.items()}
 
 
 def _scale(tasks: Mapping[str, PreparedTask], encoder_ratio: float, parameter: str) -> float:
