@@ -72,11 +72,7 @@ def check_masked(config: BigBirdViTConfig, pixel_values: torch.Tensor, bool_mask
     Raises:
         ValueError: A mask that is not `(batch, patches)` of bool or of integers 0 and 1, or patches that overlap.
     """
-    if config.patch_stride_hw != config.patch_size_hw:
-        raise ValueError(
-            f"`patch_stride`: expected `patch_size`, {config.patch_size_hw}, for masked images, got "
-            f"{config.patch_stride_hw}; patches that overlap show what is masked."
-        )
+    config.check_patches_apart()
     rows, columns = config.grid_size(*pixel_values.shape[-2:])
     expected = len(pixel_values), rows * columns
     is_tensor = isinstance(bool_masked_pos, torch.Tensor)

@@ -60,11 +60,7 @@ class BigBirdViTMAEConfig(PreTrainedConfig):
         Raises:
             ValueError: A field out of range, with the field, the expectation and the value found.
         """
-        if self.encoder.patch_stride_hw != self.encoder.patch_size_hw:
-            raise ValueError(
-                f"`patch_stride`: expected `patch_size`, {self.encoder.patch_size_hw}, for masked images, got "
-                f"{self.encoder.patch_stride_hw}; patches that overlap show what is masked."
-            )
+        self.encoder.check_patches_apart()
         check_mask_ratio(self.mask_ratio)
         if min(self.mask_tile_size_hw) < 1:
             raise ValueError(f"`mask_tile_size`: expected at least 1 patch, got {self.mask_tile_size}.")

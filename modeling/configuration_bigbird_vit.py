@@ -36,6 +36,8 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_size: Patch size in pixels, `int` or `(height, width)`.
         patch_stride: Distance between neighbouring patches in pixels; `None` means `patch_size`, a smaller value
             makes patches overlap.
+        patch_embedding: `"linear"`, one linear map of a patch's pixels, or `"conv"`, a stack of 3x3 convolutions, each
+            of which halves the image (Xiao et al. 2021, arXiv 2106.14881); `patch_size` is then a power of two.
         num_channels: Channels of the image.
         num_register_tokens: Learned tokens beside CLS that carry no patch (Darcet et al. 2023, arXiv 2309.16588).
         pooling: What `pooler_output` is: the `"mean"` of the valid patch tokens, or the `"cls"` token.
@@ -82,6 +84,7 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     patch_stride: int | list[int] | tuple[int, int] | None = None
+    patch_embedding: Literal["linear", "conv"] = "linear"
     num_channels: int = 3
     num_register_tokens: int = 0
     pooling: Literal["cls", "mean"] = "mean"
@@ -170,6 +173,18 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`patch_stride`: expected at most `patch_size` {self.patch_size}, so that no pixel is left out; "
                 f"got {self.patch_stride}."
             )
+        if self.patch_embedding == "conv":
+            height, width = self.patch_size_hw
+            if height != width or height < 2 or height & (height - 1):
+                raise ValueError(
+                    '`patch_size`: expected a power of two, at least 2, with `patch_embedding` "conv", whose layers '
+                    f"halve the image; got {self.patch_size}."
+                )
+            if self.patch_stride_hw != self.patch_size_hw:
+                raise ValueError(
+                    f'`patch_stride`: expected `patch_size`, {self.patch_size}, with `patch_embedding` "conv", '
+                    f"whose patches overlap as they are; got {self.patch_stride}."
+                )
         if any(side < patch for side, patch in zip(self.image_size_hw, self.patch_size_hw, strict=True)):
             raise ValueError(f"`image_size`: expected at least one patch {self.patch_size}, got {self.image_size}.")
 
@@ -209,6 +224,23 @@ class BigBirdViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def tile_size_hw(self) -> tuple[int, int]:
         """Tile of the attention pattern, (height, width) in patches."""
         return _pair(self.tile_size)
+
+    def check_patches_apart(self) -> None:
+        """Check that a patch's token is made of its own pixels alone, so that masking it hides them.
+
+        Raises:
+            ValueError: Patches that overlap, by `patch_stride` or by `patch_embedding`.
+        """
+        if self.patch_stride_hw != self.patch_size_hw:
+            raise ValueError(
+                f"`patch_stride`: expected `patch_size`, {self.patch_size_hw}, for masked images, got "
+                f"{self.patch_stride_hw}; patches that overlap show what is masked."
+            )
+        if self.patch_embedding != "linear":
+            raise ValueError(
+                f'`patch_embedding`: expected "linear" for masked images, got "{self.patch_embedding}"; patches that '
+                "overlap show what is masked."
+            )
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the grid of patches of an image.

@@ -28,6 +28,7 @@ from .bigbird_pattern import block_pattern
 from .bigbird_positions import resampled_positions
 from .call_checks import asks_for, check_inputs, check_keywords, warn_of_eager
 from .configuration_bigbird_vit import BigBirdViTConfig
+from .conv_stem import BigBirdViTConvStem
 from .dense_weights import load_dense
 from .grid_plan import PatternCache, grid_plan, pattern_settings, reorder, rotary_in_order
 from .label_problem import CLASSES, label_problem
@@ -46,9 +47,12 @@ class BigBirdViTEmbeddings(nn.Module):
         if config.num_register_tokens > 0:
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
         self.register_load_state_dict_pre_hook(_without_empty_registers)
-        self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size_hw, stride=config.patch_stride_hw
-        )
+        self.projection: nn.Module
+        if config.patch_embedding == "conv":
+            self.projection = BigBirdViTConvStem(config)
+        else:
+            patch, stride = config.patch_size_hw, config.patch_stride_hw
+            self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=stride)
         self.position_embeddings = None
         if config.position_embedding_type == "absolute":
             rows, columns = config.grid_size(*config.image_size_hw)
@@ -66,7 +70,9 @@ class BigBirdViTEmbeddings(nn.Module):
 
         Where `masked_patches` `(batch, patches)` says so, `mask_token` `(hidden_size,)` stands for the patch.
         """
-        projected = self.projection(pixel_values.to(self.projection.weight.dtype))
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
+        stem = isinstance(self.projection, BigBirdViTConvStem)
+        projected = self.projection(pixel_values, valid) if stem else self.projection(pixel_values)
         rows, columns = projected.shape[-2:]
         patches: torch.Tensor = projected.flatten(2).transpose(1, 2)
         if masked_patches is not None and mask_token is not None:

@@ -17,6 +17,7 @@ MODELS = {
     "masked": {"image_size": (56, 40), "patch_size": 8, "tile_size": 2, "num_register_tokens": 2, "pooling": "mean"},
     "overlapping": {"image_size": 36, "patch_size": 8, "patch_stride": 4, "tile_size": 3, "num_random_blocks": 1},
     "blocks": {"image_size": 160, "patch_size": 4, "tile_size": 8, "num_random_blocks": 1, "num_global_tiles": 1},
+    "convolutions": {"image_size": 36, "patch_size": 8, "tile_size": 2, "patch_embedding": "conv"},
     "learned": {
         "image_size": 32,
         "patch_size": 8,
@@ -46,7 +47,12 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("format", ["torch", "onnx"])
 @pytest.mark.parametrize(
-    "name", ["masked", "blocks", *(pytest.param(one, marks=pytest.mark.slow) for one in ("overlapping", "learned"))]
+    "name",
+    [
+        "masked",
+        "blocks",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("overlapping", "convolutions", "learned")),
+    ],
 )
 def test_a_program_gives_what_the_model_gives(saved, tmp_path, name, format):
     # `export` itself runs the program in a process that cannot import the package, for batches of 1, 2 and 7

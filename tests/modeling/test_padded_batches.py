@@ -40,8 +40,9 @@ def difference(size, offset=(0, 0), **changes):
         ALIGNED | {"window_size": 5, "pooling": "cls"},
         DENSE,
         DENSE | {"offset": (4, 12)},
+        ALIGNED | {"offset": (8, 16), "patch_embedding": "conv"},
     ],
-    ids=["tiles", "absolute", "whole-tiles-away", "wide", "dense", "dense-anywhere"],
+    ids=["tiles", "absolute", "whole-tiles-away", "wide", "dense", "dense-anywhere", "convolutions"],
 )
 def test_an_image_of_whole_patches_is_the_same_in_a_padded_batch(changes):
     assert difference((28, 36), **changes) < 1e-12

@@ -30,6 +30,7 @@ MODEL: dict[str, SectionFlag] = {
     "image_size": SectionFlag(224, PIXELS, "Size of the images in pixels."),
     "patch_size": SectionFlag(16, PIXELS, "Size of a patch in pixels."),
     "patch_stride": SectionFlag(None, PIXELS, "Pixels from patch to patch, fewer for overlap; default: `patch_size`."),
+    "patch_embedding": SectionFlag("linear", "linear|conv", "One linear map of a patch, or small convolutions."),
     "num_channels": SectionFlag(3, "INT", "Channels of an image, 1 to 64."),
     "num_register_tokens": SectionFlag(0, "INT", "Learned tokens beside CLS."),
     "pooling": SectionFlag("mean", "mean|cls", "What the pooled feature is of: all patches, or CLS."),
