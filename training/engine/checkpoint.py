@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_vicreg.training.engine.average import AVERAGE_FILE, WeightAverage
 from hf_vicreg.training.errors import InputError, room_in
+from hf_vicreg.training.images.order import KEYED, SHUFFLED
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class RunState:
         training_seconds: Time spent, over all interruptions.
         skipped_steps: Steps left out because loss or gradient was not finite.
         scaler: State of the gradient scaler of fp16, empty without one.
+        order: How the order of images follows from the seed; a run keeps the one that it began with.
     """
 
     step: int = 0
@@ -55,6 +57,7 @@ class RunState:
     training_seconds: float = 0.0
     skipped_steps: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
+    order: str = KEYED
 
     def note(self, accuracies: dict[str, dict[str, float]]) -> None:
         """Add accuracies of kinds `knn` and `linear`."""
@@ -230,11 +233,14 @@ def load_state(path: Path) -> RunState:
         InputError: A version of the package with other fields wrote it.
     """
     try:
-        state = RunState(**json.loads((path / "state.json").read_text()))
+        # before it was written down, there was one order
+        state = RunState(**{"order": SHUFFLED} | json.loads((path / "state.json").read_text()))
         expected = {key: type(one) for key, one in asdict(RunState()).items()}
         wrong = [key for key, kind in expected.items() if not _is(getattr(state, key), kind)]
         if wrong or state.step < 0 or not all(_is(one, int) for one in state.unusable):
             raise TypeError(f"`{(wrong or ['step or unusable'])[0]}` holds something else")
+        if state.order not in (KEYED, SHUFFLED):
+            raise ValueError(f"its order of images is {state.order!r}, unknown here")
         return state
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(

@@ -204,7 +204,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             )
 
     def resumed(self, state: RunState) -> None:
-        """Take over the images that could not be used."""
+        """Take over the order of images, and those that could not be used."""
+        super().resumed(state)
         self.unusable = set(state.unusable)
 
     def before_checkpoint(self, state: RunState) -> None:
@@ -246,6 +247,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
                 accelerator.process_index,
                 accelerator.num_processes,
                 self.pieces,
+                self.order,
             ),
             num_workers=workers,
             collate_fn=partial(collate, captions=self.captions),

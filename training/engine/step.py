@@ -10,6 +10,7 @@ from torch import nn
 from hf_vicreg.training.engine.average import WeightAverage
 from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.order import KEYED
 
 Outcome = TypeVar("Outcome")
 
@@ -29,6 +30,7 @@ class TrainingStep(ABC, Generic[Outcome]):
         images_per_step: Over all processes.
         pieces: Batches of the loader that make up a step.
         average: Follows the weights after each step, where that is asked for.
+        order: Of the images, as `RunState` names it.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class TrainingStep(ABC, Generic[Outcome]):
     images_per_step: int
     pieces: int = 1
     average: WeightAverage | None = None
+    order: str = KEYED
 
     @abstractmethod
     def batches(self, first_step: int) -> Iterable[Any]:
@@ -98,7 +101,8 @@ class TrainingStep(ABC, Generic[Outcome]):
             self.average.update()
 
     def resumed(self, state: RunState) -> None:
-        """Take over from a checkpoint's state what the step counts itself."""
+        """Take over from a checkpoint's state the order of images, and what the step counts itself."""
+        self.order = state.order
 
     def before_checkpoint(self, state: RunState) -> None:
         """Note in the state what the step counts itself; every process calls."""

@@ -5,11 +5,14 @@ sees, as a function of the step alone: that, and randomness keyed on (seed, epoc
 sees what it would have seen, with any number of workers and any number of processes that divides the batch.
 """
 
+import hashlib
+import math
 import random
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
@@ -20,6 +23,8 @@ from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.texts.captions import Captions
 
 MAX_SUBSTITUTES = 64
+KEYED, SHUFFLED = "keyed", "shuffled"  # orders of images: of this version, and of checkpoints up to 0.1.0
+FEISTEL_ROUNDS = 12
 
 
 class ViewDataset(Dataset):
@@ -105,10 +110,64 @@ def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
     return [dict(zip(tensors, part, strict=True)) for part in zip(*tensors.values(), strict=True)]
 
 
+def keyed_permutation(key: str, length: int, positions: np.ndarray) -> np.ndarray:
+    """Return what stands at some positions of a permutation of `range(length)`, without making the others.
+
+    A Feistel network permutes pairs (left, right) of an `a x b` grid with at least `length` cells: each round turns
+    left by a hash of right, then swaps the two. A cell that is no index goes through the network again until it is
+    one. Hashes are those of SplitMix64, by 64-bit keys of SHAKE-128, so that the order is the same on every machine.
+
+    Args:
+        key: Another key, another permutation.
+        length: At least 1 and at most 2**62.
+        positions: `(count,)`, whole numbers from 0 to `length - 1`.
+
+    Returns:
+        `(count,)` int64.
+
+    Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002: generalised Feistel, cycle walking.
+    The sides differ by little, so that few cells are no index, and the first is even: odd permutations occur as well.
+    """
+    side = math.isqrt(length - 1) + 1
+    first = side + side % 2
+    second = -(-length // first)
+    digest = hashlib.shake_128(key.encode()).digest(8 * FEISTEL_ROUNDS)
+    rounds = np.frombuffer(digest, "<u8").astype(np.uint64)
+    found = np.asarray(positions).astype(np.uint64)
+    outside = np.arange(found.size)
+    while outside.size:
+        left, right = np.divmod(found[outside], np.uint64(second))
+        sides = (first, second)
+        for one in rounds:
+            # the upper half of a hash, as a share of the side
+            turn = (_splitmix(right ^ one) >> np.uint64(32)) * np.uint64(sides[0]) >> np.uint64(32)
+            left, right = right, (left + turn) % np.uint64(sides[0])
+            sides = sides[::-1]
+        found[outside] = left * np.uint64(sides[1]) + right
+        outside = outside[found[outside] >= length]
+    return found.astype(np.int64)
+
+
+def _splitmix(words: np.ndarray) -> np.ndarray:
+    """Return a hash of each 64-bit word. Source: Steele, Lea and Flood, OOPSLA 2014, with Stafford's constants."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return words ^ words >> np.uint64(31)
+
+
+@lru_cache(maxsize=1)
+def _shuffled(key: str, length: int) -> list[int]:
+    order = list(range(length))
+    random.Random(key).shuffle(order)
+    return order
+
+
 class StepSampler(Sampler):
     """Yields this process's (epoch, index) keys, step after step, from any step on.
 
-    Every epoch is a new permutation that depends on (seed, epoch) alone; the last, short batch is dropped. Process r
+    Every epoch is a new permutation that depends on (seed, epoch) alone; the last, short batch is dropped. Of it only
+    what a step takes is made, so that neither time nor memory grow with the number of images. Process r
     of W takes the r-th of W equal runs of each batch, so the batch is the same set of images whatever W is. Each
     process's share comes in `pieces` equal lists, one after the other.
     """
@@ -123,7 +182,9 @@ class StepSampler(Sampler):
         rank: int,
         world_size: int,
         pieces: int = 1,
+        order: str = KEYED,
     ):
+        self.order = order
         self.num_images = num_images
         self.pieces = pieces
         self.batch_size = batch_size
@@ -136,14 +197,15 @@ class StepSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         steps_per_epoch = self.num_images // self.batch_size
-        order_epoch, order = -1, []
         for step in self.steps:
             epoch, position = divmod(step, steps_per_epoch)
-            if epoch != order_epoch:
-                order_epoch, order = epoch, list(range(self.num_images))
-                random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-            share = [(epoch, index) for index in batch[self.share]]
+            batch = range(position * self.batch_size, (position + 1) * self.batch_size)
+            share = [(epoch, index) for index in self._indices(f"{self.seed}/{epoch}", batch[self.share])]
             length = len(share) // self.pieces
             for start in range(0, len(share), length):
                 yield share[start : start + length]
+
+    def _indices(self, key: str, positions: range) -> list[int]:
+        if self.order == SHUFFLED:
+            return _shuffled(key, self.num_images)[positions.start : positions.stop]
+        return keyed_permutation(key, self.num_images, np.arange(positions.start, positions.stop)).tolist()
