@@ -90,7 +90,7 @@ def subset(source: ImageSource, places: Sequence[int]) -> ImageSource:
     """Return a source of the images at some places."""
     places = list(places)
 
-    def at(values: list | None) -> list | None:
+    def at(values: Sequence | None) -> list | None:
         return None if values is None else [values[place] for place in places]
 
     return replace(

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_vicreg.training.engine.average import AVERAGE_FILE, WeightAverage
+from hf_vicreg.training.engine.step import RunState
 from hf_vicreg.training.errors import InputError, room_in
-from hf_vicreg.training.images.order import KEYED, SHUFFLED
+from hf_vicreg.training.images.order import ORDERS, SHUFFLED
 
 logger = logging.getLogger(__name__)
 
@@ -29,40 +30,6 @@ MANIFEST = "manifest.json"
 PREFIX = "step_"
 WRITING, REMOVING = ".writing_", ".removing_"  # before the name of a checkpoint that is not there yet, or no longer
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
-
-
-@dataclass
-class RunState:
-    """Where a run stands, beside its tensors.
-
-    Attributes:
-        step: Optimiser steps done.
-        recipe: The resolved configuration, to refuse a checkpoint of another one.
-        data_fingerprint: The same for the data.
-        knn: k-NN accuracies measured so far, by what they measure.
-        linear: The same of linear probes.
-        unusable: Indices of corrupt or too small images met so far.
-        training_seconds: Time spent, over all interruptions.
-        skipped_steps: Steps left out because loss or gradient was not finite.
-        scaler: State of the gradient scaler of fp16, empty without one.
-        order: How the order of images follows from the seed; a run keeps the one that it began with.
-    """
-
-    step: int = 0
-    recipe: dict[str, Any] = field(default_factory=dict)
-    data_fingerprint: str = ""
-    knn: dict[str, float] = field(default_factory=dict)
-    linear: dict[str, float] = field(default_factory=dict)
-    unusable: list[int] = field(default_factory=list)
-    training_seconds: float = 0.0
-    skipped_steps: int = 0
-    scaler: dict[str, Any] = field(default_factory=dict)
-    order: str = KEYED
-
-    def note(self, accuracies: dict[str, dict[str, float]]) -> None:
-        """Add accuracies of kinds `knn` and `linear`."""
-        self.knn |= accuracies["knn"]
-        self.linear |= accuracies.get("linear", {})
 
 
 def checkpoint_writer(
@@ -239,7 +206,7 @@ def load_state(path: Path) -> RunState:
         wrong = [key for key, kind in expected.items() if not _is(getattr(state, key), kind)]
         if wrong or state.step < 0 or not all(_is(one, int) for one in state.unusable):
             raise TypeError(f"`{(wrong or ['step or unusable'])[0]}` holds something else")
-        if state.order not in (KEYED, SHUFFLED):
+        if state.order not in ORDERS:
             raise ValueError(f"its order of images is {state.order!r}, unknown here")
         return state
     except (TypeError, ValueError, RecursionError) as error:

@@ -1,18 +1,52 @@
-"""What a loop is given: the model, its batches, and how a step gets its gradient. Each kind of training is one."""
+"""What a loop is given: where it stands, the model, its batches, and how a step gets its gradient."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from hf_vicreg.training.engine.average import WeightAverage
-from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.order import KEYED
 
 Outcome = TypeVar("Outcome")
+
+
+@dataclass
+class RunState:
+    """Where a run stands, beside its tensors.
+
+    Attributes:
+        step: Optimiser steps done.
+        recipe: The resolved configuration, to refuse a checkpoint of another one.
+        data_fingerprint: The same for the data.
+        knn: k-NN accuracies measured so far, by what they measure.
+        linear: The same of linear probes.
+        unusable: Indices of corrupt or too small images met so far.
+        training_seconds: Time spent, over all interruptions.
+        skipped_steps: Steps left out because loss or gradient was not finite.
+        scaler: State of the gradient scaler of fp16, empty without one.
+        order: How the order of images follows from the seed; a run keeps the one that it began with.
+    """
+
+    step: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
+    data_fingerprint: str = ""
+    knn: dict[str, float] = field(default_factory=dict)
+    linear: dict[str, float] = field(default_factory=dict)
+    unusable: list[int] = field(default_factory=list)
+    training_seconds: float = 0.0
+    skipped_steps: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+    order: str = KEYED
+
+    def note(self, accuracies: dict[str, dict[str, float]]) -> None:
+        """Add accuracies of kinds `knn` and `linear`."""
+        self.knn |= accuracies["knn"]
+        self.linear |= accuracies.get("linear", {})
 
 
 class DeviceFull(Exception):  # noqa: N818 - the step is taken again in smaller pieces

@@ -2,7 +2,7 @@
 
 import hashlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -69,9 +69,9 @@ class ImageSource:
     fingerprint: str
     labels: list[int] | None = None
     label_names: list[str] | None = None
-    file_names: list[str] | None = None
+    file_names: Sequence[str] | None = None
     min_size: tuple[int, int] = (1, 1)
-    paths: list[str] | None = None
+    paths: Sequence[str] | None = None
     captions: Captions | None = None
 
     def __len__(self) -> int:

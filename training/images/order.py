@@ -23,7 +23,7 @@ from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.texts.captions import Captions
 
 MAX_SUBSTITUTES = 64
-KEYED, SHUFFLED = "keyed", "shuffled"  # orders of images: of this version, and of checkpoints up to 0.1.0
+ORDERS = KEYED, SHUFFLED = "keyed", "shuffled"  # of images: this version's, and that of checkpoints up to 0.1.0
 FEISTEL_ROUNDS = 12
 
 

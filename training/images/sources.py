@@ -6,7 +6,7 @@ An `ImageSource` (`image_source.py`) gives them decoded by index, and survives w
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.digits import digit_images
+from hf_vicreg.training.images.files.file_names import FileNames
 from hf_vicreg.training.images.hub_reach import hub_trouble, without_hub
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES, files_below
@@ -91,8 +92,8 @@ def _folder_source(folder: str) -> ImageSource:
     root = Path(folder)
     if not root.is_dir():
         raise InputError(f"`train_dir`: expected a folder of images, got {folder}, which is not a folder.")
-    paths = sorted(path for path in files_below(folder) if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES)
-    if not paths:
+    names = FileNames.of(files_below(folder), folder, IMAGE_SUFFIXES)
+    if not names:
         others = SCIENCE_SUFFIXES & {os.path.splitext(path)[1].lower() for path in files_below(folder)}
         if others or any(root.rglob("*.zarr")):
             raise InputError(
@@ -103,13 +104,15 @@ def _folder_source(folder: str) -> ImageSource:
             f"`train_dir`: expected image files ({', '.join(sorted(IMAGE_SUFFIXES))}) below {folder}, found none; "
             "parquet files are read by --dataset_name."
         )
+    paths = names.below(folder)
     source = _source(root.resolve().name, len(paths), partial(_read_file, paths), None)
-    names = [os.path.relpath(path, root) for path in paths]
-    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
-    return replace(source, fingerprint=f"{digest}/{source.fingerprint}", file_names=names, paths=paths)
+    digest = hashlib.sha256()
+    names.update(digest)
+    fingerprint = f"{digest.hexdigest()[:16]}/{source.fingerprint}"
+    return replace(source, fingerprint=fingerprint, file_names=names, paths=paths)
 
 
-def _read_file(paths: list[str], index: int) -> bytes:
+def _read_file(paths: Sequence[str], index: int) -> bytes:
     return Path(paths[index]).read_bytes()
 
 

@@ -110,9 +110,7 @@ class TaskStep(TrainingStep[dict[str, torch.Tensor]]):
     def sampler(self, num_images: int, batch_size: int, seed: int, first_step: int) -> StepSampler:
         """Return this process's share of every step's images."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        return StepSampler(
-            num_images, batch_size, seed, first_step, self.num_steps, rank, processes, order=self.order
-        )
+        return StepSampler(num_images, batch_size, seed, first_step, self.num_steps, rank, processes, order=self.order)
 
 
 class ModelLossStep(TaskStep):

@@ -211,6 +211,17 @@ def test_checkpoint_of_another_version_is_named(tmp_path):
         load_state(path)
 
 
+def test_a_checkpoint_says_which_order_its_run_has(tmp_path):
+    path = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    assert load_state(path).order == state["order"] == "keyed"
+    (path / "state.json").write_text(json.dumps({key: one for key, one in state.items() if key != "order"}))
+    assert load_state(path).order == "shuffled"  # what 0.1.0 had, and did not write down
+    (path / "state.json").write_text(json.dumps(state | {"order": "by size"}))
+    with pytest.raises(InputError, match=r"another version of this package \(its order of images is 'by size'"):
+        load_state(path)
+
+
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(InputError, match="expected 'latest' or a folder"):
         find_checkpoint(tmp_path, "step_00000009")

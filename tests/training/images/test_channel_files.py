@@ -400,7 +400,7 @@ def test_photographs_are_read_as_before_unless_asked(tmp_path):
     Image.fromarray(pixels_of("uint8", 3)).save(tmp_path / "a.png")
     np.save(tmp_path / "labels.npy", np.zeros(3))  # no image to those who train on photographs
     source = load_sources(train_dir=str(tmp_path))[0]
-    assert source.file_names == ["a.png"]
+    assert list(source.file_names) == ["a.png"]
     assert isinstance(source.read(0), Image.Image)
 
 

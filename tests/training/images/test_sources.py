@@ -166,7 +166,7 @@ def test_linked_folders_are_entered_once(tmp_path, image_folder):
     (folder / "loop").symlink_to(folder)
     (folder / "another").symlink_to(folder)
     source, _ = load_sources(train_dir=str(folder))
-    assert source.file_names == ["0000.png", "0001.png", "linked/one.png"]
+    assert list(source.file_names) == ["0000.png", "0001.png", "linked/one.png"]
 
 
 def test_sampled_indices_span_the_source(image_folder):

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from hf_vicreg.modeling.channel_files import open_channels
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.channel_source import ChannelSource, stamp
 from hf_vicreg.training.images.channels.windows import is_blank, windows_of
+from hf_vicreg.training.images.files.file_names import FileNames
 from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES, files_below
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,13 @@ def channel_folder(
     if not root.is_dir():
         raise InputError(f"`train_dir`: expected a folder of images, got {folder}, which is not a folder.")
     suffixes = IMAGE_SUFFIXES | SCIENCE_SUFFIXES
-    paths = sorted(path for path in files_below(folder, zarr=True) if os.path.splitext(path)[1].lower() in suffixes)
-    if not paths:
+    names = FileNames.of(files_below(folder, zarr=True), folder, suffixes)
+    if not names:
         known = ", ".join(sorted(suffixes))
         raise InputError(f"`train_dir`: expected image files ({known}) below {folder}, found none.")
-    names = [os.path.relpath(path, root) for path in paths]
+    paths = names.below(folder)
     digest = hashlib.sha256(f"{num_channels} {pages} {window}".encode())
-    digest.update("\n".join(names).encode(errors="surrogateescape"))
+    names.update(digest)
     for path in paths[:: -(-len(paths) // 64)]:
         try:
             digest.update(stamp(path))
@@ -120,5 +122,5 @@ def _boxes(source: ChannelSource, window: int | None, file: int) -> list[tuple[i
     return [(image, *box) for image in range(opened.num_images) for box in windows_of(height, width, window)]
 
 
-def _contents(paths: list[str], index: int) -> bytes:
+def _contents(paths: Sequence[str], index: int) -> bytes:
     return Path(paths[index]).read_bytes()
