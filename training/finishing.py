@@ -23,6 +23,7 @@ from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
 from hf_vicreg.training.monitor.summary import summary
 from hf_vicreg.training.monitor.tracking import finish_trackers
 from hf_vicreg.training.pretrained.companions import take_away_teacher
+from hf_vicreg.training.run.places import is_shards
 
 
 def fit(run: Run) -> None:
@@ -94,7 +95,7 @@ def results_of(run: Run, state: RunState) -> dict[str, Any]:
     return {
         "dataset": run.source.name,
         # what others can load it by; a folder of this machine they cannot
-        "hub_dataset": name if name and name != "digits" and not os.path.exists(name) else None,
+        "hub_dataset": None if not name or name == "digits" or os.path.exists(name) or is_shards(name) else name,
         "num_images": len(run.source) if isinstance(run.source, ImageSource) else state.step * step_size,
         "unusable_images": len(state.unusable),
         "steps": state.step,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
@@ -20,6 +21,7 @@ from hf_vicreg.training.engine.step import TrainingStep
 from hf_vicreg.training.engine.two_pass import average_gradients, refuse_batch_norm, share_buffers, two_pass_backward
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.colour import finish_batch, placed_batch
+from hf_vicreg.training.images.files.shard_stream import ShardStream, shard_batches
 from hf_vicreg.training.images.order import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate, split_batch
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream, stream_batches
@@ -128,6 +130,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         averaged = self.model.encoders if self.captions is None else self.model.branches
         self.average = WeightAverage(averaged, run.ema_decay) if run.ema_decay else None
         self.unusable: set[int] = set()
+        self.cursors: dict[int, list[int]] = {}
         self.splits = 1  # of what goes through the encoder at once, after a device has run out of memory
         self.process_group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
 
@@ -207,11 +210,16 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         """Take over the order of images, and those that could not be used."""
         super().resumed(state)
         self.unusable = set(state.unusable)
+        self.cursors = {int(lane): cursor for lane, cursor in state.cursors.items()}
 
     def before_checkpoint(self, state: RunState) -> None:
-        """Note the images that could not be used, of all processes."""
+        """Note the images that could not be used and where the lanes through shards stand, of all processes."""
         self.unusable = gather_sets(self.unusable, self.accelerator)
         state.unusable = sorted(self.unusable)
+        if isinstance(self.source, ShardStream):
+            lanes = list(self.cursors.items())
+            lanes = gather_object(lanes) if self.accelerator.num_processes > 1 else lanes
+            state.cursors = {str(lane): cursor for lane, cursor in sorted(lanes)}
 
     def batches(self, first_step: int) -> Iterable[dict[str, Any]]:
         """Return batches of views, in an order that follows from the seed alone."""
@@ -223,18 +231,19 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             workers = 0 if accelerator.device.type == "cpu" else min(8, max(1, torch.get_num_threads() - 1))
             logger.info("dataloader_num_workers: %d chosen", workers)
         if isinstance(self.source, ImageStream):
-            return stream_batches(
-                self.source,
-                samplers,
-                seed=run.seed,
-                first_step=first_step,
-                num_batches=(self.num_steps - first_step) * self.pieces,
-                batch_size=run.batch_size // accelerator.num_processes,
-                num_workers=workers,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                pin_memory=accelerator.device.type == "cuda",
-            )
+            shared: dict[str, Any] = {
+                "seed": run.seed,
+                "num_batches": (self.num_steps - first_step) * self.pieces,
+                "num_workers": workers,
+                "process_index": accelerator.process_index,
+                "num_processes": accelerator.num_processes,
+                "pin_memory": accelerator.device.type == "cuda",
+            }
+            if isinstance(self.source, ShardStream):
+                size, cursors = run.batch_size, self.cursors
+                return shard_batches(self.source, samplers, batch_size=size, cursors=cursors, **shared)
+            size = run.batch_size // accelerator.num_processes
+            return stream_batches(self.source, samplers, batch_size=size, first_step=first_step, **shared)
         # not prepared by accelerate: the sampler already knows each process's share of each step
         return DataLoader(
             ViewDataset(self.source, samplers, run.seed),
@@ -268,6 +277,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
     def _refuse_unusable(self, batches: Sequence[dict[str, Any]]) -> None:
         """Note images that could not be used; InputError if no other could take one's place."""
         self.unusable.update(index for batch in batches for index in batch["unusable"])
+        for batch in batches:
+            self.cursors |= batch.get("cursors", {})
         empty = next((batch for batch in batches if batch["views"] is None), None)
         if empty is not None:
             last_one = self.source.describe(empty["unusable"][-1])

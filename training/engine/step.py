@@ -30,6 +30,7 @@ class RunState:
         skipped_steps: Steps left out because loss or gradient was not finite.
         scaler: State of the gradient scaler of fp16, empty without one.
         order: How the order of images follows from the seed; a run keeps the one that it began with.
+        cursors: Where the lanes through shards stand, by their number; empty where images have an index.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class RunState:
     skipped_steps: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
     order: str = KEYED
+    cursors: dict[str, list[int]] = field(default_factory=dict)
 
     def note(self, accuracies: dict[str, dict[str, float]]) -> None:
         """Add accuracies of kinds `knn` and `linear`."""

@@ -6,9 +6,11 @@ from pathlib import Path
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.channel_source import ChannelSource, as_channels
 from hf_vicreg.training.images.channels.folders import channel_folder
+from hf_vicreg.training.images.files.shard_stream import load_shards
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
 from hf_vicreg.training.images.streaming import ImageStream, load_stream
 from hf_vicreg.training.run.config import RunConfig
+from hf_vicreg.training.run.places import is_shards
 from hf_vicreg.training.texts.captions import fingerprint_of, read_captions, tokenised
 from hf_vicreg.training.texts.tokenizer import run_tokenizer
 
@@ -21,8 +23,11 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
     """
     run = config.run
     if run.streaming:
-        assert run.dataset_name is not None
-        stream = load_stream(run.dataset_name, run.dataset_config_name, run.train_split, run.image_column_name)
+        name = run.dataset_name
+        assert name is not None
+        if is_shards(name):
+            return load_shards(name).at_least(*smallest_side(config)), None, None
+        stream = load_stream(name, run.dataset_config_name, run.train_split, run.image_column_name)
         return stream.at_least(*smallest_side(config)), None, None
     if run.caption_column is not None:
         source, test = load_captioned(config)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.run.arguments import PretrainArguments, bytes_of, seconds_of
+from hf_vicreg.training.run.places import is_shards
 
 if TYPE_CHECKING:
     from hf_vicreg.training.run.config import RunConfig
@@ -107,6 +108,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         )
     check_warm_start(run)
     check_captions(run)
+    check_shards(run)
     if run.streaming:
         if run.dataset_name in (None, "digits"):
             raise InputError("`streaming`: expected a dataset to stream; name a Hub id or a folder of parquet shards.")
@@ -115,6 +117,24 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         for name in ("max_train_samples", "test_split"):
             if getattr(run, name) is not None:
                 raise InputError(f"`{name}`: expected none with --streaming, which reads the train split alone.")
+
+
+def check_shards(run: PretrainArguments) -> None:
+    """Raise InputError for shards that are not streamed, or whose address holds what nobody should read."""
+    if run.train_dir and is_shards(run.train_dir):
+        raise InputError("`train_dir`: expected a folder of images, got tars; name them by --dataset_name.")
+    if run.dataset_name is None or not is_shards(run.dataset_name):
+        return
+    if re.search(r"://[^/]*@|[?#]", run.dataset_name):  # it would stand in the recipe, the log and the card
+        raise InputError(
+            "`dataset_name`: expected an address of shards without credentials, it holds some; give them to the "
+            "store's own library, by its environment variables or files."
+        )
+    if not run.streaming:
+        raise InputError("`streaming`: expected it with shards, which are read as they come; add --streaming.")
+    for name in ("image_column_name", "label_column_name", "dataset_config_name", "caption_column"):
+        if getattr(run, name) is not None:
+            raise InputError(f"`{name}`: expected none with shards, which have no columns; leave it out.")
 
 
 def check_warm_start(run: PretrainArguments) -> None:

@@ -15,8 +15,14 @@ RUNS = Path("runs")
 NUM_LISTED = 3
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BUILT_IN = "digits"
+SHARD_SUFFIX = ".tar"
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SCIENCE_SUFFIXES = {".dcm", ".jp2", ".npy", ".zarr"}  # read by channels; an OME-Zarr is a folder
+
+
+def is_shards(name: str) -> bool:
+    """Return whether a name is that of tars of images: a file, an address or a pattern of them."""
+    return re.split(r"[?#]", name)[0].lower().endswith(SHARD_SUFFIX) and not os.path.isdir(name)
 
 
 def data_setting(data: str, given: dict[str, Any]) -> dict[str, str]:
@@ -54,7 +60,9 @@ def with_places(settings: dict[str, Any]) -> dict[str, Any]:
             f"`data`: expected images, got {images!r}, the folder of a run; name its images, and add "
             f"--model_name_or_path {images} to begin with its weights."
         )
-    if settings.get("train_dir"):
+    if is_shards(images):  # looked for when they are listed
+        pass
+    elif settings.get("train_dir"):
         if not os.path.isdir(images):
             raise InputError(f"`train_dir`: expected a folder of images, got {images!r}{_instead(images)}")
     elif os.path.isfile(images):

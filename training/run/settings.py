@@ -23,7 +23,7 @@ from hf_vicreg.training.run.arguments import (
     ViewsConfig,
 )
 from hf_vicreg.training.run.checks import check_ranges
-from hf_vicreg.training.run.places import data_setting
+from hf_vicreg.training.run.places import data_setting, is_shards
 from hf_vicreg.training.run.section_flags import INHERITED, MODEL, VICREG, VICREG_WEIGHTS
 from hf_vicreg.training.run.view_presets import VIEW_PRESETS
 
@@ -81,7 +81,9 @@ def explicit_settings(given: dict[str, Any]) -> dict[str, Any]:
     """
     given = {key: value for key, value in given.items() if value is not None}
     name, data = given.pop("config", None), given.pop("data", None)
-    if data is not None:
+    if data is not None and is_shards(str(data)) and not given.keys() & {"dataset_name", "train_dir"}:
+        given = {"dataset_name": str(data), "streaming": True} | given
+    elif data is not None:
         given = data_setting(str(data), given) | given
     recipe = read_recipe(str(name)) if name is not None else {}
     if given.keys() & {"dataset_name", "train_dir"}:  # the recipe's data gives way, whichever of the two names it
