@@ -4,6 +4,7 @@ import io
 import re
 import tarfile
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,12 +42,12 @@ def write_shards(folder, shards, images, broken=()):
 
 
 class Store(ThreadingHTTPServer):
-    """Serves a folder, by ranges; drops every so-manieth request, some before and some within the answer.
+    """Serves a folder, by ranges; fails every so-manieth request: with no word, with an error, or within the answer.
 
     Attributes:
         drop_every: 20 for 5%; 0 for none.
         secret: What a request has to bring along as `Authorization`, None for nothing.
-        requests: How many there were.
+        requests: How many there were, by whether they were for bytes.
         dropped: How many of them got no whole answer.
     """
 
@@ -54,7 +55,7 @@ class Store(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, drop_every: int, secret: str | None):
         self.folder, self.drop_every, self.secret = folder, drop_every, secret
-        self.requests = self.dropped = 0
+        self.requests, self.dropped = Counter(), 0
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), Answer)
 
@@ -72,11 +73,14 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self, body=True):
         store = self.server
         with store.lock:
-            store.requests += 1
-            drop = bool(store.drop_every) and store.requests % store.drop_every == 0
+            store.requests[body] += 1
+            drop = bool(store.drop_every) and store.requests[body] % store.drop_every == 0
             store.dropped += drop
-        if drop and (store.dropped % 2 or not body):
+        if drop and not body:
             self.close_connection = True  # not a word
+            return
+        if drop and store.dropped % 2:
+            self.send_error(503)
             return
         path = store.folder / self.path.lstrip("/")
         if store.secret is not None and self.headers["Authorization"] != store.secret:

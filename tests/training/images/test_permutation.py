@@ -56,6 +56,12 @@ def whole_orders(permutation):
     return off(list(counts.values()) + [0] * (24 - len(counts)), 100)
 
 
+def signs(permutation):
+    """Even and odd orders of nine, a square of an odd number."""
+    odd = sum(np.linalg.det(np.eye(9)[permutation(9, seed)]) < 0 for seed in range(400))
+    return off([odd, 400 - odd], 200)
+
+
 def epochs(permutation):
     """Where an index stands in an epoch, given where it stood in the one before."""
     table, before = np.zeros((20, 20)), permutation(1009, 0)
@@ -75,7 +81,7 @@ def test_every_index_comes_once(length):
     assert np.array_equal(keyed_permutation("3/0", length, some), found[some])  # of any positions, in any batch
 
 
-@pytest.mark.parametrize("statistic", [places, neighbours, whole_orders, epochs], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("statistic", [places, neighbours, whole_orders, signs, epochs], ids=lambda one: one.__name__)
 def test_it_is_as_good_as_a_shuffled_list(statistic):
     assert statistic(keyed) < FARTHEST
     assert statistic(shuffled) < FARTHEST  # the statistic itself is right

@@ -16,6 +16,7 @@ import torch
 
 from hf_vicreg import pretrain
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.files import shard_stream
 from hf_vicreg.training.images.files.shard_stream import Lane, ShardStream, load_shards, shard_batches
 from hf_vicreg.training.images.files.shards import ShardLost, list_shards, members
 from hf_vicreg.training.images.views import ViewSampler
@@ -28,6 +29,12 @@ from shard_server import SIDE, coloured, number_of, served, write_shards
 
 SHARDS, IN_A_SHARD = 6, 10
 ALL = SHARDS * IN_A_SHARD
+
+
+@pytest.fixture(autouse=True)
+def _small_buffer(monkeypatch):
+    """Three images ahead in each of six lanes, so that shards have several blocks."""
+    monkeypatch.setattr(shard_stream, "BUFFER_SIZE", 18)
 
 
 def still():
@@ -108,10 +115,10 @@ def test_a_resumed_run_goes_on_with_the_next_image(tmp_path, step):
 
 def test_a_store_that_drops_requests_loses_no_image(tmp_path):
     write_shards(tmp_path, SHARDS, IN_A_SHARD)
-    with served(tmp_path, drop_every=5) as store:
+    with served(tmp_path, drop_every=3) as store:
         stream = load_shards(f"{store.address}/{{0000..{SHARDS - 1:04d}}}.tar")
         counts = Counter(numbers(batches_of(stream, 5, workers=2)))
-        assert store.dropped > 3
+        assert store.dropped >= 3
     assert counts == dict.fromkeys(range(ALL), 1)
 
 
@@ -128,7 +135,7 @@ def test_two_thousand_shards_of_a_store_that_drops_requests(tmp_path):
             batches_of(stream, steps // 2 + 1, cursors=cursors, batch_size=100, rank=rank, processes=2)
             for rank in range(2)
         ]
-        assert store.dropped > 0.04 * store.requests
+        assert store.dropped > 0.04 * store.requests.total()
     counts = Counter(numbers(first) + [one for half in halves for one in numbers(half)])
     assert counts == dict.fromkeys(range(shards * images), 1)
 
@@ -163,6 +170,27 @@ def test_a_shard_that_dies_is_given_up_and_counted(tmp_path, caplog, fault):
     assert stream.describe(lost) == "0002.tar, from some byte on"
     assert stream.refusal(lost).kind == {"cut": "truncated", "gone": "missing"}.get(fault, "damaged")
     assert "shard 0002.tar is given up: " in caplog.text
+
+
+def test_what_was_read_ahead_of_a_fault_comes_in_the_same_order_when_resumed(tmp_path):
+    stream = load_shards(write_shards(tmp_path, 1, 10))
+    path = tmp_path / "0000.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: [one.offset for one in members(str(path))][7] + 540])
+
+    def places(lane, count):
+        return [place for _, _, place, _ in islice(lane.images(), count)]
+
+    lane = Lane.at([0], stream, "3", 1)
+    assert sorted(places(lane, 7)) == list(range(7))
+    for given in range(1, 7):
+        lane = Lane.at([0], stream, "3", 1)
+        before = places(lane, given)
+        path.write_bytes(whole)  # the store is back
+        after = places(Lane.at(lane.cursor, stream, "3", 1), 10 - given)
+        path.write_bytes(whole[: [one.offset for one in members(str(path))][7] + 540])
+        assert before + after[: 7 - given] == places(Lane.at([0], stream, "3", 1), 7)
+        assert sorted(after[7 - given :]) == [7, 8, 9]
 
 
 def test_nothing_to_read_ends_the_run_in_a_line(tmp_path):

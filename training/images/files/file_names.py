@@ -61,6 +61,8 @@ class FileNames(Sequence[str]):
         _, places, contents = names.buffers()
         starts = np.frombuffer(places, np.int64, len(names) + 1).copy()
         text = np.frombuffer(contents or b"", np.uint8, int(starts[-1])).copy()
+        del names, places, contents
+        pa.default_memory_pool().release_unused()
         return cls(torch.from_numpy(text), torch.from_numpy(starts))
 
     def below(self, folder: str) -> "FileNames":
