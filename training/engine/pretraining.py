@@ -21,7 +21,8 @@ from hf_vicreg.training.engine.step import TrainingStep
 from hf_vicreg.training.engine.two_pass import average_gradients, refuse_batch_norm, share_buffers, two_pass_backward
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.colour import finish_batch, placed_batch
-from hf_vicreg.training.images.files.shard_stream import ShardStream, shard_batches
+from hf_vicreg.training.images.files.shard_batches import shard_batches
+from hf_vicreg.training.images.files.shard_stream import ShardStream
 from hf_vicreg.training.images.order import MAX_SUBSTITUTES, StepSampler, ViewDataset, collate, split_batch
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream, stream_batches

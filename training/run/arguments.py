@@ -143,7 +143,10 @@ class PretrainArguments:
         "Folder of the run: encoder, processor and card at its root, checkpoints inside; default: runs/NAME-DATE, "
         "named after the images.",
     )
-    dataset_name: str | None = _data(None, "Hub id, local `datasets` folder, or `digits` (built in).")
+    dataset_name: str | None = _data(
+        None,
+        "Hub id, local `datasets` folder, `digits` (built in), or tars: `shards/{000..123}.tar`, of any store.",
+    )
     dataset_config_name: str | None = _data(None, "Configuration of the Hub dataset.")
     train_dir: str | None = _data(None, "Folder of image files, searched recursively; no labels are needed.")
     streaming: bool = _data(False, "Read the dataset as it comes, without storing it; needs `max_steps`.")

@@ -17,7 +17,8 @@ import torch
 from hf_vicreg import pretrain
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.files import shard_stream
-from hf_vicreg.training.images.files.shard_stream import Lane, ShardStream, load_shards, shard_batches
+from hf_vicreg.training.images.files.shard_batches import shard_batches
+from hf_vicreg.training.images.files.shard_stream import Lane, ShardStream, load_shards
 from hf_vicreg.training.images.files.shards import ShardLost, list_shards, members
 from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.run.arguments import ViewsConfig
