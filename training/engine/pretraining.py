@@ -104,6 +104,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             raise InputError(
                 f"`batch_size`: expected a multiple of {accelerator.num_processes} processes, got {run.batch_size}."
             )
+        if isinstance(source, ShardStream):
+            source.refuse_processes(run.batch_size, accelerator.num_processes)
         if isinstance(source, ImageSource):
             self.steps_per_epoch = len(source) // config.step_size
             self.num_steps = run.max_steps or run.num_train_epochs * self.steps_per_epoch

@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+import yaml
 
 from hf_vicreg import pretrain
 from hf_vicreg.training.errors import InputError
@@ -204,8 +205,17 @@ def test_nothing_to_read_ends_the_run_in_a_line(tmp_path):
     with pytest.raises(InputError, match=r"found none: 0002.tar: missing file \(FileNotFoundError 2\)") as caught:
         load_shards(pattern)
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="give to be shared by 2 processes; take a divisor of 3 processes"):
-        batches_of(stream, 1, batch_size=6, processes=2)
+
+
+@pytest.mark.parametrize(
+    ("shards", "batch_size", "lanes"), [(3, 6, 3), (2000, 256, 128), (2000, 100, 100), (50, 96, 48)]
+)
+def test_lanes_are_what_many_numbers_of_processes_can_share(shards, batch_size, lanes):
+    stream = ShardStream("x", ["0.tar"] * shards, "")
+    assert stream.num_lanes(batch_size) == lanes
+    stream.refuse_processes(batch_size, lanes)
+    with pytest.raises(InputError, match=f"the {lanes} lanes .* by 7 processes; take a number of them that divides"):
+        stream.refuse_processes(batch_size, 7)
 
 
 def test_patterns_name_shards_in_order(tmp_path):
@@ -279,6 +289,34 @@ def test_a_run_over_shards_is_killed_and_resumed_to_the_bit(tmp_path, tiny_recip
     with pytest.raises(InputError, match="the images are not the ones it was trained on") as caught:
         pretrain(out=tmp_path / "again", data=longer, resume_from_checkpoint="latest", **settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_begin_a_run_and_one_goes_on(tmp_path, tiny_recipe, ranks):
+    pattern = write_shards(tmp_path / "shards", 4, 10, broken=[5, 22])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe | {"batch_size": 8, "checkpointing_steps": 3}))
+    command = ["-m", "hf_vicreg.cli", "pretrain", pattern, "--config", tmp_path / "recipe.yaml", "--max_steps", 8]
+    command += ["--dataloader_num_workers", 1, "--output_dir"]
+
+    def state(folder):
+        found = json.loads((tmp_path / folder / "checkpoints" / "step_00000008" / "state.json").read_text())
+        return found["cursors"], found["unusable"]
+
+    for count, folder in ((1, "one"), (2, "two")):
+        done = ranks(count, *command, tmp_path / folder)
+        assert done.returncode == 0, done.stderr
+    assert len(state("one")[0]) == 4
+    assert state("two") == state("one")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step_00000008")
+    (tmp_path / "two" / "model.safetensors").unlink()
+    done = ranks(1, *command, tmp_path / "two", "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    assert state("two") == state("one")
+    done = ranks(3, *command, tmp_path / "three", "--batch_size", 12)
+    assert done.returncode == 2
+    assert done.stderr.count("the 4 lanes that 4 shards and a batch of 12 give to be shared by 3 processes") >= 1
+    assert not (tmp_path / "three").exists()
 
 
 def test_a_tar_is_read_on_from_any_image(tmp_path):

@@ -92,18 +92,13 @@ def shard_batches(
         batch_size: Images in a batch of all processes.
         num_workers: Loader processes; no more than there are lanes for.
         process_index: This process's rank.
-        num_processes: Processes that share the lanes.
+        num_processes: Processes that share the lanes; see `ShardStream.refuse_processes`.
         pin_memory: As the loader's.
 
     Raises:
-        InputError: Lanes that the processes cannot share, or credentials that are gone.
+        InputError: Credentials are gone, or missing for some of the shards.
     """
     num_lanes = stream.num_lanes(batch_size)
-    if num_lanes % num_processes:
-        raise InputError(
-            f"`dataset_name`: expected the {num_lanes} lanes that {stream.num_shards} shards and a batch of "
-            f"{batch_size} give to be shared by {num_processes} processes; take a divisor of {num_lanes} processes."
-        )
     own = range(num_lanes * process_index // num_processes, num_lanes * (process_index + 1) // num_processes)
     num_workers = min(num_workers, len(own))
     loader = DataLoader(

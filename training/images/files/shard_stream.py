@@ -67,6 +67,15 @@ class ShardStream(ImageStream):
         possible = [one for one in range(1, min(MOST_LANES, self.num_shards) + 1) if batch_size % one == 0]
         return max(possible, key=lambda lanes: (sum(lanes % one == 0 for one in possible), lanes))
 
+    def refuse_processes(self, batch_size: int, num_processes: int) -> None:
+        """Raise InputError where so many processes cannot share the lanes evenly."""
+        lanes = self.num_lanes(batch_size)
+        if lanes % num_processes:
+            raise InputError(
+                f"`dataset_name`: expected the {lanes} lanes that {self.num_shards} shards and a batch of "
+                f"{batch_size} give to be shared by {num_processes} processes; take a number of them that divides {lanes}."
+            )
+
 
 def load_shards(pattern: str) -> ShardStream:
     """Return a stream over the shards that a pattern names.
