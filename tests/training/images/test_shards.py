@@ -7,7 +7,7 @@ import shutil
 import sys
 import tarfile
 from collections import Counter
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import fsspec
@@ -60,13 +60,11 @@ def whole_epoch(stream, num_lanes):
     found = []
     for number in range(num_lanes):
         lane = Lane.at([number], stream, "3", num_lanes)
-        for epoch, shard, place, _ in islice(lane.images(), 10 * ALL):
-            if epoch == 0:
-                found.append((shard, place))
+        found += [(shard, place) for _, shard, place, _ in takewhile(lambda one: one[0] == 0, lane.images())]
     return found
 
 
-@pytest.mark.parametrize("num_lanes", [1, 2, 4, 5])
+@pytest.mark.parametrize("num_lanes", [1, 5])
 def test_every_image_comes_once_an_epoch(tmp_path, num_lanes):
     stream = load_shards(write_shards(tmp_path, SHARDS, IN_A_SHARD))
     found = whole_epoch(stream, num_lanes)
@@ -88,7 +86,7 @@ def test_processes_and_workers_change_neither_order_nor_views(tmp_path):
     stream = load_shards(write_shards(tmp_path, SHARDS, IN_A_SHARD, broken=[17]))
     samplers = ViewSampler.of_views(ViewsConfig(), (SIDE, SIDE))
     whole = batches_of(stream, 6, samplers=samplers)
-    for workers, processes in ((2, 1), (0, 2), (5, 3)):
+    for workers, processes in ((2, 1), (0, 2), (1, 3)):
         shares = [
             batches_of(stream, 6, samplers=samplers, workers=workers, rank=rank, processes=processes)
             for rank in range(processes)
@@ -103,7 +101,7 @@ def test_processes_and_workers_change_neither_order_nor_views(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
-@pytest.mark.parametrize("step", [1, 4, 7])
+@pytest.mark.parametrize("step", [4, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 7))])
 def test_a_resumed_run_goes_on_with_the_next_image(tmp_path, step):
     stream = load_shards(write_shards(tmp_path, SHARDS, IN_A_SHARD, broken=[17, 40]))
     whole = batches_of(stream, 12)

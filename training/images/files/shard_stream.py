@@ -73,7 +73,8 @@ class ShardStream(ImageStream):
         if lanes % num_processes:
             raise InputError(
                 f"`dataset_name`: expected the {lanes} lanes that {self.num_shards} shards and a batch of "
-                f"{batch_size} give to be shared by {num_processes} processes; take a number of them that divides {lanes}."
+                f"{batch_size} give to be shared by {num_processes} processes; take a number of them that divides "
+                f"{lanes}."
             )
 
 
@@ -142,20 +143,19 @@ class Lane:
         ahead, empty = -(-BUFFER_SIZE // self.num_lanes), 0
         while empty < MOST_EMPTY:
             epoch, place = divmod(self.turn, self.stream.num_shards)
-            shard = self._permuted(f"{epoch}/shards", self.stream.num_shards)[place]
+            shard = self._permuted(f"{epoch}/shards", self.stream.num_shards, place, place + 1)[0]
             empty += 1
             for block in self._blocks(shard, ahead):
-                order = self._permuted(f"{self.turn}/{self.first}", len(block))
                 self.offset, self.length = block[0].offset, len(block)
-                for chosen in order[self.given :]:
+                for chosen in self._permuted(f"{self.turn}/{self.first}", len(block), self.given, len(block)):
                     self.given += 1
                     empty = 0
                     yield epoch, shard, self.first + chosen, block[chosen].content
                 self.first, self.length, self.given = self.first + len(block), 0, 0
             self.turn, self.offset, self.first, self.length, self.given = self.turn + self.num_lanes, 0, 0, 0, 0
 
-    def _permuted(self, key: str, length: int) -> list[int]:
-        return keyed_permutation(f"{self.key}/{key}", length, np.arange(length)).tolist()
+    def _permuted(self, key: str, length: int, start: int, stop: int) -> list[int]:
+        return keyed_permutation(f"{self.key}/{key}", length, np.arange(start, stop)).tolist()
 
     def _blocks(self, shard: int, ahead: int) -> Iterator[list[Member]]:
         """Yield the images that are read ahead together; the first are as many as they were before a checkpoint."""
