@@ -32,7 +32,9 @@ class BigBirdViTConvStem(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weights of the first convolution, which say the type that images are to have."""
-        return self.convolutions[0].weight
+        weight = self.convolutions[0].weight
+        assert isinstance(weight, torch.Tensor)  # for the type checker
+        return weight
 
     def forward(self, pixel_values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         """Return `(batch, hidden_size, rows, columns)` of `(batch, channels, height, width)`.

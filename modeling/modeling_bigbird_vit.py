@@ -47,7 +47,7 @@ class BigBirdViTEmbeddings(nn.Module):
         if config.num_register_tokens > 0:
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
         self.register_load_state_dict_pre_hook(_without_empty_registers)
-        self.projection: nn.Module
+        self.projection: nn.Conv2d | BigBirdViTConvStem
         if config.patch_embedding == "conv":
             self.projection = BigBirdViTConvStem(config)
         else:
@@ -71,8 +71,8 @@ class BigBirdViTEmbeddings(nn.Module):
         Where `masked_patches` `(batch, patches)` says so, `mask_token` `(hidden_size,)` stands for the patch.
         """
         pixel_values = pixel_values.to(self.projection.weight.dtype)
-        stem = isinstance(self.projection, BigBirdViTConvStem)
-        projected = self.projection(pixel_values, valid) if stem else self.projection(pixel_values)
+        is_stem = isinstance(self.projection, BigBirdViTConvStem)
+        projected = self.projection(pixel_values, valid) if is_stem else self.projection(pixel_values)
         rows, columns = projected.shape[-2:]
         patches: torch.Tensor = projected.flatten(2).transpose(1, 2)
         if masked_patches is not None and mask_token is not None:

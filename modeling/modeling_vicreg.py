@@ -220,8 +220,8 @@ class VicRegForPreTraining(PreTrainedModel):
         group = self._process_group()
         num_samples = len(encoded[0])
         is_vicreg = self.config.objective == "vicreg"  # whose loss shares sizes itself
-        unsure = group is not None and not self.objective.shares_are_equal
-        if unsure and (self.config.expander_norm == "batch" or not is_vicreg):
+        may_differ = not self.objective.shares_are_equal
+        if group is not None and may_differ and (self.config.expander_norm == "batch" or not is_vicreg):
             # before the expander's batch norms wait for each other: as many samples and views everywhere
             sizes = share_sizes([num_samples, len(encoded)], group, encoded[0].device)
             if any(size != sizes[0] for size in sizes):

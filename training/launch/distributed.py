@@ -168,6 +168,7 @@ def read_once(
 def host_group() -> torch.distributed.ProcessGroup:
     """Return the processes, connected by gloo: what they agree on there waits for no device; all must call."""
     world = torch.distributed.group.WORLD
+    assert world is not None, "of several processes alone"
     if torch.distributed.get_backend() == "gloo":
         return world
     if _host_groups.get("world") is not world:

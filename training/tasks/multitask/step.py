@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
