@@ -23,8 +23,8 @@ def load_classes(arguments: LabelArguments) -> Splits:
     Raises:
         InputError: A class without a training image, and what `load_labelled` refuses.
     """
-    fields = [one.name for one in dataclasses.fields(LabelledDataArguments)]
-    train, test = load_labelled(LabelledDataArguments(**{name: getattr(arguments, name) for name in fields}))
+    names = {one.name for one in dataclasses.fields(LabelledDataArguments)} & vars(arguments).keys()
+    train, test = load_labelled(LabelledDataArguments(**{name: getattr(arguments, name) for name in names}))
     refuse_unseen(train.class_names, set(train.labels), "label_column_name")
     return _annotated(train), _annotated(test), train.class_names
 
