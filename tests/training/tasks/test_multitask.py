@@ -192,9 +192,11 @@ def test_other_labels_are_other_data(saved):
         ),
         (load_numbers, ["much", "little"], None, "expected a number, got 'much' in row 0 of 'train'"),
         (load_numbers, [1.0, None], None, "expected a number, got 'None' in row 1 of 'train'"),
-        (load_numbers, [1.0, float("nan")], None, "expected a number, finite, got 'nan' in row 1 of 'train'"),
+        (load_numbers, [1.0, float("nan")], None, "expected a number, finite in 32 bits, got 'nan' in row 1"),
+        (load_numbers, [1.0, 1e300], None, "expected a number, finite in 32 bits, got '1e\\+300' in row 1"),
         (load_numbers, [[1.0, 2.0], [1.0]], None, "expected a list of 2 numbers, got '\\[1.0\\]' in row 1"),
         (load_numbers, [[1.0, 2.0], [1.0, 3.0]], None, "output 0 is 1 for all 2 training images"),
+        (load_numbers, [0.1] * 7, None, "output 0 is 0.1 for all 7 training images"),
     ],
 )
 def test_labels_that_are_none(saved, load, labels, feature, message):

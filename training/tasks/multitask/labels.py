@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,7 +97,8 @@ def load_numbers(arguments: LabelArguments) -> Splits:
     first = train.annotations[0]
     count = len(first) if isinstance(first, list) else 1
     train, test = (_numbers(images, first, count) for images in (train, test))
-    same = (torch.stack(train.annotations).std(0, correction=0) == 0).nonzero().flatten().tolist()
+    stacked = torch.stack(train.annotations)
+    same = (stacked == stacked[0]).all(0).nonzero().flatten().tolist()  # by rounding, a deviation need not be 0
     if same:
         raise InputError(
             f"`label_column_name`: expected numbers that differ in column {column!r}, output {same[0]} is "
@@ -115,9 +115,9 @@ def _numbers(images: AnnotatedImages, first: Any, count: int) -> AnnotatedImages
         right = all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
         if isinstance(found, list) != isinstance(first, list) or len(values) != count or not right or not count:
             raise _wrong(wanted, found, row, images.split)
-        if not all(math.isfinite(one) for one in values):
-            raise _wrong(f"{wanted}, finite", found, row, images.split)
-        targets.append(torch.tensor(values, dtype=torch.float32))
+        targets.append(torch.tensor(values, dtype=torch.float64).float())
+        if not targets[-1].isfinite().all():
+            raise _wrong(f"{wanted}, finite in 32 bits", found, row, images.split)
     return dataclasses.replace(images, annotations=targets)
 
 
