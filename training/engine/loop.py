@@ -141,7 +141,7 @@ class TrainingLoop:
         progress = Progress(step.num_steps, state.step, shown=accelerator.is_local_main_process)
         seconds_before, started = state.training_seconds, time.perf_counter()
         stopwatch = Stopwatch()
-        with closing(stopwatch.waits(step.batches(state.step))) as waited:
+        with closing(stopwatch.waits(step.batches(state.step))) as waited, self.background:
             for batches in zip(*[waited] * step.pieces, strict=True):
                 outcome, taken = self._take(batches)
                 state.step += 1

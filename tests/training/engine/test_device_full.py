@@ -1,5 +1,7 @@
 """A device that runs out of memory in a step: the step is taken again in halves, on all processes, and is not lost."""
 
+import time
+
 import pytest
 import torch
 
@@ -99,3 +101,16 @@ def test_batch_norms_cannot_be_split(tiny_recipe, tmp_path, image_folder):
     _full_above(trainer, 0, [])
     with pytest.raises(InputError, match=r"`batch_size`: expected 8 image\(s\)"):
         trainer.fit()
+
+
+def test_a_run_that_fails_has_written_its_checkpoint_when_it_says_so(tiny_recipe, tmp_path, image_folder):
+    trainer, written = _trainer(tiny_recipe, tmp_path / "run", image_folder(16)), []
+
+    def fail(module, arguments):
+        trainer.background.start(lambda: (time.sleep(0.3), written.append("checkpoint")))
+        raise InputError("`images`: broken")
+
+    trainer.step.model.encoder.register_forward_pre_hook(fail)
+    with pytest.raises(InputError, match="broken"):
+        trainer.fit()
+    assert written == ["checkpoint"]

@@ -1,5 +1,6 @@
 """What is done beside the training: one thing at a time, and no error is lost."""
 
+import logging
 import threading
 
 import pytest
@@ -29,3 +30,28 @@ def test_an_error_is_raised_once_where_it_is_waited_for():
     with pytest.raises(OSError, match="no room"):
         background.start(lambda: pytest.fail("begun after a failure"))
     background.wait()
+
+
+def test_a_context_waits_and_another_error_is_the_one_that_is_raised(caplog):
+    gate, done = threading.Event(), []
+
+    def fail():
+        gate.wait(60)
+        done.append("tried")
+        raise OSError("no room")
+
+    def work(own):
+        gate.clear()
+        threading.Timer(0.05, gate.set).start()
+        with Background() as background:
+            background.start(fail)
+            if own is not None:
+                raise own
+
+    for own in (KeyError, None):
+        with pytest.raises(own or OSError):
+            work(own)
+        assert done.pop() == "tried"
+    assert [one.message for one in caplog.records if one.levelno == logging.WARNING] == [
+        "what was being done beside the training failed as well: no room"
+    ]
