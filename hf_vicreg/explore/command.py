@@ -82,7 +82,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise InputError(f"`host`: expected a name or address of this machine, got {host!r}.") from error
     for tried in range(port, min(port + TRIES, 2**16)):
         found = socket.socket(family, socket.SOCK_STREAM)
@@ -95,7 +95,7 @@ def listen(host: str, port: int) -> socket.socket:
             raise InputError(f"`port`: expected one that you may take, got {tried}; take one from 1024 on.") from error
         except OSError as error:
             found.close()
-            if family == socket.AF_INET and not _is_own(host):
+            if not _is_own(host, family):
                 raise InputError(f"`host`: expected an address of this machine, got {host!r}.") from error
             continue
         if tried != port:
@@ -122,8 +122,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _is_own(host: str) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+def _is_own(host: str, family: int) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((host, 0))
         except OSError:

@@ -19,7 +19,6 @@ from hf_vicreg.report.pictures import fitted
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import DualImages
 from hf_vicreg.training.evaluation.features import pixels_of
-from hf_vicreg.training.images.channels.channel_source import ChannelSource
 from hf_vicreg.training.images.decoding import UnusableImage, decode
 from hf_vicreg.training.prepare.arguments import embed_arguments
 
@@ -85,7 +84,7 @@ class Explorer:
             raise InputError(
                 "`MODEL`: expected the model of these embeddings to look for an image, got none; name it."
             )
-        if isinstance(self.images.source, ChannelSource):
+        if getattr(encoder.processor, "channel_low", None) is not None:
             raise InputError("`image`: expected images of 3 channels to look for one; click one of the set instead.")
         try:
             image = decode(encoded, (1, 1), None)
@@ -146,7 +145,8 @@ class Explorer:
         names = [self.images.file_name(row) for row in rows]
         labels = [found.names[found.classes[row]] for row in rows]
         text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
+        # all quoted: before Python 3.13 a name with a carriage return would not be
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(LABEL_COLUMNS)
         for row, name, label, apart in zip(rows, names, labels, set_apart(names, labels), strict=True):
             how = "given" if row in found.given else "spread"

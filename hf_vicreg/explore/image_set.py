@@ -19,6 +19,8 @@ from hf_vicreg.training.prepare.arguments import EmbedArguments
 from hf_vicreg.training.prepare.embed import embed_images, load_images
 from hf_vicreg.training.run.run_folder import read_record, refuse_others
 
+TOLD = {"dtype", "size", "num_unusable", "name", "weights", "feature", "preprocessing"}  # by embedding.json
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -134,6 +136,9 @@ def _read_set(folder: Path, source: ImageSource | None, encoder: VisionEncoder |
     record = read_record("IMAGES", folder / EMBEDDING_FILE)
     if "num_rows" not in record:
         raise InputError(f"`IMAGES`: expected finished embeddings, found only a part in {folder}; embed again.")
+    model, told = record.get("model"), record.get("images")
+    if not isinstance(model, dict) or not isinstance(told, dict) or TOLD - {*record, *model, *told}:
+        raise InputError(f"`IMAGES`: expected {EMBEDDING_FILE} of `hf-vicreg embed` in {folder}; embed again.")
     table = _columns(folder, ["id", "path"])
     ids = table["id"].to_numpy()
     digests = [one for shard in sorted(folder.glob(SHARDS)) for one in shard_digests(shard)]

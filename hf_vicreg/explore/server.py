@@ -19,11 +19,11 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hf_vicreg.explore.command import is_loopback
 from hf_vicreg.explore.explorer import Explorer
 from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.training.errors import InputError
 
-OWN_NAMES = {"127.0.0.1", "localhost", "[::1]"}
 COOKIE = "hf_vicreg_explore"
 SIDES = (96, 640)  # of the pictures that are given out, in pixels
 MOST_FOUND, MOST_LISTED = 200, 200
@@ -57,9 +57,9 @@ def application(explorer: Explorer, token: str | None = None) -> ASGIApp:
             ("about", _about, ["GET"]),
             ("points", _points, ["GET"]),
             ("clusters", _clusters, ["GET"]),
-            ("image/{row:int}", _image, ["GET"]),
-            ("name/{row:int}", _name, ["GET"]),
-            ("near/{row:int}", _near_row, ["GET"]),
+            ("image/{row}", _image, ["GET"]),
+            ("name/{row}", _name, ["GET"]),
+            ("near/{row}", _near_row, ["GET"]),
             ("words", _words, ["GET"]),
             ("copies", _copies, ["GET"]),
             ("outliers", _outliers, ["GET"]),
@@ -99,7 +99,7 @@ class _Guard:
     def _refusal(self, request: Request) -> Response | None:
         if self.token is None:
             name = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
-            if name not in OWN_NAMES:  # a name that somebody else has pointed here
+            if not is_loopback(name.strip("[]")):  # a name that somebody else has pointed here
                 return _error(403, "this explorer is asked by the names of this machine alone")
             return None
         given = request.query_params.get("token")
@@ -188,7 +188,7 @@ def _image(explorer: Explorer, request: Request, body: bytes) -> Response:
     picture = explorer.picture(_row(explorer, request), side) if side in SIDES else None
     if picture is None:
         raise HTTPException(404, "no such image at hand")
-    return Response(picture, media_type="image/jpeg", headers={"cache-control": "private, max-age=3600"})
+    return Response(picture, media_type="image/jpeg")  # kept by no browser: the next set has the same address
 
 
 def _name(explorer: Explorer, request: Request, body: bytes) -> Response:
@@ -255,7 +255,8 @@ def _found(pairs: list[tuple[int, float]]) -> Response:
 
 
 def _row(explorer: Explorer, request: Request) -> int:
-    return _checked(explorer, request.path_params["row"])
+    text = request.path_params["row"]
+    return _checked(explorer, int(text) if text.isdecimal() and len(text) < 10 else None)
 
 
 def _checked(explorer: Explorer, row: Any) -> int:

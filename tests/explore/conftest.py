@@ -32,8 +32,8 @@ def smooth(index, side=32):
 def write_images(folder):
     (folder / "sub").mkdir(parents=True)
     for index in range(COUNT):
-        name = {0: HOSTILE, 1: BROKEN_LINE, 2: "=sum,1"}.get(index, f"sub/{index:03d}").replace("</", "<|")
-        smooth(index).save(folder / f"{name}.png")
+        hostile = {0: HOSTILE.replace("</", "<|"), 1: BROKEN_LINE, 2: "=sum,1", 5: "carriage\rreturn"}
+        smooth(index).save(folder / f"{hostile.get(index, f'sub/{index:03d}')}.png")
     for index in range(10, 10 + COPIES):
         (folder / f"copy_{index:03d}.png").write_bytes((folder / "sub" / f"{index:03d}.png").read_bytes())
     noise = np.random.default_rng(0).integers(0, 2, (32, 32, 1), dtype=np.uint8) * 255
@@ -41,12 +41,12 @@ def write_images(folder):
     (folder / "broken.png").write_bytes(b"no image")
 
 
-def write_encoder(folder, seed=0):
+def write_encoder(folder, seed=0, channels=3, **processing):
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    config = BigBirdViTConfig(**sizes, image_size=32, patch_size=8, pooling="mean", tile_size=1)
+    config = BigBirdViTConfig(**sizes, image_size=32, patch_size=8, pooling="mean", tile_size=1, num_channels=channels)
     BigBirdViTModel(config).save_pretrained(folder)
-    BigBirdViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    BigBirdViTImageProcessor(size={"height": 32, "width": 32}, **processing).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

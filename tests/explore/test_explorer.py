@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from huggingface_hub import constants
 
 from hf_vicreg.cli import main
 from hf_vicreg.explore import explorer as module
-from hf_vicreg.explore.explorer import open_explorer
+from hf_vicreg.explore.explorer import Explorer, open_explorer
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FinetuneArguments
+from hf_vicreg.training.evaluation.encoder import load_vision_encoder
 from hf_vicreg.training.evaluation.labelled import load_labelled
 from hf_vicreg.training.prepare.arguments import embed_arguments
 from hf_vicreg.training.prepare.embed import embed_images
@@ -81,6 +83,15 @@ def test_a_folder_of_embeddings_is_explored_with_or_without_images(explorer, emb
     assert shown.picture(0, 96)[:2] == b"\xff\xd8"
 
 
+def test_an_encoder_of_five_channels_takes_no_photograph(embeddings, images, tmp_path):
+    norm = {"image_mean": [0.5] * 5, "image_std": [0.5] * 5}
+    write_encoder(tmp_path / "five", channels=5, channel_low=[0.0] * 5, channel_high=[255.0] * 5, **norm)
+    bare = open_explorer(embeddings)
+    of_five = Explorer(replace(bare.images, encoder=load_vision_encoder(str(tmp_path / "five"))), bare.analysis)
+    with pytest.raises(InputError, match="`image`: expected images of 3 channels"):
+        of_five.near_image((images / "odd.png").read_bytes(), 2)
+
+
 def test_bad_input_is_told_in_one_line(embeddings, images, encoder, tmp_path, image_folder, monkeypatch, capsys):
     write_encoder(tmp_path / "other", seed=1)
     (tmp_path / "empty").mkdir()
@@ -88,6 +99,8 @@ def test_bad_input_is_told_in_one_line(embeddings, images, encoder, tmp_path, im
     record = json.loads((unfinished / "embedding.json").read_text())
     del record["num_rows"]
     (unfinished / "embedding.json").write_text(json.dumps(record))
+    damaged = shutil.copytree(embeddings, tmp_path / "damaged")
+    (damaged / "embedding.json").write_text(json.dumps({"num_rows": COUNT + COPIES + 1, "model": {}, "images": {}}))
     for words, field in (
         ([images], "`MODEL`: expected a model to embed"),
         ([embeddings, tmp_path / "other"], "`IMAGES`: expected `weights`"),
@@ -95,8 +108,11 @@ def test_bad_input_is_told_in_one_line(embeddings, images, encoder, tmp_path, im
         ([images, encoder, "--data", images], "`data`: expected it beside"),
         ([tmp_path / "empty", encoder], "`train_dir`: expected image files"),
         ([unfinished], "`IMAGES`: expected finished embeddings"),
+        ([damaged], "`IMAGES`: expected embedding.json of"),
         ([images, encoder, "--port", "70000"], "`port`"),
         ([images, encoder, "--host", "no such host"], "`host`"),
+        ([images, encoder, "--host", "a" * 64], "`host`"),
+        ([images, encoder, "--host", "2001:db8::1"], "`host`"),
     ):
         assert main(["explore", *map(str, words)]) == 2
         told = capsys.readouterr().err.splitlines()[-1]
@@ -117,7 +133,7 @@ def test_labels_are_saved_as_a_fine_tuning_reads_them(explorer, images, tmp_path
     rows = list(csv.DictReader(io.StringIO(text.decode(), newline="")))
     assert len(rows) == len(explorer)
     assert sum(row["source"] == "given" for row in rows) == 20
-    assert {f"{BROKEN_LINE}.png", "=sum,1.png"} <= {row["file_name"] for row in rows}
+    assert {f"{BROKEN_LINE}.png", "carriage\rreturn.png", "=sum,1.png"} <= {row["file_name"] for row in rows}
     (tmp_path / "labels.csv").write_bytes(text)
     arguments = FinetuneArguments(dataset_name=str(images), labels_file=str(tmp_path / "labels.csv"))
     train, test = load_labelled(arguments)

@@ -48,6 +48,7 @@ def test_points_clusters_and_pictures(port, explorer):
     assert np.bincount(clusters).tolist() == [one["count"] for one in about["clusters"]]
     status, picture, headers = ask(port, "/image/3?side=96")
     assert (status, picture[:2], headers["content-type"]) == (200, b"\xff\xd8", "image/jpeg")
+    assert headers["cache-control"] == "no-store"  # another set may have the same address next
     names = [json.loads(ask(port, f"/name/{row}")[1])["name"] for row in range(len(explorer))]
     (hostile,) = (name for name in names if "onerror" in name)
     assert hostile == HOSTILE.replace("</", "<|").replace("\x07", "\\x07").replace("\x1b", "\\x1b") + ".png"
@@ -58,6 +59,7 @@ def test_points_clusters_and_pictures(port, explorer):
     [
         *("/image/../../../etc/passwd", "/image/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/image//etc/passwd"),
         *("/image/-1", "/image/67", "/image/99999999999999999999", "/image/1.5", "/image/broken.png"),
+        "/near/" + "9" * 5000,
         *("/image/0?side=97", "/../explore.js", "/..%2fserver.py", "/server.py", "/explorer.py", "/name/-1"),
         *("/near/67", "/points?map=../x", "//etc/passwd", "/image/0/../../x", "/%00"),
     ],
@@ -93,6 +95,7 @@ def test_a_name_that_somebody_pointed_here_is_refused(port):
     assert ask(port, "/about", Host=f"evil.example:{port}")[0] == 403
     assert ask(port, "/image/0", Host="127.0.0.1.evil.example")[0] == 403
     assert ask(port, "/about", Host=f"localhost:{port}")[0] == 200
+    assert ask(port, "/about", Host=f"127.0.0.2:{port}")[0] == 200  # of `--host 127.0.0.2`
 
 
 def test_with_a_token_nothing_is_answered_without_it(explorer):
