@@ -62,7 +62,7 @@ class _Normalise(torch.autograd.Function):
             # of the process's own alone: the count of all is on the device, and reading it would wait for that
             raise ValueError(f"`hidden_states`: expected at least 2 samples in training, got {len(x)}.")
         mean = x.mean(0)
-        local = torch.cat([x.new_tensor([len(x)]), mean, (x - mean).square().sum(0)])
+        local = torch.cat([x.new_full((1,), len(x)), mean, (x - mean).square().sum(0)])
         shares = local.new_empty(dist.get_world_size(group), len(local))
         dist.all_gather(list(shares.unbind()), local, group=group)
         counts, (means, squares) = shares[:, :1], shares[:, 1:].chunk(2, dim=1)

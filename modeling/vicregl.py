@@ -192,7 +192,7 @@ def centres_in_image(geometry: torch.Tensor, rows: int, columns: int) -> torch.T
     """
     y = (torch.arange(rows, device=geometry.device, dtype=geometry.dtype) + 0.5) / rows
     x = (torch.arange(columns, device=geometry.device, dtype=geometry.dtype) + 0.5) / columns
-    places = torch.stack([*torch.meshgrid(y, x, indexing="ij")[::-1], torch.ones(rows, columns).to(geometry)], dim=-1)
+    places = torch.stack([*torch.meshgrid(y, x, indexing="ij")[::-1], geometry.new_ones(rows, columns)], dim=-1)
     return torch.einsum("bij,pj->bpi", geometry.unflatten(1, (2, 3)), places.flatten(0, 1))
 
 

@@ -3,7 +3,8 @@
 Tensors of the pretended device hold their numbers on the CPU and say that they are elsewhere: on `meta`, the one other
 device that every build of torch can differentiate on. The mode refuses operations on tensors of both devices, as CUDA
 does, and an index from the CPU as well, which CUDA copies in silence and waits. It notes each place where the host
-reads from the device: `item`, a copy to the CPU, and what has a shape that hangs on numbers.
+waits for the device: `item`, a copy to the CPU, what has a shape that hangs on numbers, and a copy from the CPU that
+is not told to be `non_blocking`, as by `torch.tensor(..., device=...)`, which CUDA ends by waiting for all before it.
 """
 
 import traceback
@@ -109,7 +110,7 @@ class PretendDevice(TorchDispatchMode):
         if not any(there) and not to_device:
             return func(*args, **kwargs)
         self._refuse_mixed(func, args, tensors, there)
-        self._note_reads(func, args, tensors, wanted, to_device)
+        self._note_waits(func, args, kwargs, there, None if wanted is None else to_device)
         if func.namespace == "c10d":
             self._check_collective(func, tensors)
         real_args, real_kwargs = tree_map_only(PretendedTensor, lambda one: one.held, (args, kwargs))
@@ -139,10 +140,12 @@ class PretendDevice(TorchDispatchMode):
             shapes = [f"{'device' if one else 'cpu'} {tuple(t.shape)}" for t, one in zip(tensors, there, strict=True)]
             raise MixedDevicesError(f"{func}: expected tensors of one device, got {', '.join(shapes)}.")
 
-    def _note_reads(self, func, args, tensors, wanted, to_device):
+    def _note_waits(self, func, args, kwargs, there, to_device):
         reads = func is aten._local_scalar_dense.default or func in SHAPED_BY_NUMBERS
-        reads |= func is aten._to_copy.default and wanted is not None and not to_device
-        reads |= func is aten.copy_.default and not isinstance(args[0], PretendedTensor)
+        if func is aten.copy_.default or (func is aten._to_copy.default and to_device is not None):
+            target, source = there if func is aten.copy_.default else (to_device, there[0])
+            goes_on = kwargs.get("non_blocking") or (func is aten.copy_.default and len(args) > 2 and args[2])
+            reads |= target != source and (source or not goes_on)
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             reads |= any(one is not None and one.dtype == torch.bool for one in args[1])
         if reads:

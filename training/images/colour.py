@@ -67,7 +67,9 @@ def placed_batch(
     ranges: Ranges | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return what `finish_batch` does, and where the views lie in their images, of an objective that asks."""
-    return finish_batch(batch, device, normalisation, ranges) | {"geometry": batch["geometry"].to(device)}
+    return finish_batch(batch, device, normalisation, ranges) | {
+        "geometry": batch["geometry"].to(device, non_blocking=True)
+    }
 
 
 def finish_views(
@@ -87,7 +89,7 @@ def finish_views(
     Returns:
         `(batch, channels, height, width)` float32.
     """
-    mean, std = (torch.tensor(values, device=crops.device)[:, None, None] for values in normalisation)
+    mean, std = (_constants(values, crops.device) for values in normalisation)
     views = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
     at_once = max(1, CPU_CHUNK // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
     for images, own_crops, own_colours in zip(
@@ -108,6 +110,16 @@ def finish_views(
         if measured.shape[1]:
             drop_channels(images, measured)
     return views
+
+
+def _constants(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Return a number for each channel, `(channels, 1, 1)`."""
+    return _sent(torch.tensor(values)[:, None, None], device)
+
+
+def _sent(few: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a few numbers on the device. CUDA takes them at the call, MPS later: it alone is waited for."""
+    return few.to(device, non_blocking=device.type != "mps")
 
 
 def _colour(images: torch.Tensor, colours: torch.Tensor) -> None:
@@ -151,8 +163,8 @@ def _on_drawn(
         images.copy_(operation(images, strengths))
     else:
         rows = drawn.nonzero()[:, 0]
-        own = rows.to(images.device)
-        images[own] = operation(images[own], strengths[rows.to(strengths.device)])
+        own = _sent(rows, images.device)
+        images[own] = operation(images[own], strengths[_sent(rows, strengths.device)])
 
 
 def luma(images: torch.Tensor) -> torch.Tensor:
@@ -180,7 +192,7 @@ def shift_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     hue = torch.lerp((green - blue).mul_(scale), hue, not_red).add_(turns)
     # The closed form of HSV to RGB: channel = V - C * max(0, min(k, 4 - k, 1)), k = (n + 6 * hue) mod 6, n = 5, 3, 1.
     # With d = |k - 2| / 6, a distance to a whole number, that is V - C * (2 - 6 * d kept between 1/6 and 1/3).
-    distance = hue + torch.tensor([1 / 2, 1 / 6, -1 / 6], device=images.device)[:, None, None]
+    distance = hue + _constants([1 / 2, 1 / 6, -1 / 6], images.device)
     distance.sub_(distance.round()).abs_().clamp_(1 / 6, 1 / 3)
     return distance.mul_(6 * chroma).add_(value.sub_(chroma, alpha=2))
 
@@ -199,7 +211,7 @@ def blur(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     kernels = torch.exp(-0.5 * (offsets / sigmas.clamp(min=1e-3)[:, None]) ** 2)
     # beyond an image's own radius the taps are zero: its result is the same beside an image with a larger one
     kernels *= offsets.abs() <= radii[:, None]
-    kernels = (kernels / kernels.sum(1, keepdim=True)).to(images.device)
+    kernels = _sent(kernels / kernels.sum(1, keepdim=True), images.device)
     # One padded image is one row of numbers. A tap along x is that row shifted by one, along y by a padded line;
     # what runs over the end of a line lands in the padding.
     padded = F.pad(images, [radius] * 4, mode="reflect")

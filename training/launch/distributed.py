@@ -158,7 +158,10 @@ def read_once(
         accelerator: Processes and device.
     """
     dtype = torch.promote_types(torch.float32, own[0].dtype)
-    shared = torch.stack([torch.as_tensor(one, dtype=dtype, device=accelerator.device) for one in common])
+    # a number is filled in: to copy it would wait once more
+    shared = torch.stack(
+        [one.to(dtype) if isinstance(one, torch.Tensor) else own[0].new_full((), one, dtype=dtype) for one in common]
+    )
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
     numbers = torch.cat([shared, torch.stack([one.detach().to(dtype) for one in own])]).tolist()

@@ -30,14 +30,22 @@ def settings(tiny_recipe, tmp_path, image_folder):
     return make
 
 
+def assert_one_read(first, second):
+    """Check that a step waits where it reads, and the first one for the tables that are kept."""
+    assert ["read_once" in one for one in second[:1]] == [True], second
+    assert {one.split()[-1] for one in first} - {one.split()[-1] for one in second} <= {"dense_bias"}, first
+    assert len([one for one in first if "dense_bias" not in one]) == 1, first
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_reads_once_from_its_device_and_mixes_none(settings, kind):
     changes = dict(KINDS[kind])
     changes["views"] = settings().get("views", {}) | changes.get("views", {})
     with device_loop(settings(**changes)) as (loop, device):
-        reads = reads_of_steps(loop, device)
-    assert [len(one) for one in reads] == [1, 1], reads
-    assert all("read_once" in place for step in reads for place in step)
+        first, second = reads_of_steps(loop, device)
+    assert_one_read(first, second)
+    # torch's own count of averages lies on the CPU, and goes along
+    assert [one.split()[0].split(":")[0] for one in second[1:]] == ["average.py"] * ("ema_decay" in changes)
 
 
 def test_a_table_left_on_the_cpu_is_refused(settings):
@@ -50,7 +58,7 @@ def test_a_table_left_on_the_cpu_is_refused(settings):
 def test_a_number_read_on_the_way_is_counted(settings):
     with device_loop(settings()) as (loop, device):
         loop.step.model.encoder.layernorm.register_forward_hook(lambda *call: call[2] * call[2].sum().sign().item())
-        assert [len(one) for one in reads_of_steps(loop, device)] == [2, 2]
+        assert len(reads_of_steps(loop, device)[1]) == 2
 
 
 @pytest.mark.distributed
@@ -59,5 +67,6 @@ def test_two_processes_read_once_and_send_what_nccl_takes(settings, ranks, tmp_p
     assert finished.returncode == 0, finished.stderr[-3000:]
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert [len(one) for one in found["reads"]] == [1, 1], found["reads"]
+        assert_one_read(*found["reads"])
+        assert len(found["reads"][1]) == 1
         assert found["collectives"] > 10
