@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 
+from hf_vicreg import BigBirdViTImageProcessor
 from hf_vicreg.cli import main
 from hf_vicreg.explore import explorer as module
 from hf_vicreg.explore.explorer import Explorer, open_explorer
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FinetuneArguments
-from hf_vicreg.training.evaluation.encoder import load_vision_encoder
+from hf_vicreg.training.evaluation.encoder import load_vision_encoder, source_for
 from hf_vicreg.training.evaluation.labelled import load_labelled
 from hf_vicreg.training.prepare.arguments import embed_arguments
 from hf_vicreg.training.prepare.embed import embed_images
@@ -145,6 +147,11 @@ def test_labels_are_saved_as_a_fine_tuning_reads_them(explorer, images, tmp_path
             name = split.source.describe(index)
             assert expected[name] == (split.split, split.class_names[label])
             assert split.source.read_bytes(index) == (images / name).read_bytes()
+        channels = BigBirdViTImageProcessor(channel_low=[0.0] * 3, channel_high=[255.0] * 3)
+        by_channel = source_for(channels, split.source)
+        for index in range(0, len(by_channel), 7):
+            shown = np.asarray(Image.open(images / split.source.describe(index)))
+            np.testing.assert_array_equal(by_channel.read(index), shown)
     sure = explorer.labels_csv(given, 1.0).decode()
     assert "spread" not in sure
 

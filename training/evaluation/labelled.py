@@ -57,7 +57,9 @@ class LabelledImages:
     def select(self, indices: Sequence[int]) -> "LabelledImages":
         """Return the images at `indices`, in that order."""
         source, indices = self.source, list(indices)
-        names = None if source.file_names is None else [source.file_names[index] for index in indices]
+        names, paths = (
+            None if one is None else [one[index] for index in indices] for one in (source.file_names, source.paths)
+        )
         digest = hashlib.sha256(str(indices).encode()).hexdigest()[:16]
         chosen = replace(
             source,
@@ -65,6 +67,7 @@ class LabelledImages:
             read_bytes=_Chosen(source.read_bytes, indices),
             labels=[self.labels[index] for index in indices],
             file_names=names,
+            paths=paths,
             fingerprint=f"{source.fingerprint}[{digest}]",
         )
         return LabelledImages(self.split, chosen, self.class_names)
