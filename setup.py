@@ -24,6 +24,6 @@ setup(
         "hf_vicreg.explore": ["*.css", "*.html", "*.js"],
         "hf_vicreg.training.recipes": ["*.yaml"],
         "hf_vicreg.training.launch": ["*.yaml", "*.sh"],
-        "hf_vicreg.model_cards": ["*.md"],
+        "hf_vicreg.model_cards": ["*.md", "*/README.md", "*/*.json", "*/*.safetensors"],
     },
 )

@@ -2,8 +2,8 @@
 
     python -m benchmarks.committed_card runs/digits OWNER/bigbird-vit-digits
 
-Beside the card lie `config.json`, `results.json`, `recipe.yaml`, the pictures and `log.jsonl`; weights and code do
-not. A test makes each committed card again from these and compares.
+Beside the card lie weights, configuration and image processor, `results.json`, `recipe.yaml`, the pictures and
+`log.jsonl`; code does not. Tests make each committed card again from these and compare, and measure the weights.
 """
 
 import argparse
@@ -15,8 +15,10 @@ from pathlib import Path
 from hf_vicreg.publishing.staging import stage
 from hf_vicreg.training.monitor.run_log import read_log
 
+LICENSE = "apache-2.0"  # the repository's own
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
-EVIDENCE = ("README.md", "config.json", "results.json", "recipe.yaml")
+EVIDENCE = ("README.md", "results.json", "recipe.yaml")
+MODEL = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
 def main() -> None:
@@ -28,8 +30,8 @@ def main() -> None:
     folder = CARDS / arguments.repo.partition("/")[2]
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        staged = stage(arguments.run, Path(scratch), repo=arguments.repo)
-        for name in [*EVIDENCE, *staged.facts.pictures]:
+        staged = stage(arguments.run, Path(scratch), repo=arguments.repo, license=LICENSE)
+        for name in [*EVIDENCE, *MODEL, *staged.facts.pictures]:
             shutil.copyfile(staged.folder / name, folder / name)
     log = read_log(arguments.run / "log.jsonl")
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hf_vicreg.report.figures import show_attention, show_features, show_views
     from hf_vicreg.training.prepare.embed import embed
     from hf_vicreg.training.pretrain import pretrain
+    from hf_vicreg.weights import load
 
 __all__ = [
     "BigBirdViTBackbone",
@@ -48,6 +49,7 @@ __all__ = [
     "VicRegForPreTraining",
     "__version__",
     "embed",
+    "load",
     "pretrain",
     "publish",
     "show_attention",
@@ -71,6 +73,7 @@ _HOMES = {
     "VicRegDualEncoderConfig": "hf_vicreg.modeling.configuration_vicreg_dual_encoder",
     "VicRegForPreTraining": "hf_vicreg.modeling.modeling_vicreg",
     "embed": "hf_vicreg.training.prepare.embed",
+    "load": "hf_vicreg.weights",
     "pretrain": "hf_vicreg.training.pretrain",
     "publish": "hf_vicreg.publishing.publish",
     "show_attention": "hf_vicreg.report.figures",

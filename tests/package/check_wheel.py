@@ -22,7 +22,8 @@ NEEDED = [
     "hf_vicreg/explore/map.js",
     "hf_vicreg/training/recipes/digits.yaml",
     "hf_vicreg/training/launch/",
-    "hf_vicreg/model_cards/",
+    "hf_vicreg/model_cards/template.md",
+    "hf_vicreg/model_cards/digits/model.safetensors",
     "hf_vicreg/modeling/modeling_vicreg.py",
 ]
 FLAGS = ["--config", "digits", "--max_steps", "20", "--max_train_samples", "320", "--batch_size", "16"]
@@ -35,6 +36,7 @@ model = AutoModel.from_pretrained(sys.argv[1])
 size = model.config.image_size
 outputs = model(pixel_values=torch.zeros(2, 3, size, size))
 assert outputs.pooler_output.shape == (2, model.config.hidden_size)
+assert hf_vicreg.load("digits").config.model_type == "bigbird_vit"
 """
 
 

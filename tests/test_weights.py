@@ -1,0 +1,59 @@
+"""The encoders that come with the package: they load, and are worth what their cards say."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+import hf_vicreg
+from hf_vicreg.cli import main
+from hf_vicreg.weights import FOLDER, names
+
+CIFAR10 = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
+# k-NN of the card, its images and how many of them; the large one takes half a minute
+MEASURED = {
+    "digits": ("digits", []),
+    "cifar10_cpu": (str(CIFAR10), ["--max_train_samples", "10000", "--max_test_samples", "2000"]),
+}
+LARGEST = 6 * 2**20  # bytes of weights that a repository carries without complaint
+
+
+def test_every_encoder_is_small_has_a_card_and_loads_both_ways():
+    assert names()
+    for name in names():
+        folder = FOLDER / name
+        assert (folder / "model.safetensors").stat().st_size <= LARGEST
+        model, same = hf_vicreg.load(name), AutoModel.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(model.name_or_path)
+        images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+        inputs = processor(images=images, return_tensors="pt")
+        assert not model.training
+        assert torch.equal(model(**inputs).pooler_output, same.eval()(**inputs).pooler_output)
+        trained = json.loads((folder / "results.json").read_text())["knn_accuracy"]["trained"]
+        assert f"{trained:.3f}" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one != "digits")) for one in names()])
+def test_an_encoder_has_the_accuracy_of_its_card(name, tmp_path):
+    data, flags = MEASURED[name]
+    if name == "cifar10_cpu" and not CIFAR10.is_dir():
+        pytest.skip("needs the images of CIFAR-10 in ../shared/data/cifar10")
+    folder = tmp_path / name
+    shutil.copytree(FOLDER / name, folder)
+    results = json.loads((folder / "results.json").read_text())
+    main(["evaluate", "knn", str(folder), "--dataset_name", data, *flags])
+    stored = json.loads((folder / "results.json").read_text())["evaluations"]
+    (found,) = (one["metrics"]["accuracy_k20"] for one in stored)
+    expected, count = results["knn_accuracy"]["trained"], results["knn_test_samples"]
+    assert found == pytest.approx(expected, abs=math.sqrt(expected * (1 - expected) / count))
+
+
+def test_an_unknown_name_is_told_what_there_is():
+    with pytest.raises(ValueError, match=r"expected one of .*digits, got 'digit'; did you mean 'digits'\?"):
+        hf_vicreg.load("digit")
+    with pytest.raises(ValueError, match=r"got '\.\./recipes'; for a folder or the Hub use AutoModel"):
+        hf_vicreg.load("../recipes")
