@@ -31,6 +31,7 @@ NEEDED = {
     "uvicorn": "uvicorn",
     "sklearn": "scikit-learn",
 }
+AT_ONCE = 2  # images decoded at the same time: one of the largest that are taken needs 400 MB
 LABEL_COLUMNS = ("file_name", "label", "split", "source", "confidence")
 KEPT_THUMBNAILS = 4000
 
@@ -58,6 +59,7 @@ class Explorer:
     def __init__(self, images: ImageSet, analysis: Analysis):
         self.images, self.analysis = images, analysis
         self._lock = threading.Lock()  # of the model
+        self._decoders = threading.Semaphore(AT_ONCE)
         self._thumbnail = lru_cache(KEPT_THUMBNAILS)(self._encoded)
 
     def __len__(self) -> int:
@@ -86,10 +88,11 @@ class Explorer:
             )
         if getattr(encoder.processor, "channel_low", None) is not None:
             raise InputError("`image`: expected images of 3 channels to look for one; click one of the set instead.")
-        try:
-            image = decode(encoded, (1, 1), None)
-        except UnusableImage as error:
-            raise InputError(f"`image`: expected an image file, this one is of no use: {error}.") from error
+        with self._decoders:
+            try:
+                image = decode(encoded, (1, 1), None)
+            except UnusableImage as error:
+                raise InputError(f"`image`: expected an image file, this one is of no use: {error}.") from error
         with self._lock:
             feature = encoder(pixels_of([image], encoder.processor, 1)).float().cpu().numpy()
         return self._nearest(feature[0], count)
@@ -168,7 +171,10 @@ class Explorer:
         source = self.images.source
         if source is None:
             return None
-        read: Any = source.read(int(self.images.ids[row]), lambda width, height: max(1, min(width, height) // side))
+        with self._decoders:
+            read: Any = source.read(
+                int(self.images.ids[row]), lambda width, height: max(1, min(width, height) // side)
+            )
         if read is None:
             return None
         image = read if isinstance(read, Image.Image) else _as_picture(np.asarray(read))

@@ -64,7 +64,10 @@ def checkpoint_writer(
     files = dict(zip(FILES[:3], held, strict=True))
     if average is not None:
         files[AVERAGE_FILE] = average.tensors()
-    copies = {name: {key: one.clone() for key, one in tensors.items()} for name, tensors in files.items()}
+    copies = {
+        name: {key: one.to("cpu", copy=True).contiguous() for key, one in tensors.items()}
+        for name, tensors in files.items()
+    }
     told = json.dumps(asdict(state), indent=1)
     return partial(_write_whole, folder, f"{PREFIX}{state.step:08d}", copies, told, keep, keep_every_steps)
 
@@ -237,13 +240,13 @@ def load_tensors(path: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
 
 def _flat_model(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Weights by name; those with several names once for each."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Tensors of the optimiser's state as `index.name`; groups are rebuilt from the configuration."""
     return {
-        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{index}.{name}": torch.as_tensor(value).detach()
         for index, entries in optimizer.state_dict()["state"].items()
         for name, value in entries.items()
     }
