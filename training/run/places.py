@@ -17,6 +17,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BUILT_IN = "digits"
 SHARD_SUFFIX = ".tar"
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+TIFF = {".tif", ".tiff"}
+HELD_OUT = {"dev", "eval", "evaluation", "test", "testing", "val", "valid", "validation"}
 SCIENCE_SUFFIXES = {".dcm", ".jp2", ".npy", ".zarr"}  # read by channels; an OME-Zarr is a folder
 
 
@@ -114,11 +116,23 @@ def _new_folder(images: str, *, resuming: bool) -> Path:
 
 
 def is_image_folder(name: str) -> bool:
-    """Return whether a path is a folder of image files; one with parquet or arrow files is a `datasets` folder."""
+    """Return whether a path is a folder of image files to be taken as they are.
+
+    One with parquet or arrow files is a `datasets` folder, and so is one of photographs in `train` beside `test` or
+    `validation`: what is held out there is not to be trained on, and folders of classes in them are labels.
+    """
     suffixes = {os.path.splitext(path)[1].lower() for path in files_below(name)}
     if suffixes & {".parquet", ".arrow"}:
         return False
+    if suffixes & (IMAGE_SUFFIXES - TIFF) and not suffixes & (SCIENCE_SUFFIXES | TIFF) and _has_splits(name):
+        return False
     return bool(suffixes & (IMAGE_SUFFIXES | SCIENCE_SUFFIXES)) or any(Path(name).rglob("*.zarr"))
+
+
+def _has_splits(name: str) -> bool:
+    """Whether folders are named as `datasets` names its splits."""
+    folders = {entry.name for entry in os.scandir(name) if entry.is_dir()}
+    return bool(folders & {"train", "training"}) and bool(folders & HELD_OUT)
 
 
 def files_below(folder: str, *, zarr: bool = False) -> Iterator[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.digits import digit_images
 from hf_vicreg.training.images.sources import load_sources
-from hf_vicreg.training.run.places import is_image_folder
+from hf_vicreg.training.run.places import data_setting, is_image_folder
 
 
 def parquet_folder(path, columns, features):
@@ -184,6 +184,21 @@ def test_folders_of_images_are_told_from_tables(tmp_path, image_folder):
     labelled(tmp_path / "set", "train", [0])
     assert not is_image_folder(str(tmp_path / "set"))
     assert not is_image_folder("some/hub-id")
+
+
+def test_photographs_beside_held_out_ones_are_splits_with_their_classes(tmp_path):
+    folder = tmp_path / "photographs"
+    for place, colour in (("train/cat/a", 10), ("train/dog/b", 90), ("test/cat/c", 170), ("test/dog/d", 250)):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (colour, 0, 0)).save(folder / f"{place}.png")
+    assert not is_image_folder(str(folder))
+    assert data_setting(str(folder), {}) == {"dataset_name": str(folder)}
+    train, test = load_sources(dataset_name=str(folder))
+    assert [len(train), len(test)] == [2, 2], "held-out images are not trained on"
+    assert (train.labels, test.labels) == ([0, 1], [0, 1])
+    assert is_image_folder(str(folder / "train")), "folders of classes alone are no splits"
+    (folder / "train" / "cat" / "e.tif").write_bytes(b"")
+    assert is_image_folder(str(folder)), "files of science are read by channels, from a folder"
 
 
 def test_folder_is_read_recursively_and_in_a_fixed_order(image_folder):
