@@ -4,6 +4,8 @@ The page of `hf-vicreg report` has the same colours in its style sheet. Levels o
 `pattern_picture.py`.
 """
 
+import io
+from functools import cache
 from typing import Any
 
 SERIES = ("#14866a", "#c9560a", "#655db0", "#b8860b", "#b8437f", "#3f7fbf")
@@ -19,11 +21,25 @@ def new_figure(width: float, height: float) -> Any:
         ImportError: matplotlib is not installed.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
+    figure = _figure_class()(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
     FigureCanvasAgg(figure)
     return figure
+
+
+@cache
+def _figure_class() -> Any:
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        """A figure that a notebook shows as a picture, although pyplot does not know it."""
+
+        def _repr_png_(self) -> bytes:
+            content = io.BytesIO()
+            self.savefig(content, format="png")
+            return content.getvalue()
+
+    return ShownFigure
 
 
 def tidy(axes: Any, title: str = "") -> None:
