@@ -194,7 +194,7 @@ def same_source(one: str | None, other: str | None) -> bool:
 def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
     """Drop from a recipe, in place, what has no meaning beside the settings above it; dropped fields are logged."""
     name = above.get("objective")
-    if name in ENTRIES and name != below.get("objective", "vicreg"):
+    if name in ENTRIES:  # a recipe may have sections for several
         dropped = list(_of_other_objectives(below, name))
         for section, _, key in (one.partition(".") for one in dropped):
             below[section] = {other: value for other, value in below[section].items() if other != key}

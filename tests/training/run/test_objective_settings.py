@@ -58,6 +58,14 @@ def test_a_recipe_gives_way_to_another_objective(tmp_path, caplog):
     recipe.write_text("vicreg: {expander_sizes: [64, 32], gamma: 2.0}\n")
     kept = explicit_settings(RUN | {"config": str(recipe), "objective": "sigreg"})
     assert kept["vicreg"] == {"expander_sizes": [64, 32]}
+    # sections of several, the default's own among those asked for
+    recipe.write_text("vicreg: {gamma: 2.0}\nsimclr: {temperature: 0.3}\nbyol: {momentum: 0.9}\n")
+    for name, section in (("vicreg", {"gamma": 2.0}), ("simclr", {"temperature": 0.3})):
+        kept = explicit_settings(RUN | {"config": str(recipe), "objective": name})
+        assert kept[name] == section
+        assert "byol" not in kept
+    with pytest.raises(InputError, match=r"`simclr.temperature`: expected no setting of another objective"):
+        explicit_settings(RUN | {"config": str(recipe)})
 
 
 BAD = {
