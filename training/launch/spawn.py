@@ -1,4 +1,4 @@
-"""Several processes of one command on this machine: `hf-vicreg pretrain --num_processes N`, without a launcher."""
+"""Processes of one command on this machine: `hf-vicreg pretrain --num_processes N`, without a launcher."""
 
 import contextlib
 import os
@@ -15,23 +15,27 @@ SECONDS_BETWEEN_LOOKS = 0.1
 GRACE_SECONDS = 30.0  # for the others, once one process has failed: they may wait for it for ever
 
 
-def run_processes(arguments: list[str], count: int, module: str = "hf_vicreg.training.pretrain") -> int:
-    """Run a command in several processes and return the exit code of the first one that failed, else 0.
+def run_processes(
+    arguments: list[str],
+    count: int,
+    module: str = "hf_vicreg.training.pretrain",
+    *,
+    stdout: int | None = None,
+) -> int:
+    """Run a command in processes of its own and return the exit code of the first one that failed, else 0.
 
     SIGTERM and SIGINT are passed on: the processes agree on a step, write a checkpoint and leave. Whatever is still
     there when this ends, loader processes among it, is killed.
 
     Args:
         arguments: The same for every process; they name the folder to write to.
-        count: How many.
+        count: How many; a single one is a run without others.
         module: What `python -m` runs; default: `hf-vicreg pretrain`.
+        stdout: Where what they print goes, as `subprocess` has it; default: where this process prints.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), PARENT: str(os.getpid())}
-    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    shared.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # a run sets its threads itself
+    shared = {PARENT: str(os.getpid())}
+    if count > 1:
+        shared |= _meeting_place(count)
     command = [sys.executable, "-m", module, *arguments]
     processes: list[subprocess.Popen] = []
 
@@ -42,9 +46,10 @@ def run_processes(arguments: list[str], count: int, module: str = "hf_vicreg.tra
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for rank in range(count):
-            environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            environment = os.environ | shared | own
             # a group of its own: Ctrl-C at a terminal reaches it once, from here
-            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            processes.append(subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True))
         return _wait(processes)
     finally:
         for process in processes:
@@ -53,6 +58,16 @@ def run_processes(arguments: list[str], count: int, module: str = "hf_vicreg.tra
             process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _meeting_place(count: int) -> dict[str, str]:
+    """Return what tells processes how many they are and where they find each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return shared | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # a run sets its threads itself
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.image_source import ImageSource
-from hf_vicreg.training.images.run_images import usable_images
 from hf_vicreg.training.images.streaming import ImageStream
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.planner.choices import (
@@ -31,20 +30,15 @@ from hf_vicreg.training.planner.machine import Machine, this_machine
 from hf_vicreg.training.planner.memory import fit_memory
 from hf_vicreg.training.planner.schedule import CLOSING_SECONDS, steps_within, words
 from hf_vicreg.training.planner.table import plan_table, say_defaults
-from hf_vicreg.training.planner.trial import Trial, try_steps
+from hf_vicreg.training.planner.trial import Trial, try_plan
 from hf_vicreg.training.run.arguments import bytes_of, seconds_of
 from hf_vicreg.training.run.checks import check_statistics_batch
 from hf_vicreg.training.run.config import RunConfig
-from hf_vicreg.training.run.processors import build_processor
 from hf_vicreg.training.run.resolve import resolve
 from hf_vicreg.training.run.run_folder import RECIPE
 from hf_vicreg.training.run.settings import explicit_settings
 
 logger = logging.getLogger(__name__)
-
-TRIAL_RATIO = 0.03  # of the time that is left, for each trial
-TRIAL_SECONDS = (2.0, 20.0)
-SLOW_DATA_RATIO = 0.25  # waiting for images longer than that is worth a loader process
 
 
 @dataclass(frozen=True)
@@ -162,20 +156,39 @@ def plan_run(
     images = survey(source, held_out)
     # whatever a decision hangs on is the main process's: they would wait for each other for ever if they differed
     left = run_on_main(lambda: budget - (time.monotonic() - began), accelerator)
-    made, config, peak = run_on_main(partial(_choose_fitting, settings, images, machine, left, None), accelerator)
-    trial = _try(made, config, source, accelerator, machine, left)
-    while _too_slow(made, config, trial, images, left):
-        # slower than was thought: a smaller encoder sees images enough
-        assert made.rung is not None  # it has a smaller one
-        smaller = partial(_choose_fitting, settings, images, machine, left, made.rung - 1)
-        made, config, peak = run_on_main(smaller, accelerator)
-        trial = _try(made, config, source, accelerator, machine, left)
+    made, config, peak, trial = choose_and_try(settings, source, images, accelerator, machine, left)
     left = budget - (time.monotonic() - began)
 
     def fit() -> Plan:
         return _fit_schedule(made, config, images, machine, trial, held_out, peak=peak, left=left, budget=budget)
 
     return run_on_main(fit, accelerator)
+
+
+def choose_and_try(
+    settings: dict[str, Any],
+    source: ImageSource,
+    images: Images,
+    accelerator: Accelerator,
+    machine: Machine,
+    left: float,
+) -> tuple[Choices, RunConfig, int, Trial]:
+    """Return what is chosen for `left` seconds of training, its predicted memory in bytes and how fast its steps are.
+
+    Every process must call.
+
+    Raises:
+        InputError: Too little memory.
+    """
+    made, config, peak = run_on_main(partial(_choose_fitting, settings, images, machine, left, None), accelerator)
+    trial = try_plan(made, config, source, accelerator, machine, left)
+    while _too_slow(made, config, trial, images, left):
+        # slower than was thought: a smaller encoder sees images enough
+        assert made.rung is not None  # it has a smaller one
+        smaller = partial(_choose_fitting, settings, images, machine, left, made.rung - 1)
+        made, config, peak = run_on_main(smaller, accelerator)
+        trial = try_plan(made, config, source, accelerator, machine, left)
+    return made, config, peak, trial
 
 
 def survey(source: ImageSource, held_out: ImageSource | None) -> Images:
@@ -210,30 +223,6 @@ def _choose_fitting(
             at_most = made.rung - 1
             continue
         return made, config, peak
-
-
-def _try(
-    made: Choices, config: RunConfig, source: ImageSource, accelerator: Accelerator, machine: Machine, left: float
-) -> Trial:
-    """Try the steps, with and without loader processes where images are slow to come."""
-    logger.info("trying a few steps of the plan, to see how fast they are")
-    seconds = min(max(left * TRIAL_RATIO, TRIAL_SECONDS[0]), TRIAL_SECONDS[1])
-    arguments = (config, usable_images(source, config), build_processor(config), accelerator, machine)
-    given = config.run.dataloader_num_workers
-    first = 0 if machine.device == "cpu" else min(8, machine.cores)
-    trial = try_steps(*arguments, seconds=seconds, num_workers=first if given is None else given)
-    trial = run_on_main(lambda: trial, accelerator)
-    if given is not None:
-        return trial
-    workers, why = first, f"images take {trial.wait_ratio:.0%} of a step"
-    if machine.device == "cpu" and trial.wait_ratio > SLOW_DATA_RATIO and machine.cores > 1:
-        other = try_steps(*arguments, seconds=seconds, num_workers=machine.cores)
-        other = run_on_main(lambda: other, accelerator)
-        if other.rate.step_seconds < 0.95 * trial.rate.step_seconds:
-            why = f"{trial.rate.step_seconds / other.rate.step_seconds:.1f} times as fast as none"
-            workers, trial = machine.cores, other
-    made.fill("dataloader_num_workers", workers, why)
-    return trial
 
 
 def _fit_schedule(
