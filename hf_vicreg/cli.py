@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of every verb; `run` of its result does what was asked."""
+    from hf_vicreg.comparison.command import add_compare
     from hf_vicreg.evaluation_commands import add_verbs
     from hf_vicreg.explore.command import add_explore
     from hf_vicreg.task_commands import add_tasks
@@ -143,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--data", metavar="IMAGES", help="folder of images, `datasets` folder, Hub id or `digits`")
     report.add_argument("--output", type=Path, help="HTML file to write; default: report.html in the run's folder")
     report.set_defaults(run=_report)
+    add_compare(verbs)
     add_explore(verbs)
     prepare = verbs.add_parser("prepare", help="store images resized, as parquet shards that load faster")
     prepare.add_argument("source", metavar="SOURCE", help="folder of images, local `datasets` folder or Hub id")

@@ -1,0 +1,1 @@
+"""Objectives side by side, each trained for the same time: `hf-vicreg compare`."""
