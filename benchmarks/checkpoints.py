@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measuring import machine
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
@@ -36,10 +37,10 @@ SETTINGS = {
 class Timed(TrainingLoop):
     """A loop that notes when each step was counted, and waits for every checkpoint if told to."""
 
-    waits = False
+    waits: bool
+    seconds: list[float]
 
     def _take(self, batches):
-        self.seconds = getattr(self, "seconds", [])
         started = time.perf_counter()
         taken = super()._take(batches)
         self.seconds.append(time.perf_counter() - started)
@@ -58,8 +59,8 @@ def seconds_of_steps(waits: bool, steps: int) -> list[float]:
         accelerator = build_accelerator("no", device="cpu")
         source, _, _ = load_images(config)
         model = VicRegForPreTraining(config.vicreg)
-        loop = pretraining_loop(config, source, model, accelerator, None, StopRequest(Path(scratch), None))
-        loop.__class__, loop.waits = Timed, waits
+        loop: Any = pretraining_loop(config, source, model, accelerator, None, StopRequest(Path(scratch), None))
+        loop.__class__, loop.waits, loop.seconds = Timed, waits, []
         loop.fit()
     return loop.seconds
 
