@@ -77,7 +77,7 @@ def compare(model, backend, inference):
     [
         (BigBirdViTModel, "rope", True, "sdpa"),
         (BigBirdViTModel, "absolute", False, "eager"),
-        (BigBirdViTForImageClassification, "absolute", False, "sdpa"),
+        pytest.param(BigBirdViTForImageClassification, "absolute", False, "sdpa", marks=pytest.mark.slow),
         (BigBirdViTBackbone, "rope", False, "sdpa"),
     ],
     ids=["encoder-blocks", "encoder-eager-absolute", "classifier-dense-absolute", "backbone-dense"],
@@ -150,7 +150,13 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize(("name", "padded"), [(name, name != "gathered") for name in PATHS], ids=PATHS)
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [
+        pytest.param(name, name != "gathered", marks=[pytest.mark.slow] * (name == "gathered-raster"), id=name)
+        for name in PATHS
+    ],
+)
 def test_every_sparse_path_compiles_cold_with_ragged_tiles(name, padded, fresh_compiler, monkeypatch):
     """The form on GPUs, which a CPU takes with dropout; numbers with dropout differ, so it is nearly 0 for them."""
     monkeypatch.setattr(bigbird_attention, "PAIR_COST", 0)

@@ -72,7 +72,7 @@ def inspect_images(
     for key, value in (("patch_size", patch_size), ("image_size", image_size), ("num_proc", num_threads)):
         if value is not None and value < 1:
             raise InputError(f"`{key}`: expected at least 1, got {value}.")
-    where = data_setting(name, {})
+    where = data_setting(name, {}, held_out=True)
     if num_channels is not None:
         if "train_dir" not in where:
             raise InputError(f"`num_channels`: expected a folder of image files beside it, got {name!r}.")

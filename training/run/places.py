@@ -27,12 +27,14 @@ def is_shards(name: str) -> bool:
     return re.split(r"[?#]", name)[0].lower().endswith(SHARD_SUFFIX) and not os.path.isdir(name)
 
 
-def data_setting(data: str, given: dict[str, Any]) -> dict[str, str]:
+def data_setting(data: str, given: dict[str, Any], *, held_out: bool = False) -> dict[str, str]:
     """Return images named by one word as `train_dir`, a folder of images, or `dataset_name`, anything else.
 
     Args:
         data: A folder of image files, a `datasets` folder, a Hub id, or `digits`.
         given: The other settings.
+        held_out: A folder of photographs in `train` beside `test` or `validation` is a `datasets` folder as well: what
+            is held out there is not to be trained on, and folders of classes in them are labels.
 
     Raises:
         InputError: Images are named there as well, or neither a folder nor a Hub id.
@@ -41,7 +43,8 @@ def data_setting(data: str, given: dict[str, Any]) -> dict[str, str]:
         if given.get(key):
             raise InputError(f"`data`, `{key}`: expected one of the two, got {data!r} and {given[key]!r}.")
     if os.path.isdir(data):
-        return {"train_dir" if is_image_folder(data) else "dataset_name": data}
+        as_it_is = is_image_folder(data) and not (held_out and _has_splits(data))
+        return {"train_dir" if as_it_is else "dataset_name": data}
     if data != BUILT_IN and not HUB_ID.fullmatch(data):
         raise InputError(
             f"`data`: expected a folder of images, a `datasets` folder, a Hub id OWNER/NAME or '{BUILT_IN}', got "
@@ -116,23 +119,19 @@ def _new_folder(images: str, *, resuming: bool) -> Path:
 
 
 def is_image_folder(name: str) -> bool:
-    """Return whether a path is a folder of image files to be taken as they are.
-
-    One with parquet or arrow files is a `datasets` folder, and so is one of photographs in `train` beside `test` or
-    `validation`: what is held out there is not to be trained on, and folders of classes in them are labels.
-    """
+    """Return whether a path is a folder of image files; one with parquet or arrow files is a `datasets` folder."""
     suffixes = {os.path.splitext(path)[1].lower() for path in files_below(name)}
     if suffixes & {".parquet", ".arrow"}:
-        return False
-    if suffixes & (IMAGE_SUFFIXES - TIFF) and not suffixes & (SCIENCE_SUFFIXES | TIFF) and _has_splits(name):
         return False
     return bool(suffixes & (IMAGE_SUFFIXES | SCIENCE_SUFFIXES)) or any(Path(name).rglob("*.zarr"))
 
 
 def _has_splits(name: str) -> bool:
-    """Whether folders are named as `datasets` names its splits."""
+    """Whether photographs lie in folders named as `datasets` names its splits."""
     folders = {entry.name for entry in os.scandir(name) if entry.is_dir()}
-    return bool(folders & {"train", "training"}) and bool(folders & HELD_OUT)
+    if not folders & {"train", "training"} or not folders & HELD_OUT:
+        return False
+    return not {os.path.splitext(path)[1].lower() for path in files_below(name)} & (SCIENCE_SUFFIXES | TIFF)
 
 
 def files_below(folder: str, *, zarr: bool = False) -> Iterator[str]:

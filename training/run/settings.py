@@ -84,7 +84,7 @@ def explicit_settings(given: dict[str, Any]) -> dict[str, Any]:
     if data is not None and is_shards(str(data)) and not given.keys() & {"dataset_name", "train_dir"}:
         given = {"dataset_name": str(data), "streaming": True} | given
     elif data is not None:
-        given = data_setting(str(data), given) | given
+        given = data_setting(str(data), given, held_out=True) | given
     recipe = read_recipe(str(name)) if name is not None else {}
     if given.keys() & {"dataset_name", "train_dir"}:  # the recipe's data gives way, whichever of the two names it
         recipe = {key: value for key, value in recipe.items() if key not in ("dataset_name", "train_dir")}

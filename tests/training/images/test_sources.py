@@ -191,14 +191,16 @@ def test_photographs_beside_held_out_ones_are_splits_with_their_classes(tmp_path
     for place, colour in (("train/cat/a", 10), ("train/dog/b", 90), ("test/cat/c", 170), ("test/dog/d", 250)):
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (colour, 0, 0)).save(folder / f"{place}.png")
-    assert not is_image_folder(str(folder))
-    assert data_setting(str(folder), {}) == {"dataset_name": str(folder)}
+    assert data_setting(str(folder), {}, held_out=True) == {"dataset_name": str(folder)}
+    assert data_setting(str(folder), {}) == {"train_dir": str(folder)}, "to look at, all of them"
     train, test = load_sources(dataset_name=str(folder))
     assert [len(train), len(test)] == [2, 2], "held-out images are not trained on"
     assert (train.labels, test.labels) == ([0, 1], [0, 1])
-    assert is_image_folder(str(folder / "train")), "folders of classes alone are no splits"
+    inner = str(folder / "train")
+    assert data_setting(inner, {}, held_out=True) == {"train_dir": inner}, "folders of classes alone are no splits"
     (folder / "train" / "cat" / "e.tif").write_bytes(b"")
-    assert is_image_folder(str(folder)), "files of science are read by channels, from a folder"
+    kept = data_setting(str(folder), {}, held_out=True)
+    assert kept == {"train_dir": str(folder)}, "files of science are read by channels, from a folder"
 
 
 def test_folder_is_read_recursively_and_in_a_fixed_order(image_folder):
