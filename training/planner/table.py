@@ -1,6 +1,7 @@
 """The plan as a person reads it: each value, why it has it, and what it costs."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,8 +89,10 @@ def plan_table(
     rows.append(("learning rate", f"{run.learning_rate:g}", why.get("learning_rate", "given")))
     workers = why.get("dataloader_num_workers", "given")
     rows.append(("loader processes", str(run.dataloader_num_workers), workers))
-    steps = run.max_steps or 0
-    rows.append(("length", f"{steps:,} steps, {run.num_train_epochs:,} epochs", why.get("max_steps", "given")))
+    per_epoch = max(1, images.count // config.step_size)
+    steps = run.max_steps or run.num_train_epochs * per_epoch  # of which a person may have given either
+    length = f"{steps:,} steps, {math.ceil(steps / per_epoch):,} epochs"
+    rows.append(("length", length, why.get("max_steps", "given")))
     rows.append(("checkpoint", f"every {run.checkpointing_steps} steps", why.get("checkpointing_steps", "given")))
     if images.labelled:
         rows.append(("k-NN", f"every {run.knn_every_epochs} epochs", why.get("knn_every_epochs", "given")))

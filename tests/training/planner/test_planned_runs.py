@@ -35,7 +35,8 @@ def test_a_run_without_a_recipe_plans_itself(tmp_path, image_folder, caplog):
     assert recipe["dataloader_num_workers"] is not None
     assert result.results["attention_density"] <= 0.6
     assert result.results["steps"] == 1
-    assert any("Plan for 40 images of about 36 x 36 pixels" in one.message for one in caplog.records)
+    plan = next(one.message for one in caplog.records if one.message.startswith("Plan for 40 images of about 36 x 36"))
+    assert re.search(r"length +1 steps, 1 epochs +given", plan), "the length that it has, not a default"
     assert sum("the loss cannot see" in one.message for one in caplog.records) == 1, "each thing once"
     assert AutoModel.from_pretrained(tmp_path / "run").config.hidden_size == 32
 
