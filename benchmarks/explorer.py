@@ -28,7 +28,8 @@ import pyarrow.parquet
 
 from benchmarks.measuring import machine
 from benchmarks.vector_index import NEAREST, made_up
-from hf_vicreg.training.evaluation.features import DIGESTS, EMBEDDING_FILE
+from hf_vicreg.training.evaluation.features import DIGESTS
+from hf_vicreg.training.run.places import EMBEDDING_FILE
 
 ROWS_A_SHARD = 10_000
 

@@ -4,12 +4,15 @@ import argparse
 import contextlib
 import ipaddress
 import logging
+import os
 import secrets
 import socket
 from typing import Any
 
+from hf_vicreg.explore.named import check_images
 from hf_vicreg.training.errors import InputError, log_to_stderr
 from hf_vicreg.training.prepare.arguments import DEVICES
+from hf_vicreg.training.run.places import EMBEDDING_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,8 @@ def _explore(parsed: argparse.Namespace) -> int:
     log_to_stderr()
     if not 0 <= parsed.port < 2**16:
         raise InputError(f"`port`: expected 0 to 65535, got {parsed.port}.")
+    if not os.path.isfile(os.path.join(parsed.images, EMBEDDING_FILE)):
+        check_images(parsed.images, parsed.model, parsed.data)
     listening = listen(parsed.host, parsed.port)
     with listening:
         from hf_vicreg.explore.explorer import open_explorer

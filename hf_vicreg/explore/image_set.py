@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from hf_vicreg.explore.named import check_images
 from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder, source_for
-from hf_vicreg.training.evaluation.features import EMBEDDING_FILE, SHARDS, same_model, shard_digests
+from hf_vicreg.training.evaluation.features import SHARDS, same_model, shard_digests
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.prepare.arguments import EmbedArguments
 from hf_vicreg.training.prepare.embed import embed_images, load_images
+from hf_vicreg.training.run.places import EMBEDDING_FILE
 from hf_vicreg.training.run.run_folder import read_record, refuse_others
 
 TOLD = {"dtype", "size", "num_unusable", "name", "weights", "feature", "preprocessing"}  # by embedding.json
@@ -101,13 +103,8 @@ def open_set(images: str, model: str | None, data: str | None, arguments: EmbedA
         InputError: No images, no model where one is needed, embeddings of another model or of other images.
     """
     if not (Path(images) / EMBEDDING_FILE).is_file():
-        if data is not None:
-            raise InputError(f"`data`: expected it beside a folder of `hf-vicreg embed` alone, {images} is none.")
-        if model is None:
-            raise InputError(
-                f"`MODEL`: expected a model to embed {images} with, got none; name one behind it, or name a folder "
-                "that `hf-vicreg embed` made."
-            )
+        check_images(images, model, data)
+        assert model is not None
         done = embed_images(images, model, None, arguments)
         encoder = load_vision_encoder(model)
         source = source_for(encoder.processor, load_images(images, arguments, encoder.processor))

@@ -32,6 +32,7 @@ from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.channel_source import ChannelSource, as_channels
 from hf_vicreg.training.images.image_source import ImageSource
+from hf_vicreg.training.run.places import absence
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +220,9 @@ def load_config(name: str, field: str = "MODEL") -> PreTrainedConfig:
     Raises:
         InputError: None there, or one that names code of others.
     """
+    absent = absence(name)
+    if absent:  # not asked of the Hub
+        raise InputError(f"`{field}`: expected the folder or Hub id of a vision model, got {name!r}{absent}")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:

@@ -27,12 +27,13 @@ from hf_vicreg.training.evaluation.labelled import LabelledImages
 from hf_vicreg.training.images.channels.raster import arrays_of
 from hf_vicreg.training.images.image_source import DIGEST_BYTES, NOT_READ, ImageSource
 from hf_vicreg.training.monitor.progress import Progress
+from hf_vicreg.training.run.places import EMBEDDING_FILE
 from hf_vicreg.training.run.run_folder import read_record, refuse_others
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 64
-EMBEDDING_FILE, SHARDS = "embedding.json", "data/train-*-of-*.parquet"  # in a folder of embeddings
+SHARDS = "data/train-*-of-*.parquet"  # in a folder of embeddings
 DIGESTS = b"image_digests"  # in a shard's metadata: of the images it covers, in hexadecimal, one after the other
 
 

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 from hf_vicreg.training.errors import InputError, RunStopped, blamed_on
 from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder, source_for
-from hf_vicreg.training.evaluation.features import EMBEDDING_FILE, same_model
+from hf_vicreg.training.evaluation.features import same_model
 from hf_vicreg.training.images.channels.folders import channel_folder
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
 from hf_vicreg.training.images.unusable import write_unusable
@@ -36,7 +36,7 @@ from hf_vicreg.training.prepare.embedding_shards import (
     write_shard,
 )
 from hf_vicreg.training.prepare.store import WRITING, remove_unfinished, write_whole
-from hf_vicreg.training.run.places import BUILT_IN, data_setting
+from hf_vicreg.training.run.places import BUILT_IN, EMBEDDING_FILE, data_setting
 from hf_vicreg.training.run.run_folder import read_record, refuse_others
 
 if TYPE_CHECKING:

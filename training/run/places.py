@@ -15,6 +15,7 @@ RUNS = Path("runs")
 NUM_LISTED = 3
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BUILT_IN = "digits"
+EMBEDDING_FILE = "embedding.json"  # in a folder of embeddings
 SHARD_SUFFIX = ".tar"
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TIFF = {".tif", ".tiff"}
@@ -27,12 +28,13 @@ def is_shards(name: str) -> bool:
     return re.split(r"[?#]", name)[0].lower().endswith(SHARD_SUFFIX) and not os.path.isdir(name)
 
 
-def data_setting(data: str, given: dict[str, Any], *, held_out: bool = False) -> dict[str, str]:
+def data_setting(data: str, given: dict[str, Any], field: str = "data", *, held_out: bool = False) -> dict[str, str]:
     """Return images named by one word as `train_dir`, a folder of images, or `dataset_name`, anything else.
 
     Args:
         data: A folder of image files, a `datasets` folder, a Hub id, or `digits`.
         given: The other settings.
+        field: What named it, for errors.
         held_out: A folder of photographs in `train` beside `test` or `validation` is a `datasets` folder as well: what
             is held out there is not to be trained on, and folders of classes in them are labels.
 
@@ -41,13 +43,13 @@ def data_setting(data: str, given: dict[str, Any], *, held_out: bool = False) ->
     """
     for key in ("train_dir", "dataset_name"):
         if given.get(key):
-            raise InputError(f"`data`, `{key}`: expected one of the two, got {data!r} and {given[key]!r}.")
+            raise InputError(f"`{field}`, `{key}`: expected one of the two, got {data!r} and {given[key]!r}.")
     if os.path.isdir(data):
         as_it_is = is_image_folder(data) and not (held_out and _has_splits(data))
         return {"train_dir" if as_it_is else "dataset_name": data}
     if data != BUILT_IN and not HUB_ID.fullmatch(data):
         raise InputError(
-            f"`data`: expected a folder of images, a `datasets` folder, a Hub id OWNER/NAME or '{BUILT_IN}', got "
+            f"`{field}`: expected a folder of images, a `datasets` folder, a Hub id OWNER/NAME or '{BUILT_IN}', got "
             f"{data!r}{_instead(data)}"
         )
     return {"dataset_name": data}
@@ -79,6 +81,11 @@ def with_places(settings: dict[str, Any]) -> dict[str, Any]:
         settings = settings | {"output_dir": str(_new_folder(images, resuming=resuming))}
     refuse_foreign_folder(Path(settings["output_dir"]), RECIPE, resuming=resuming)
     return settings
+
+
+def absence(name: str) -> str | None:
+    """Say that what a name means, a path, is not there, and what is beside it; None where it may be a Hub id."""
+    return None if os.path.exists(name) or not _is_path(name) else _instead(name)
 
 
 def _is_path(name: str) -> bool:
