@@ -353,7 +353,7 @@ def folders(tmp_path_factory):
     [
         (
             ["nowhere/at/all"],
-            "`model_name_or_path`: expected the folder or Hub id of a vision model in safetensors form",
+            "`model_name_or_path`: expected the folder or Hub id of a vision model, got 'nowhere/at/all', which does",
         ),
         (
             ["bert"],
