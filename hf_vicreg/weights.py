@@ -23,7 +23,7 @@ def load(name: str) -> "PreTrainedModel":
     its card.
 
     Args:
-        name: As `digits`; what is on the Hub or in a folder of yours, `AutoModel.from_pretrained` loads.
+        name: `digits` or `cifar10_cpu`; what is on the Hub or in a folder of yours, `AutoModel.from_pretrained` loads.
 
     Raises:
         ValueError: There is no such encoder.
