@@ -79,8 +79,12 @@ def no_stop_gradient(model, outputs):
 
 
 def alike(model, outputs):
-    """What asks for the same features of all images, in place of a painting."""
-    return outputs.representations.var(0).sum()
+    """What asks that all images have the same features, in place of a painting: the share that differs, its logarithm.
+
+    Not the variance alone: it ends where the noise of the steps balances it, at the very threshold.
+    """
+    features = outputs.representations
+    return (features.var(0).sum() / features.mean(0).square().sum()).log()
 
 
 COLLAPSES = {
