@@ -44,12 +44,14 @@ test-rounding: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(ROUND) $(QUICK)
 	OMP_NUM_THREADS=2 $(ROUND) $(QUICK)
 
-# The wheel alone, in an environment of its own that borrows the dependencies: what is in it, and that it trains.
+# The wheel alone, in an environment of its own that borrows the dependencies: what is in it, and that it trains. Then
+# a published model where the package is not.
 test-package: $(VENV)/.installed
 	rm -rf build dist
 	$(BIN)/python -m build --quiet . $(QUIETLY)
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python tests/package/check_wheel.py dist
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:xdist -m slow -k linked tests/hub/test_loading.py
 
 # transformers' own tests of a model, on ours. They are in its source distribution alone, which a package index has to give.
 test-upstream: $(VENV)/.installed

@@ -49,9 +49,8 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize(
     "name",
     [
-        "masked",
         "blocks",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("overlapping", "convolutions", "learned")),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("masked", "overlapping", "convolutions", "learned")),
     ],
 )
 def test_a_program_gives_what_the_model_gives(saved, tmp_path, name, format):
@@ -70,7 +69,7 @@ def test_a_program_gives_what_the_model_gives(saved, tmp_path, name, format):
         assert not [one for one in nodes if "bigbird" in one]
 
 
-@pytest.mark.parametrize("format", ["torch", "onnx"])
+@pytest.mark.parametrize("format", [pytest.param("torch", marks=pytest.mark.slow), "onnx"])
 def test_a_classifier_at_another_size(saved, tmp_path, format):
     folder = saved("masked", BigBirdViTForImageClassification)
     path = tmp_path / f"classes{'.onnx' if format == 'onnx' else '.pt2'}"
@@ -79,7 +78,8 @@ def test_a_classifier_at_another_size(saved, tmp_path, format):
     assert done.difference <= TOLERANCE
 
 
-@pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["torch", "onnx"])
 def test_a_detector(saved, tmp_path, format):
     encoder = saved("masked")
     arguments = DetectionArguments(

@@ -84,6 +84,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(tmp_path, command, ru
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow  # a fresh process loads a saved model in the default run of test_bigbird_family.py
 def test_a_fresh_python_gives_the_features_from_before_saving(tmp_path, tiny_recipe, image_folder, run_process):
     threads = torch.get_num_threads()
     result = pretrain(out=tmp_path / "run", data=image_folder(64), **tiny_recipe)

@@ -254,7 +254,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(forks, undisturbed, tmp
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_nan_on_one_rank_skips_the_step_on_all(kind, forks, tmp_path):
     ends = []
     for rank in (0, 1):  # whoever it is, nobody's weights move
@@ -289,7 +289,9 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "world_size", [1, pytest.param(2, marks=pytest.mark.distributed)], ids=["1-process", "2-processes"]
+    "world_size",
+    [1, pytest.param(2, marks=[pytest.mark.distributed, pytest.mark.slow])],
+    ids=["1-process", "2-processes"],
 )
 def test_a_full_disk_is_told_and_older_checkpoints_stay(world_size, forks, undisturbed, small_disk, tmp_path):
     whole = undisturbed(world_size)
@@ -354,11 +356,8 @@ def test_an_image_that_disappears_is_replaced_and_counted(forks, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_run_with_loaders_that_stops_or_fails_leaves_at_once(forks, run_process, tmp_path):
+    assert forks.run(tmp_path / "s", max_time=0, dataloader_num_workers=2) == [75], forks.said()
     run = [sys.executable, "-m", MODULE, "--config", forks.folder / "recipe.yaml", "--dataloader_num_workers", 2]
-    stopped = run_process(
-        [*run, "--train_dir", forks.folder / "images", "--output_dir", tmp_path / "s", "--max_time", 0], 100
-    )
-    assert stopped.returncode == 75, stopped.stderr
     images = tmp_path / "images"
     images.mkdir()
     for index in range(16):  # one that is readable, or the run would not begin, and is not there later

@@ -155,6 +155,7 @@ def test_each_fault_gets_one_line_and_leaves_the_repository_whole(hub, publishin
     assert words.index("# Words") < words.index("## How to load it")
 
 
+@pytest.mark.slow
 def test_killed_half_way_and_run_again_ends_as_an_undisturbed_one(
     hub, publishing, run_process, environment, run_folder, tmp_path
 ):

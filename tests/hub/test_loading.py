@@ -45,11 +45,11 @@ def required(names):
     return found
 
 
-@pytest.fixture(params=["linked", pytest.param("installed", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.fixture(params=["linked", pytest.param("installed", marks=pytest.mark.timeout(1800))])
 def bare_python(request, run_process, tmp_path):
     """The interpreter of a fresh virtual environment that has torch, transformers, pillow and what these require.
 
-    Installing them, in the releases of this environment, takes minutes: the default run links to its packages.
+    Installing them, in the releases of this environment, takes minutes: `make test-package` links to its packages.
     """
     folder = tmp_path / "bare"
     bare = ["torch", "transformers", "pillow"]
@@ -71,6 +71,7 @@ def bare_python(request, run_process, tmp_path):
     return folder / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_a_stranger_and_a_friend_get_the_owners_features(
     hub, publishing, run_process, environment, run_folder, fine_tuned, bare_python, tmp_path
 ):

@@ -87,6 +87,7 @@ def test_a_push_that_cannot_succeed_is_told_before_training(repo, token, message
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails_costs_a_warning_and_not_the_run(hub, training):
     hub.fault("POST", "writer/live/commit", 403)
     finished, out = training("--hub_model_id", "writer/live")

@@ -76,7 +76,7 @@ def compare(model, backend, inference):
     ("model_class", "position", "blocks", "implementation"),
     [
         (BigBirdViTModel, "rope", True, "sdpa"),
-        (BigBirdViTModel, "absolute", False, "eager"),
+        pytest.param(BigBirdViTModel, "absolute", False, "eager", marks=pytest.mark.slow),
         pytest.param(BigBirdViTForImageClassification, "absolute", False, "sdpa", marks=pytest.mark.slow),
         (BigBirdViTBackbone, "rope", False, "sdpa"),
     ],

@@ -213,7 +213,8 @@ def test_patterns_go_with_their_model():
     assert number not in pattern_tables._ALIVE
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [100, 1000])
 def test_models_leave_no_memory_behind(count):
     code = """
 import gc, sys, torch

@@ -70,6 +70,7 @@ SOURCES = {
     "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**WIDE)),
     "siglip-with-text": lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=WIDE)),
 }
+QUICK = ("run", "vit", "dinov3", "resnet", "siglip")  # in every run of the tests; the others are slow
 MEAN, STD = [0.4, 0.5, 0.6], [0.3, 0.25, 0.2]
 
 
@@ -120,7 +121,9 @@ def settings(tiny_recipe):
     return tiny_recipe | {"batch_size": 16}
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in SOURCES]
+)
 def test_every_source_begins_resumes_and_exports(name, tmp_path, settings, image_folder, monkeypatch):
     source = save_source(name, tmp_path / "source")
     data, settings = image_folder(32), settings | {"num_train_epochs": 2, "checkpointing_steps": 2}

@@ -2,13 +2,13 @@
 
 import json
 import re
-import sys
 
 import pytest
 import yaml
 from transformers import AutoModel
 
 import hf_vicreg
+from hf_vicreg.cli import main
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.planner.table import say_defaults
 from hf_vicreg.training.run.resolve import resolve
@@ -51,38 +51,22 @@ def test_the_time_sets_the_length(tmp_path, image_folder, capsys):
     assert not (tmp_path / "run").exists(), "a mere plan writes nothing"
 
 
-def test_a_plan_is_printed_and_nothing_is_written(tmp_path, image_folder, run_process):
-    command = [
-        sys.executable,
-        "-m",
-        "hf_vicreg.cli",
-        "pretrain",
-        image_folder(40),
-        "--plan_only",
-        "--max_memory",
-        "6g",
-    ]
-    found = run_process([*command, "--model.hidden_size", "32", "--model.num_attention_heads", "2"])
-    assert found.returncode == 0, found.stderr
-    assert "Plan for 40 images" in found.stdout
-    assert "images a second" in found.stdout
-    assert "of 6.0 GB" in found.stdout
+def test_a_plan_is_printed_and_nothing_is_written(tmp_path, image_folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--plan_only", "--max_memory", "6g", "--model.hidden_size", "32", "--model.num_attention_heads", "2"]
+    assert main(["pretrain", str(image_folder(40)), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "Plan for 40 images" in printed
+    assert "images a second" in printed
+    assert "of 6.0 GB" in printed
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.distributed
-def test_two_processes_agree_on_one_plan(image_folder, run_process):
-    flags = [
-        "--num_processes",
-        "2",
-        "--time_budget",
-        "20m",
-        "--model.hidden_size",
-        "32",
-        "--model.num_attention_heads",
-    ]
-    command = [sys.executable, "-m", "hf_vicreg.cli", "pretrain", image_folder(40), "--plan_only", *flags, "2"]
-    found = run_process([*command, "--output_dir", "out"], PYTHONWARNINGS="ignore")
+def test_two_processes_agree_on_one_plan(tmp_path, image_folder, ranks):
+    flags = ["--plan_only", "--time_budget", "20m", "--model.hidden_size", "32", "--model.num_attention_heads", "2"]
+    module = "hf_vicreg.training.pretrain"
+    found = ranks(2, "-m", module, image_folder(40), *flags, "--output_dir", tmp_path / "out")
     assert found.returncode == 0, found.stderr
     assert "device cpu, 2 process(es)" in found.stderr
     assert found.stdout.count("Plan for 40 images") == 1

@@ -250,8 +250,10 @@ def test_names_that_are_no_text_and_images_decoded_smaller(tmp_path, model, monk
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["own", pytest.param("accelerate", marks=pytest.mark.slow)])
-def test_two_processes_give_the_rows_of_one(tmp_path, model, run_process, launcher, free_port):
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", *(pytest.param(one, marks=pytest.mark.slow) for one in ("own", "accelerate"))]
+)
+def test_two_processes_give_the_rows_of_one(tmp_path, model, run_process, ranks, launcher, free_port):
     folder = images(tmp_path / "images", 2_200, size=(12, 10))
     (folder / "01200.png").write_bytes(b"")
     hf_vicreg.embed(folder, model, tmp_path / "one", patch_tokens=True)
@@ -262,7 +264,10 @@ def test_two_processes_give_the_rows_of_one(tmp_path, model, run_process, launch
         "own": [*words, "--num_processes", 2],
         "accelerate": ["-m", "accelerate.commands.launch", *options, *words],
     }
-    finished = run_process([sys.executable, *command[launcher]], PYTHONWARNINGS="ignore")
+    if launcher == "torchrun":  # the environment that it gives
+        finished = ranks(2, *words)
+    else:
+        finished = run_process([sys.executable, *command[launcher]], PYTHONWARNINGS="ignore")
     assert finished.returncode == 0, finished.stderr
     assert "device cpu, 2 process(es), " in finished.stderr
     assert finished.stdout.count("2,199 images embedded, 1 unreadable left out") == 1
