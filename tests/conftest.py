@@ -37,6 +37,7 @@ _take_own_cores()
 
 LOGS = ("out", "err")
 REPOSITORY = Path(__file__).resolve().parents[1]
+TRAINING = Path(__file__).resolve().parent / "training"
 
 # A model and a run small enough for a test, as flags and as a recipe.
 TINY_RECIPE = {
@@ -73,6 +74,16 @@ def _threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """Runs of `tests/training` draw no curves, as without matplotlib, but where a test is marked `pictures`.
+
+    To draw them takes longer than all else of a run that a test trains.
+    """
+    if TRAINING in request.path.parents and not request.node.get_closest_marker("pictures"):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_vicreg.training.pretrain import main
 
+sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]  # no curves, as without it: to draw them takes long
+
 
 def go_wrong(rank, kind, rank_wanted, step_wanted, seconds=0):
     """At a step, make the loss or a gradient of one rank NaN, or let the rank sleep."""

@@ -66,6 +66,7 @@ def test_two_branches_of_different_kinds_train_and_resume(tmp_path, tiny_recipe)
         pretrain(out=tmp_path / "other", data="digits", **settings | {"second_model": bert})
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_a_folder_that_loads(tmp_path, tiny_recipe, caplog, capsys):
     out = tmp_path / "run"
     with caplog.at_level(logging.INFO, logger="hf_vicreg"):

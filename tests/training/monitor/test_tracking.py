@@ -88,6 +88,7 @@ def test_unknown_trackers_and_flags_that_are_not_flags_are_named():
             resolve(needed | {"linear_probe": value} if value is not None else needed | {"linear_probe": "None"})
 
 
+@pytest.mark.pictures
 def test_curves_are_drawn_from_what_there_is(tmp_path, monkeypatch, caplog):
     bare = [{"step": at, "loss": 9.0, "invariance": 0.0, "variance": 0.5, "covariance": float("nan")} for at in (1, 2)]
     full = [one | {"embedding_std_mean": 0.3, "embedding_rank": 3, "encoder_rank": 2} for one in bare]
