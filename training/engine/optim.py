@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
+from hf_vicreg.modeling.vicreg_expander import VicRegExpander
 from hf_vicreg.training.engine.unseen import unseen_parameters
 
 logger = logging.getLogger(__name__)
@@ -177,11 +178,19 @@ def build_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     layer_decay: float = 1.0,
+    expander_lr_scale: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """Return torch's AdamW or `LARS` over `parameter_groups`, or `decayed_groups`; `betas` are AdamW's."""
+    """Return torch's AdamW or `LARS` over `parameter_groups`, or `decayed_groups`; `betas` are AdamW's.
+
+    `expander_lr_scale` is the factor on the learning rate of expanders: AdamW's steps change a layer's output the more
+    the wider its input is, and expanders are many times wider than encoders. Source: Yang et al. 2022, Tensor Programs
+    V (arXiv 2203.03466), table 3: with Adam the learning rate of a hidden matrix goes with the inverse of its width.
+    """
     groups = before = parameter_groups(model, weight_decay)
     if layer_decay != 1:
         groups = decayed_groups(model, weight_decay, layer_decay, _depths_of_wrapper(model))
+    if expander_lr_scale != 1:
+        groups = _with_slow_expanders(model, groups, expander_lr_scale)
     unseen = unseen_parameters(model)
     if unseen:
         logger.info(
@@ -197,6 +206,19 @@ def build_optimizer(
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
     optimizer.register_load_state_dict_pre_hook(partial(_read_state_of_before, _order_of_before(model, before)))
     return optimizer
+
+
+def _with_slow_expanders(model: nn.Module, groups: list[dict[str, Any]], scale: float) -> list[dict[str, Any]]:
+    """Split each group: what belongs to an expander, or to a predictor of the same kind, has its `scale` lowered."""
+    heads = (module for module in model.modules() if isinstance(module, VicRegExpander))
+    slow = {id(one) for head in heads for one in head.parameters()}
+    found = []
+    for group in groups:
+        rest = [one for one in group["params"] if id(one) not in slow]
+        found.append(group | {"params": rest})
+        held = [one for one in group["params"] if id(one) in slow]
+        found.append(group | {"params": held, "scale": scale * group.get("scale", 1.0)})
+    return [group for group in found if group["params"]]
 
 
 def _order_of_before(model: nn.Module, groups: list[dict]) -> list[nn.Parameter | None]:

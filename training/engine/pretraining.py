@@ -121,7 +121,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             freeze_second=run.freeze_text,
         )
         betas = (run.adam_beta1, run.adam_beta2)
-        optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas, run.layer_decay)
+        rates = run.layer_decay, run.expander_lr_scale
+        optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas, *rates)
         # held still for the first steps; as a function of the step, so that a resumed run does the same
         self.expander_steps = round(run.expander_warmup_ratio * self.num_steps)
         self.learning = [one for encoder in model.encoders for one in encoder.parameters() if one.requires_grad]

@@ -204,6 +204,9 @@ class PretrainArguments:
     layer_decay: float = _optimisation(
         1.0, "Factor on the learning rate from one of the encoder's layers to the one before; 1 turns it off."
     )
+    expander_lr_scale: float = _optimisation(
+        1.0, "Factor on the learning rate of the expander, which is wider than the encoder; 1 turns it off."
+    )
     freeze_layers: int = _optimisation(
         0, "Keep embeddings and so many first layers of `model_name_or_path` as they are; 0: all learn."
     )

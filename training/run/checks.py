@@ -76,6 +76,8 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
             f"`checkpoints_keep_every_steps`: expected a multiple of the {run.checkpointing_steps} "
             f"`checkpointing_steps`, got {run.checkpoints_keep_every_steps}."
         )
+    if not 0 < run.expander_lr_scale < math.inf:
+        raise InputError(f"`expander_lr_scale`: expected a factor above 0, got {run.expander_lr_scale}.")
     if run.warmup_ratio > 1:
         raise InputError(f"`warmup_ratio`: expected a share of the steps from 0 to 1, got {run.warmup_ratio}.")
     if not 0 <= run.seed <= MAX_SEED:

@@ -215,3 +215,21 @@ def test_the_schedule_begins_after_the_expanders_own_steps():
     assert rates[20:] == alone
     assert rates[:20] == [1.0, 2.0, *[2.0] * 18]
     assert learning_rate_at(0, 100, 2.0, 0.0, 0.0, 0.2) == 2.0
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_expanders_learn_at_their_own_rate(layer_decay):
+    encoder = {"model_type": "bigbird_vit", "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+    config = VicRegConfig(encoder=encoder, second_encoder=encoder, expander_sizes=[8, 8])
+    model = VicRegForPreTraining(config)
+    whole, slow = (build_optimizer(model, "adamw", 1e-2, 0.05, (0.9, 0.95), layer_decay, one) for one in (1.0, 0.1))
+    rates = []
+    for optimizer in (whole, slow):
+        learning_rates(optimizer, 1e-2)
+        rates.append({id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]})
+        assert len(rates[-1]) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert rates[0].keys() == rates[1].keys()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in rates[0]:
+            factor = 0.1 if name.startswith(("expander.", "second_expander.")) else 1.0
+            assert rates[1][id(parameter)] == pytest.approx(factor * rates[0][id(parameter)]), name
