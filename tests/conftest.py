@@ -83,7 +83,8 @@ def _no_pictures(request, monkeypatch):
     To draw them takes longer than all else of a run that a test trains.
     """
     if TRAINING in request.path.parents and not request.node.get_closest_marker("pictures"):
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        for name in ("matplotlib", "matplotlib.figure"):
+            monkeypatch.setitem(sys.modules, name, None)
 
 
 @pytest.fixture

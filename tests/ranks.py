@@ -16,7 +16,8 @@ import traceback
 
 import hf_vicreg.training.pretrain  # noqa: F401  for all of them
 
-sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]  # no curves, as without it: to draw them takes long
+for name in ("matplotlib", "matplotlib.figure"):  # no curves, as without it: to draw them takes long
+    sys.modules[name] = None  # type: ignore[assignment]
 
 
 def run(order, rank, port):

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_vicreg.training.pretrain import main
 
-sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]  # no curves, as without it: to draw them takes long
+for name in ("matplotlib", "matplotlib.figure"):  # no curves, as without it: to draw them takes long
+    sys.modules[name] = None  # type: ignore[assignment]
 
 
 def go_wrong(rank, kind, rank_wanted, step_wanted, seconds=0):

@@ -137,6 +137,7 @@ def test_layers_are_counted_from_the_embeddings(model, first, layer, last):
     assert decays[id(named[last.replace("weight", "bias")])] == 0
 
 
+@pytest.mark.pictures
 def test_a_classifier_learns_and_works_in_a_pipeline(encoder, colours, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = FinetuneArguments(
