@@ -14,9 +14,9 @@ from sklearn.datasets import load_sample_images
 from transformers import AutoImageProcessor
 
 import hf_vicreg
+from hf_vicreg.hub_space.colours import PatchColours, colour_images
 from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 from hf_vicreg.modeling.pattern_picture import COLOURS, LEGEND
-from hf_vicreg.report.patches import PatchColours, colour_images
 from hf_vicreg.training.monitor.style import INK, SOFT, new_figure
 
 PICTURE = Path(__file__).parent / "images" / "opening.png"

@@ -15,7 +15,7 @@ from PIL import Image
 from hf_vicreg.explore.analysis import Analysis, analyse
 from hf_vicreg.explore.finds import Copies, find_copies, find_outliers, set_apart, spread_labels
 from hf_vicreg.explore.image_set import ImageSet, open_set
-from hf_vicreg.report.pictures import fitted
+from hf_vicreg.hub_space.pictures import fitted
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import DualImages
 from hf_vicreg.training.evaluation.features import pixels_of

@@ -13,9 +13,10 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
-from hf_vicreg.report.attention import attention_maps, lattice
+from hf_vicreg.hub_space.attention import lattice
+from hf_vicreg.hub_space.colours import PatchColours
+from hf_vicreg.report.attention import attention_maps
 from hf_vicreg.report.page import data_block
-from hf_vicreg.report.patches import PatchColours
 from hf_vicreg.report.report import write_report
 from hf_vicreg.report.run_facts import read_facts
 from hf_vicreg.report.run_images import open_images, spread
