@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .looking import Looking, opened, packed
+from .looking import Looking, packed
 
 HERE = Path(__file__).resolve().parent
 MOST_BYTES = 16 * 2**20  # of a picture that is sent here
@@ -94,10 +94,9 @@ class Space:
             if len(body) > MOST_BYTES:
                 raise HTTPException(413, f"a picture of at most {MOST_BYTES // 2**20} MB is needed")
         try:
-            picture = await run_in_threadpool(opened, bytes(body))
+            found = await run_in_threadpool(self.looking.look_at_sent, bytes(body))
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        found = await run_in_threadpool(self.looking.look, picture, "your picture")
         return JSONResponse(found, headers=HEADERS)
 
     def _number(self, request: Request) -> int:

@@ -39,7 +39,7 @@ def attention_maps(model: PreTrainedModel, pixels: torch.Tensor, queries: list[i
     Args:
         model: An encoder whose layers attend over patches on a grid.
         pixels: `(1, channels, height, width)`, normalised.
-        queries: Patches that look, -1 for CLS; default: all, and CLS if there is one.
+        queries: Patches that look, -1 for CLS, which is left out where there is none; default: all, and CLS.
 
     Raises:
         ValueError: A model without attention over patches.
@@ -54,8 +54,8 @@ def attention_maps(model: PreTrainedModel, pixels: torch.Tensor, queries: list[i
         raise ValueError(f"`MODEL`: expected one with attention over patches, got a {model.config.model_type!r}.")
     stacked = torch.stack([one[0].float().cpu() for one in attentions])
     leading = stacked.shape[-1] - patches
-    if queries is None:
-        queries = [-1] * (leading > 0) + list(range(patches))
+    asked = [-1, *range(patches)] if queries is None else queries
+    queries = [one for one in asked if one >= 0 or leading]
     places = torch.tensor([0 if one < 0 else leading + one for one in queries])
     tiles, levels = _levels(model, height, width, queries)
     return AttentionMaps(stacked[:, :, places].contiguous(), queries, grid, leading, tiles, levels)

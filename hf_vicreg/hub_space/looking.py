@@ -17,6 +17,7 @@ from .pictures import data_uri, image_of
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # of a visitor's picture: others have readers that start programs
 MAX_PIXELS = 40_000_000  # of a picture, before it is decoded
 MAX_PATCHES = 1600  # of an image whose attention is computed: it is as many times as many numbers, for every head
+AT_ONCE = 2  # visitors' pictures decoded at the same time: the largest need 250 MB
 ATTENTION_BYTES = 3_000_000  # sent of it, before they become text; patches that look are thinned out to stay below
 
 
@@ -52,7 +53,7 @@ class Looking:
         pinned: dict[str, Any] = {"trust_remote_code": True} | ({"revision": revision} if revision else {})
         self.processor = AutoImageProcessor.from_pretrained(name, backend="pil", **pinned)
         self.model = AutoModel.from_pretrained(name, **pinned).eval()
-        self.turn = threading.Lock()
+        self.turn, self.decoders = threading.Lock(), threading.BoundedSemaphore(AT_ONCE)
         seen = [self._see(picture) for picture in pictures]
         self.features = torch.stack([one.feature for one in seen])
         self.colours = PatchColours(torch.cat([one.tokens.flatten(0, 1) for one in seen]))
@@ -79,6 +80,16 @@ class Looking:
                 "feature": packed(seen.feature),
                 "attention": self._attention(seen, shown, name),
             }
+
+    def look_at_sent(self, encoded: bytes) -> dict[str, Any]:
+        """Return the same of a visitor's picture.
+
+        Raises:
+            ValueError: As `opened` does.
+        """
+        with self.decoders:
+            picture = opened(encoded)
+        return self.look(picture, "your picture")
 
     def _see(self, picture: Image.Image) -> Seen:
         pixels = self.processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
@@ -109,7 +120,7 @@ class Looking:
             "image": data_uri(shown),
             "grid": [rows, columns],
             "leading": maps.leading,
-            "queries": maps.queries if maps.leading else maps.queries[1:],
+            "queries": maps.queries,
             "shape": list(maps.weights.shape),
             "weights": packed(maps.weights),
             "tiles": maps.tile_of_patch,

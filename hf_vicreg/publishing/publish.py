@@ -14,7 +14,7 @@ from hf_vicreg.model_cards.escaping import printable
 from hf_vicreg.model_cards.schema import HUB_ID, FileError
 from hf_vicreg.publishing.checks import check_loads, check_loads_without_package
 from hf_vicreg.publishing.hub_errors import patience
-from hf_vicreg.publishing.push import bring_up_to_date, check_account, download, push, read_remote
+from hf_vicreg.publishing.push import Remote, bring_up_to_date, check_account, download, push, read_remote
 from hf_vicreg.publishing.secret_scan import refuse_secrets
 from hf_vicreg.publishing.space import StagedSpace, check_space, stage_space
 from hf_vicreg.publishing.staging import Staged, stage
@@ -119,6 +119,10 @@ def publish(
         remote = read_remote(api, repo, revision=revision, private=private)
         bring_up_to_date(staged, remote)
         refuse_secrets(staged.folder, ["README.md"])
+        if staged_space is not None:
+            remote_space = read_remote(api, repo, revision=None, private=private, kind="space")
+            staged_space.keep_card(remote_space.card)
+            refuse_secrets(staged_space.folder, ["README.md"])
         logger.info("checking that %s loads with and without the package", run)
         reference = check_loads(staged, run)
         if staged_space is not None:
@@ -133,18 +137,16 @@ def publish(
         shown = None
         if staged_space is not None:
             staged_space.pin(pushed.commit)
-            shown = _publish_space(api, staged_space, private=private, into=Path(scratch) / "downloaded_space")
+            shown = _push_space(api, staged_space, remote_space, private=private)
         return _publication(staged, pushed.url, pushed.commit, pushed.added + pushed.removed, shown)
 
 
-def _publish_space(api: HfApi, space: StagedSpace, *, private: bool, into: Path) -> Publication:
-    """Push a Space to the main branch, and download it again."""
-    remote = read_remote(api, space.repo, revision=None, private=private, kind="space")
-    space.keep_card(remote.card)
-    refuse_secrets(space.folder, ["README.md"])
+def _push_space(api: HfApi, space: StagedSpace, remote: Remote, *, private: bool) -> Publication:
+    """Push a Space and download it again."""
     logger.info("publishing the Space, %d files, %s bytes", len(space.names), f"{sum(space.sizes.values()):,}")
     pushed = push(api, space, remote, private=private, create_pr=False)
-    download(api, space.repo, pushed.commit, space, into, "space")
+    with tempfile.TemporaryDirectory(prefix="hf_vicreg_") as again:
+        download(api, space.repo, pushed.commit, space, Path(again), "space")
     return _publication(space, pushed.url, pushed.commit, pushed.added + pushed.removed)
 
 

@@ -147,7 +147,7 @@ def attention_data(encoder: VisionEncoder, images: ReportImages, budget: int) ->
                     "image": data_uri(image),
                     "grid": list(maps.grid),
                     "leading": maps.leading,
-                    "queries": maps.queries if maps.leading else maps.queries[1:],
+                    "queries": maps.queries,
                     "shape": list(maps.weights.shape),
                     "weights": base64.b64encode(maps.weights.numpy().astype("<f4").tobytes()).decode(),
                     "tiles": maps.tile_of_patch,
