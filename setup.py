@@ -9,7 +9,14 @@ from setuptools import find_packages, setup
 ROOMS = ("modeling", "training", "model_cards")
 
 setup(
-    packages=["hf_vicreg", "hf_vicreg.publishing", "hf_vicreg.report", "hf_vicreg.explore", "hf_vicreg.comparison"]
+    packages=[
+        "hf_vicreg",
+        "hf_vicreg.publishing",
+        "hf_vicreg.report",
+        "hf_vicreg.explore",
+        "hf_vicreg.hub_space",
+        "hf_vicreg.comparison",
+    ]
     + [
         f"hf_vicreg.{package}"
         for room in ROOMS
@@ -22,6 +29,7 @@ setup(
         "hf_vicreg": ["py.typed"],
         "hf_vicreg.report": ["*.css", "*.js"],
         "hf_vicreg.explore": ["*.css", "*.html", "*.js"],
+        "hf_vicreg.hub_space": ["*.css", "*.html", "*.js", "Dockerfile"],
         "hf_vicreg.training.recipes": ["*.yaml"],
         "hf_vicreg.training.launch": ["*.yaml", "*.sh"],
         "hf_vicreg.model_cards": ["*.md", "*/README.md", "*/*.json", "*/*.safetensors"],

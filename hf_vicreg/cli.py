@@ -125,6 +125,12 @@ def build_parser() -> argparse.ArgumentParser:
     publish.add_argument(
         "--include_pretraining", action="store_true", help="with pretraining/, the encoder and its expander"
     )
+    publish.add_argument(
+        "--space", action="store_true", help="and a Space of that name: features, neighbours and attention as an app"
+    )
+    publish.add_argument(
+        "--space_images", type=Path, metavar="FOLDER", help="images to publish with it; default: none, drawn patterns"
+    )
     publish.set_defaults(run=_publish)
     doctor = verbs.add_parser(
         "doctor",
@@ -273,6 +279,8 @@ def _publish(arguments: argparse.Namespace) -> None:
             dry_run=arguments.dry_run,
             include_pretraining=arguments.include_pretraining,
             license=arguments.license,
+            space=arguments.space,
+            space_images=arguments.space_images,
         )
     print(report(done))
 

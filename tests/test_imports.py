@@ -37,6 +37,21 @@ def test_modeling_is_flat_and_stands_alone(path):
     assert "hf_vicreg" not in path.read_text(), f"{path.name}: the package's name breaks the copy on the Hub"
 
 
+SPACE = sorted((REPOSITORY / "hf_vicreg" / "hub_space").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SPACE, ids=lambda path: path.stem)
+def test_the_app_of_a_space_stands_alone(path):
+    for level, module in imports_of(path):
+        if level:
+            assert level == 1, f"{path.name}: only siblings"
+            assert (path.parent / f"{module}.py").exists(), f"{path.name}: .{module} is not a sibling"
+        else:
+            allowed = {"torch", "transformers", "PIL", "starlette", "uvicorn"} | set(sys.stdlib_module_names)
+            assert module.split(".")[0] in allowed, f"{path.name}: {module}"
+    assert "hf_vicreg" not in path.read_text(), f"{path.name}: a Space has no such package"
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "training").rglob("*.py")), ids=lambda path: path.stem)
 def test_training_imports_modeling_and_itself_only(path):
     for level, module in imports_of(path):

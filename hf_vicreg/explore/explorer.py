@@ -15,7 +15,7 @@ from PIL import Image
 from hf_vicreg.explore.analysis import Analysis, analyse
 from hf_vicreg.explore.finds import Copies, find_copies, find_outliers, set_apart, spread_labels
 from hf_vicreg.explore.image_set import ImageSet, open_set
-from hf_vicreg.report.pictures import fitted
+from hf_vicreg.hub_space.pictures import fitted
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import DualImages
 from hf_vicreg.training.evaluation.features import pixels_of
@@ -32,7 +32,7 @@ NEEDED = {
     "sklearn": "scikit-learn",
 }
 AT_ONCE = 2  # images decoded at the same time: one of the largest that are taken needs 400 MB
-LABEL_COLUMNS = ("file_name", "label", "split", "source", "confidence")
+LABEL_COLUMNS = ("file_name", "label", "split", "source", "confidence", "digest")
 KEPT_THUMBNAILS = 4000
 
 
@@ -137,7 +137,8 @@ class Explorer:
     def labels_csv(self, given: dict[int, str], least: float) -> bytes:
         """Return `labels.csv`: the labels given and those that spread with a confidence of at least `least`.
 
-        `hf-vicreg finetune classification --labels_file` reads it. A fifth of each class has the split `test`.
+        `hf-vicreg finetune classification --labels_file` reads it. A fifth of each class has the split `test`. The
+        digest of an image's bytes says which image is meant: `row 5` is another one in another split.
         """
         found = self.spread(given)
         rows = [
@@ -154,7 +155,8 @@ class Explorer:
         for row, name, label, apart in zip(rows, names, labels, set_apart(names, labels), strict=True):
             how = "given" if row in found.given else "spread"
             sure = f"{found.confidences[row]:.4f}"
-            writer.writerow([name, label, "test" if apart else "train", how, sure])
+            digest = self.images.digests[row].hex()
+            writer.writerow([name, label, "test" if apart else "train", how, sure, digest])
         return text.getvalue().encode(errors="surrogateescape")
 
     def files_text(self, rows: list[int]) -> bytes:

@@ -3,7 +3,7 @@
 import os
 
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.run.places import IMAGE_SUFFIXES, absence, data_setting, files_below
+from hf_vicreg.training.run.places import IMAGE_SUFFIXES, absence, data_setting, refuse_empty
 
 
 def check_images(images: str, model: str | None, data: str | None) -> None:
@@ -23,8 +23,7 @@ def check_images(images: str, model: str | None, data: str | None) -> None:
     if os.path.isfile(images) and os.path.splitext(images)[1].lower() in IMAGE_SUFFIXES:
         raise InputError(f"`IMAGES`: expected a folder of images, got {images!r}, which is a file; name its folder.")
     if os.path.isdir(images):
-        if not any(True for _ in files_below(images, zarr=True)):
-            raise InputError(f"`IMAGES`: expected files of images in {images}, found no file; name another folder.")
+        refuse_empty(images, "IMAGES")
     elif not os.path.isfile(images):
         data_setting(images, {}, "IMAGES")
     if data is not None:

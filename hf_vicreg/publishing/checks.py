@@ -72,7 +72,7 @@ def _features(folders: list[Path], staged: Staged, *, package: bool) -> list[dic
         try:
             finished = subprocess.run(
                 [sys.executable, "-I", str(program), str(path)],
-                env=_clean_environment(scratch),
+                env=clean_environment(scratch),
                 stdin=subprocess.DEVNULL,  # nobody is there to trust code when asked
                 capture_output=True,
                 text=True,
@@ -109,7 +109,7 @@ def _package_root() -> Path:
     return Path(str(resources.files("hf_vicreg"))).parent.resolve()
 
 
-def _clean_environment(scratch: str) -> dict[str, str]:
+def clean_environment(scratch: str) -> dict[str, str]:
     """The environment of a stranger on this machine: no network, no cache, no secrets, no GPU."""
     environment = {
         name: value

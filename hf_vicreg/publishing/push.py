@@ -12,7 +12,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from hf_vicreg.model_cards.merging import merged_card
 from hf_vicreg.publishing.hub_errors import as_one_line
-from hf_vicreg.publishing.staging import GENERATED, Staged
+from hf_vicreg.publishing.space import StagedSpace
+from hf_vicreg.publishing.staging import Staged
 from hf_vicreg.training.errors import InputError
 
 MESSAGE = "Publish with hf-vicreg"
@@ -29,6 +30,7 @@ class Remote:
         has_branch: Whether it is there.
         files: Hash of each file, by name.
         card: Its card, if it has one.
+        kind: `model` or `space`.
     """
 
     repo: str
@@ -37,6 +39,7 @@ class Remote:
     has_branch: bool = False
     files: dict[str, str] = field(default_factory=dict)
     card: str | None = None
+    kind: str = "model"
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ def check_account(api: HfApi, repo: str, *, create_pr: bool) -> None:
         )
 
 
-def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool) -> Remote:
-    """Return a repository's state.
+def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool, kind: str = "model") -> Remote:
+    """Return the state of a repository of a kind, `model` or `space`.
 
     Raises:
         InputError: The Hub does not answer, or the repository is public and was to be private.
@@ -78,9 +81,9 @@ def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool) -
     branch = revision or "main"
     with as_one_line("read the repository", api.endpoint):
         try:
-            info = api.model_info(repo)
+            info = api.repo_info(repo, repo_type=kind)
         except RepositoryNotFoundError:
-            return Remote(repo, branch)
+            return Remote(repo, branch, kind=kind)
         if private and not info.private:
             raise InputError(
                 f"`private`: expected a private repository, {repo} is public; change its visibility first or choose "
@@ -89,16 +92,16 @@ def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool) -
         has_branch = True
         if revision is not None:
             try:
-                info = api.model_info(repo, revision=revision)
+                info = api.repo_info(repo, revision=revision, repo_type=kind)
             except RevisionNotFoundError:
                 has_branch = False
-        files = _files_at(api, repo, info.sha)
+        files = _files_at(api, repo, info.sha, kind)
         card = None
         if "README.md" in files:
             with tempfile.TemporaryDirectory() as scratch:
-                path = api.hf_hub_download(repo, "README.md", revision=info.sha, local_dir=scratch)
+                path = api.hf_hub_download(repo, "README.md", revision=info.sha, local_dir=scratch, repo_type=kind)
                 card = Path(path).read_text(encoding="utf-8")
-        return Remote(repo, branch, info.sha, has_branch, files, card)
+        return Remote(repo, branch, info.sha, has_branch, files, card, kind)
 
 
 def bring_up_to_date(staged: Staged, remote: Remote) -> None:
@@ -117,7 +120,7 @@ def bring_up_to_date(staged: Staged, remote: Remote) -> None:
     (staged.folder / "README.md").write_text(merged, encoding="utf-8")
 
 
-def push(api: HfApi, staged: Staged, remote: Remote, *, private: bool, create_pr: bool) -> Pushed:
+def push(api: HfApi, staged: Staged | StagedSpace, remote: Remote, *, private: bool, create_pr: bool) -> Pushed:
     """Make the repository or branch if need be, and commit what differs; nothing if nothing does.
 
     Large files go first, where nobody sees them; the commit is one request, which holds or does not.
@@ -132,24 +135,26 @@ def push(api: HfApi, staged: Staged, remote: Remote, *, private: bool, create_pr
     Raises:
         InputError: Anything that went wrong, in one line; the branch is then as it was.
     """
-    repo, head, files, has_branch = remote.repo, remote.head, remote.files, remote.has_branch
+    repo, head, files, has_branch, kind = remote.repo, remote.head, remote.files, remote.has_branch, remote.kind
     if head is None:
         if create_pr:
             raise InputError(f"`create_pr`: expected a repository to open a pull request for, {repo} is none.")
         with as_one_line("create the repository", api.endpoint):
-            api.create_repo(repo, private=private, exist_ok=True)
-            head = api.model_info(repo).sha
-            files = _files_at(api, repo, head)
+            sdk = "docker" if kind == "space" else None
+            api.create_repo(repo, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
+            head = api.repo_info(repo, repo_type=kind).sha
+            files = _files_at(api, repo, head, kind)
         has_branch = remote.branch == "main"
     if not has_branch:
         with as_one_line("create the branch", api.endpoint):
-            api.create_branch(repo, branch=remote.branch, revision=head, exist_ok=True)
-    page = f"{api.endpoint}/{repo}" + ("" if remote.branch == "main" else f"/tree/{remote.branch}")
+            api.create_branch(repo, branch=remote.branch, revision=head, exist_ok=True, repo_type=kind)
+    below = f"spaces/{repo}" if kind == "space" else repo
+    page = f"{api.endpoint}/{below}" + ("" if remote.branch == "main" else f"/tree/{remote.branch}")
     added = [name for name in staged.names if _local_hash(staged.folder / name, files.get(name)) != files.get(name)]
-    removed = sorted(name for name in files if GENERATED.fullmatch(name) and name not in staged.names)
+    removed = sorted(name for name in files if staged.generated.fullmatch(name) and name not in staged.names)
     if not added and not removed:
         return Pushed(str(head), page, [], [])
-    if create_pr and (found := _open_request(api, staged, repo)):
+    if create_pr and isinstance(staged, Staged) and (found := _open_request(api, staged, repo)):
         return found
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, str(staged.folder / name)) for name in added
@@ -164,12 +169,15 @@ def push(api: HfApi, staged: Staged, remote: Remote, *, private: bool, create_pr
             revision=remote.branch,
             parent_commit=head,
             create_pr=create_pr,
+            repo_type=kind,
         )
     return Pushed(commit.oid, commit.pr_url or page, added, removed)
 
 
-def download(api: HfApi, repo: str, commit: str, staged: Staged, into: Path) -> None:
-    """Download a commit's files and compare them with the staged ones.
+def download(
+    api: HfApi, repo: str, commit: str, staged: Staged | StagedSpace, into: Path, kind: str = "model"
+) -> None:
+    """Download a commit's files, of a repository of a kind, and compare them with the staged ones.
 
     Raises:
         InputError: A file is missing or another.
@@ -177,7 +185,7 @@ def download(api: HfApi, repo: str, commit: str, staged: Staged, into: Path) -> 
     with as_one_line("download the files again", api.endpoint):
         for name in staged.names:
             try:
-                api.hf_hub_download(repo, name, revision=commit, local_dir=into)
+                api.hf_hub_download(repo, name, revision=commit, local_dir=into, repo_type=kind)
             except RemoteEntryNotFoundError:
                 raise InputError(f"`{name}`: expected it in {repo} at {commit[:8]}, the Hub has none.") from None
     for name in staged.names:
@@ -201,8 +209,8 @@ def _open_request(api: HfApi, staged: Staged, repo: str) -> Pushed | None:
     return None
 
 
-def _files_at(api: HfApi, repo: str, commit: str | None) -> dict[str, str]:
-    tree = api.list_repo_tree(repo, recursive=True, revision=commit)
+def _files_at(api: HfApi, repo: str, commit: str | None, kind: str = "model") -> dict[str, str]:
+    tree = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)
     return {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in tree if isinstance(one, RepoFile)}
 
 

@@ -58,6 +58,11 @@ class Staged:
     left_out: list[str]
 
     @property
+    def generated(self) -> re.Pattern[str]:
+        """Names of a repository that publishing may take away."""
+        return GENERATED
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Size of each file in bytes."""
         return {name: (self.folder / name).stat().st_size for name in self.names}

@@ -286,6 +286,7 @@
     whenResized(node, draw);
   }
 
+  window.showAttention = widget;
   for (const node of document.querySelectorAll(".attention")) {
     const data = content.attention[Number(node.dataset.run)];
     if (data && data.items.length) widget(node, data);

@@ -7,10 +7,12 @@ from typing import Any
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from hf_vicreg.hub_space.attention import LETTERS
+from hf_vicreg.hub_space.colours import PatchColours, colour_images
 from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.modeling.pattern_picture import COLOURS, LEGEND
-from hf_vicreg.report.attention import LETTERS, attention_maps
-from hf_vicreg.report.patches import PatchColours, colour_images, given_at, patch_tokens
+from hf_vicreg.report.attention import attention_maps
+from hf_vicreg.report.patches import given_at, patch_tokens
 from hf_vicreg.report.pictures import views_of
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import POOLED, VisionEncoder, load_processor, load_vision_encoder

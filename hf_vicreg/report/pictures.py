@@ -1,13 +1,12 @@
-"""Images inside a page, small copies of their pixels as `data:` addresses, and views as a run's model saw them."""
+"""Images of a page: many as one, and views as a run's model saw them."""
 
-import base64
-import io
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import PreTrainedConfig
 
+from hf_vicreg.hub_space.pictures import fitted, image_of
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.colour import Normalisation, finish_views
 from hf_vicreg.training.images.image_source import ImageSource
@@ -16,30 +15,8 @@ from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.run.arguments import ViewsConfig
 from hf_vicreg.training.run.settings import typed
 
-LARGEST_SIDE = 320  # in pixels, of an image that is shown
 MAX_SIDE = 1024  # in pixels, of a view that is drawn
 THUMBNAIL = 40  # side in pixels, of a map's
-
-
-def data_uri(image: Image.Image, side: int = LARGEST_SIDE) -> str:
-    """Return an image as a `data:` address: PNG where it is small, else JPEG, no larger than `side`."""
-    image = fitted(image, side)
-    with io.BytesIO() as file:
-        small = image.width * image.height <= 64 * 64
-        # pixels from a new image: comments and profiles of the old one stay behind
-        plain = Image.frombytes("RGB", image.size, image.tobytes())
-        plain.save(file, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 85}))
-        kind = "png" if small else "jpeg"
-        return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def fitted(image: Image.Image, side: int) -> Image.Image:
-    """Return an RGB image whose longer side is at most `side` pixels."""
-    image = image.convert("RGB")
-    scale = side / max(image.size)
-    if scale >= 1:
-        return image
-    return image.resize([max(1, round(scale * one)) for one in image.size], Image.Resampling.LANCZOS)
 
 
 def atlas(images: list[Image.Image], side: int = THUMBNAIL) -> tuple[Image.Image, int]:
@@ -54,19 +31,6 @@ def atlas(images: list[Image.Image], side: int = THUMBNAIL) -> tuple[Image.Image
         left, top = place % columns * side, place // columns * side
         sheet.paste(small, (left + (side - small.width) // 2, top + (side - small.height) // 2))
     return sheet, columns
-
-
-def image_of(pixel_values: torch.Tensor, mean: list[float], std: list[float]) -> Image.Image:
-    """Return what a model was given as an image.
-
-    Args:
-        pixel_values: `(3, height, width)`, normalised.
-        mean: Of each channel, of pixels in [0, 1].
-        std: The same.
-    """
-    deviation, centre = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
-    pixels = (pixel_values.cpu().float() * deviation + centre).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def views_config(recipe: dict[str, Any]) -> ViewsConfig:

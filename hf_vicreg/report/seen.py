@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
-from hf_vicreg.report.attention import attention_maps, grid_of, lattice
+from hf_vicreg.hub_space.attention import lattice
+from hf_vicreg.hub_space.colours import PatchColours, colour_images
+from hf_vicreg.hub_space.pictures import data_uri
+from hf_vicreg.report.attention import attention_maps, grid_of
 from hf_vicreg.report.page import picture, shown
-from hf_vicreg.report.patches import MAX_PATCHES, PatchColours, colour_images, given_at, patch_tokens
-from hf_vicreg.report.pictures import atlas, data_uri, drawn_views, normalisation_of
+from hf_vicreg.report.patches import MAX_PATCHES, given_at, patch_tokens
+from hf_vicreg.report.pictures import atlas, drawn_views, normalisation_of
 from hf_vicreg.report.run_facts import RunFacts
 from hf_vicreg.report.run_images import ReportImages, readable
 from hf_vicreg.report.space import NUM_NEIGHBOURS, Space
@@ -144,7 +147,7 @@ def attention_data(encoder: VisionEncoder, images: ReportImages, budget: int) ->
                     "image": data_uri(image),
                     "grid": list(maps.grid),
                     "leading": maps.leading,
-                    "queries": maps.queries if maps.leading else maps.queries[1:],
+                    "queries": maps.queries,
                     "shape": list(maps.weights.shape),
                     "weights": base64.b64encode(maps.weights.numpy().astype("<f4").tobytes()).decode(),
                     "tiles": maps.tile_of_patch,

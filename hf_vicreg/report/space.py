@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from hf_vicreg.report.pictures import fitted
+from hf_vicreg.hub_space.pictures import fitted
 from hf_vicreg.report.run_images import MAX_BANK, ReportImages, spread, subset
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import VisionEncoder

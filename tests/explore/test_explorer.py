@@ -23,7 +23,7 @@ from hf_vicreg.training.evaluation.labelled import load_labelled
 from hf_vicreg.training.prepare.arguments import embed_arguments
 from hf_vicreg.training.prepare.embed import embed_images
 
-from .conftest import BROKEN_LINE, COPIES, COUNT, write_encoder
+from .conftest import BROKEN_LINE, COPIES, COUNT, smooth, write_encoder
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,38 @@ def test_a_file_of_labels_that_cannot_be_is_refused(images, tmp_path, rows, told
     arguments = FinetuneArguments(dataset_name=str(images), labels_file=str(tmp_path / "labels.csv"))
     with pytest.raises(InputError, match=told):
         load_labelled(arguments)
+
+
+@pytest.fixture(scope="module")
+def splits(made_once):
+    """A data set with as many images in either of its splits, so that a row's number says nothing of its split."""
+
+    def make(folder):
+        import datasets
+
+        folder.mkdir()
+        for split, first in (("train", 100), ("test", 200)):
+            pictures = {"image": [smooth(first + index) for index in range(12)]}
+            table = datasets.Dataset.from_dict(pictures, features=datasets.Features(image=datasets.Image()))
+            table.to_parquet(folder / f"{split}.parquet")
+
+    return made_once("explored_splits", make)
+
+
+def test_labels_of_one_split_are_not_taken_for_those_of_another(splits, encoder, tmp_path):
+    explored = open_explorer(str(splits), str(encoder), split="test", num_workers=0)
+    given = {row: "even" if row % 2 == 0 else "odd" for row in range(len(explored))}
+    (tmp_path / "labels.csv").write_bytes(explored.labels_csv(given, 0.0))
+    flags = {"dataset_name": str(splits), "labels_file": str(tmp_path / "labels.csv")}
+    with pytest.raises(
+        InputError, match=r"expected row 0 of .*, found another image in split 'train'; .* --train_split"
+    ):
+        load_labelled(FinetuneArguments(**flags))
+    train, test = load_labelled(FinetuneArguments(**flags, train_split="test"))
+    for split in (train, test):
+        for index, label in enumerate(split.labels):
+            row = next(one for one in given if explored.images.digests[one] == split.source.digest(index))
+            assert split.class_names[label] == given[row]
 
 
 @pytest.mark.slow

@@ -166,11 +166,16 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(length)
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             self.body = self._chunks()
+        # a Space has the addresses of a model below `spaces`; here it is the repository spaces/OWNER/NAME
+        is_space = path.startswith(("/api/spaces/", "/spaces/"))
+        path = path.replace("/api/spaces/", "/api/models/", 1).removeprefix("/spaces")
         for wanted, pattern, name in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if match and wanted == method:
                 with self.server.lock:
                     groups = {key: unquote(value) for key, value in match.groupdict().items()}
+                    if is_space:
+                        groups["repo"] = f"spaces/{groups['repo']}"
                     getattr(self, f"_{name}")(**groups)
                 return
         self._send(404, {"error": "no such call"})
@@ -202,8 +207,8 @@ class Handler(BaseHTTPRequestHandler):
         return ACCOUNTS.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
 
     def _owns(self, repo):
-        account = self._account
-        return account and repo.split("/")[0] in [account["name"], *(one["name"] for one in account["orgs"])]
+        account, owner = self._account, repo.removeprefix("spaces/").split("/")[0]
+        return account and owner in [account["name"], *(one["name"] for one in account["orgs"])]
 
     def _repository(self, repo, *, write=False):
         found = self.server.repositories.get(repo)
@@ -234,6 +239,9 @@ class Handler(BaseHTTPRequestHandler):
     def _create(self):
         asked = json.loads(self.body)
         repo = f"{asked.get('organization') or (self._account or {}).get('name')}/{asked['name']}"
+        if asked.get("type") == "space":
+            assert asked["sdk"] == "docker"
+            repo = f"spaces/{repo}"
         if not self._owns(repo):
             self._send(403, {"error": "no"}, {"X-Error-Message": "not your namespace"})
         elif repo in self.server.repositories:

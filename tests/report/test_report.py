@@ -13,9 +13,10 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
-from hf_vicreg.report.attention import attention_maps, lattice
+from hf_vicreg.hub_space.attention import lattice
+from hf_vicreg.hub_space.colours import PatchColours
+from hf_vicreg.report.attention import attention_maps
 from hf_vicreg.report.page import data_block
-from hf_vicreg.report.patches import PatchColours
 from hf_vicreg.report.report import write_report
 from hf_vicreg.report.run_facts import read_facts
 from hf_vicreg.report.run_images import open_images, spread
@@ -182,7 +183,7 @@ def test_patches_that_look_are_thinned_out():
 
 
 def test_attention_of_a_dense_vit_and_of_a_resnet():
-    from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
+    from transformers import ResNetConfig, ResNetModel, SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
@@ -195,6 +196,13 @@ def test_attention_of_a_dense_vit_and_of_a_resnet():
     model.set_attn_implementation("eager")
     expected = torch.stack(model(pixels, output_attentions=True).attentions)[:, 0]
     torch.testing.assert_close(found.weights, expected, atol=1e-6, rtol=0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    without_cls = SiglipVisionModel(SiglipVisionConfig(**shape, image_size=16, patch_size=8)).eval()
+    found = attention_maps(without_cls, pixels, [-1, 0, 3])
+    assert (found.queries, found.leading) == ([0, 3], 0)
+    without_cls.set_attn_implementation("eager")
+    (expected,) = without_cls(pixels, output_attentions=True).attentions
+    torch.testing.assert_close(found.weights[0], expected[0][:, [0, 3]], atol=1e-6, rtol=0)
     resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
     with pytest.raises(InputError, match="attention over patches"):
         attention_maps(resnet, pixels)

@@ -179,8 +179,10 @@ def _from_file(arguments: LabelledDataArguments, path: str) -> tuple[LabelledIma
     """Return the images of a set that a file gives labels and splits.
 
     Raises:
-        InputError: No such columns, an image that is not in the set or stands there twice, no label, another split.
+        InputError: No such columns, an image that is not in the set or stands there twice, no label, another split, or
+            another image than that whose digest is given.
     """
+    digests: dict[str, str | None] = {}
     splits: dict[str, dict[str, str]] = {"train": {}, "test": {}}
     columns = ("file_name", "label", "split")
     with (
@@ -196,6 +198,7 @@ def _from_file(arguments: LabelledDataArguments, path: str) -> tuple[LabelledIma
                         f"image once, found row {number}: {[row.get(one) for one in columns]}."
                     )
                 splits[row["split"]][row["file_name"]] = row["label"]
+                digests[row["file_name"]] = row.get("digest")
         except csv.Error as error:
             raise ValueError(error) from error
     for split, found in splits.items():
@@ -205,8 +208,13 @@ def _from_file(arguments: LabelledDataArguments, path: str) -> tuple[LabelledIma
     named = {one: getattr(arguments, one) for one in (*columns_of, "train_split")}
     source = replace(load_sources(**where, **named)[0], label_names=None)
     places = {source.describe(index): index for index in range(len(source))}
-    names = sorted(set(splits["train"].values()))
-    number_of = {name: number for number, name in enumerate(names)}
+    for one, digest in digests.items():
+        if digest and one in places and source.digest(places[one]).hex() != digest:
+            raise InputError(
+                f"`labels_file`: expected {one} of {arguments.dataset_name} as it was labelled in {path}, found "
+                f"another image in split {arguments.train_split!r}; name its data set, and its split by --train_split."
+            )
+    number_of = {name: number for number, name in enumerate(sorted(set(splits["train"].values())))}
     images = []
     for split, found in splits.items():
         unknown = next((one for one in found if one not in places), None)
@@ -219,7 +227,7 @@ def _from_file(arguments: LabelledDataArguments, path: str) -> tuple[LabelledIma
         labels = [0] * len(source)
         for one, label in found.items():
             labels[places[one]] = number_of[label]
-        labelled = LabelledImages(split, replace(source, labels=labels), names)
+        labelled = LabelledImages(split, replace(source, labels=labels), list(number_of))
         images.append(labelled.select(sorted(places[one] for one in found)))
     return images[0], images[1]
 

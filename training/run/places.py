@@ -39,12 +39,13 @@ def data_setting(data: str, given: dict[str, Any], field: str = "data", *, held_
             is held out there is not to be trained on, and folders of classes in them are labels.
 
     Raises:
-        InputError: Images are named there as well, or neither a folder nor a Hub id.
+        InputError: Images are named there as well, a folder without a file, or neither a folder nor a Hub id.
     """
     for key in ("train_dir", "dataset_name"):
         if given.get(key):
             raise InputError(f"`{field}`, `{key}`: expected one of the two, got {data!r} and {given[key]!r}.")
     if os.path.isdir(data):
+        refuse_empty(data, field)
         as_it_is = is_image_folder(data) and not (held_out and _has_splits(data))
         return {"train_dir" if as_it_is else "dataset_name": data}
     if data != BUILT_IN and not HUB_ID.fullmatch(data):
@@ -76,11 +77,19 @@ def with_places(settings: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"`dataset_name`: expected a folder or a Hub id, got {images!r}, which is a file.")
     elif not os.path.exists(images) and _is_path(images):
         raise InputError(f"`dataset_name`: expected a Hub id or an existing folder, got {images!r}{_instead(images)}")
+    if os.path.isdir(images):
+        refuse_empty(images, "train_dir" if settings.get("train_dir") else "dataset_name")
     resuming = settings.get("resume_from_checkpoint") is not None
     if not settings.get("output_dir"):
         settings = settings | {"output_dir": str(_new_folder(images, resuming=resuming))}
     refuse_foreign_folder(Path(settings["output_dir"]), RECIPE, resuming=resuming)
     return settings
+
+
+def refuse_empty(folder: str, field: str) -> None:
+    """Raise InputError for a folder that no file lies in or below, before anything heavy is imported to read it."""
+    if not any(True for _ in files_below(folder, zarr=True)):
+        raise InputError(f"`{field}`: expected files of images in {folder}, found no file; name another folder.")
 
 
 def absence(name: str) -> str | None:

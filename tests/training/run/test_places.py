@@ -16,6 +16,7 @@ def here(tmp_path, monkeypatch):
     for name in ("photos/a.png", "shards/train.parquet", "runs/old/recipe.yaml", "file.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "empty" / "below").mkdir(parents=True)
     return tmp_path
 
 
@@ -66,6 +67,9 @@ def test_the_time_is_that_of_the_clock(here):
         (["photo"], "did you mean 'photos'?"),
         (["file.txt"], "'file.txt', which is a file"),
         (["photos", "--train_dir", "photos"], "`data`, `train_dir`: expected one of the two"),
+        (["empty"], "`data`: expected files of images in empty, found no file; name another folder."),
+        (["--train_dir", "empty"], "`train_dir`: expected files of images in empty, found no file"),
+        (["--dataset_name", "empty"], "`dataset_name`: expected files of images in empty, found no file"),
         (["photos", "more"], "`more`: expected a flag"),
         (["photos/more"], "`dataset_name`: expected a Hub id or an existing folder, got 'photos/more'"),
         (["--dataset_name", "./shard"], "did you mean './shards'?"),
