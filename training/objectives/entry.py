@@ -37,6 +37,7 @@ class ObjectiveEntry:
         takes_places: Whether the model is to be told where in its image each view lies.
         whole_patches: Whether patches may not overlap.
         encodes: Whether the method takes the views through the encoder itself, other patches of them in each step.
+        uses_expander: Whether the loss sees embeddings.
         one_encoder: Why two branches cannot be trained, where they cannot.
         expander_sizes: Widths that a plan gives the expander, of the batch of the loss.
     """
@@ -53,5 +54,10 @@ class ObjectiveEntry:
     takes_places: bool = False
     whole_patches: bool = False
     encodes: bool = False
+    uses_expander: bool = True
     one_encoder: str | None = None
     expander_sizes: Callable[[int], list[int]] = expander_for
+
+    def remedy_for(self, name: str, usual: str) -> str:
+        """Return what to do about what the doctor finds by a name, where it is `usual` to do something."""
+        return self.remedies.get(name, usual)

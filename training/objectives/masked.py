@@ -31,6 +31,7 @@ MAE = ObjectiveEntry(
     loss_falls=True,
     whole_patches=True,
     encodes=True,
+    uses_expander=False,
     one_encoder="its decoder is of one",
     expander_sizes=lambda batch: [1],  # there is none
 )
@@ -44,6 +45,7 @@ SIMMIM = ObjectiveEntry(
     loss_falls=True,
     whole_patches=True,
     encodes=True,
+    uses_expander=False,
     one_encoder="its decoder is of one",
     expander_sizes=lambda batch: [1],  # there is none
 )
