@@ -9,7 +9,8 @@ from setuptools import find_packages, setup
 ROOMS = ("modeling", "training", "model_cards")
 
 setup(
-    packages=["hf_vicreg", "hf_vicreg.publishing", "hf_vicreg.report", "hf_vicreg.explore", "hf_vicreg.comparison"]
+    packages=["hf_vicreg", "hf_vicreg.publishing", "hf_vicreg.report", "hf_vicreg.explore"]
+    + ["hf_vicreg.comparison", "hf_vicreg.tuning"]
     + [
         f"hf_vicreg.{package}"
         for room in ROOMS

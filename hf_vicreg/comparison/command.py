@@ -95,14 +95,24 @@ def asked_for(
     for name in names:
         given = {"data": images, "config": config, "objective": name, "time_budget": time_budget}
         found = explicit_settings(given | {"output_dir": str(folder / name)})
-        if found.get("caption_column") is not None:
-            raise InputError("`caption_column`: expected images alone, got captions; leave it out of the recipe.")
-        if found.get("streaming"):
-            raise InputError("`streaming`: expected images that can be counted, got a stream; leave it out.")
-        with_places({key: one for key, one in found.items() if key != "resume_from_checkpoint"})
+        with_local_images(found)
         if not settings and found.get("push_to_hub"):
             logger.info("the recipe's `push_to_hub` is left out: runs of a comparison are not published")
         settings[name] = {key: one for key, one in found.items() if key not in (*LEFT_OUT, "objective", "seed")}
         settings[name]["objective"] = name
     first = found.get("seed", 0)
     return {"seconds": seconds, "seeds": list(range(first, first + seeds)), "settings": settings}
+
+
+def with_local_images(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of runs that are started one after another, as they are.
+
+    Raises:
+        InputError: Images that are not there, captions, or a stream.
+    """
+    if settings.get("caption_column") is not None:
+        raise InputError("`caption_column`: expected images alone, got captions; leave it out of the recipe.")
+    if settings.get("streaming"):
+        raise InputError("`streaming`: expected images that can be counted, got a stream; leave it out.")
+    with_places({key: one for key, one in settings.items() if key != "resume_from_checkpoint"})
+    return settings

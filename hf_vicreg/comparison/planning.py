@@ -42,7 +42,7 @@ def plan_comparison(asked: dict[str, Any], folder: str) -> dict[str, Any]:
 
     Returns:
         Of each objective `recipe`, whole but for seed and folder; `steps`; `step_seconds`, the mean, and `peak_memory`
-        in bytes, of the steps that were tried.
+        in bytes, of the steps that were tried; `steps_per_epoch`; `labelled`, whether there are images for a k-NN.
 
     Raises:
         InputError: What one of the runs would refuse, or less time than one pass over the images takes.
@@ -97,6 +97,8 @@ def plan_comparison(asked: dict[str, Any], folder: str) -> dict[str, Any]:
             "steps": steps,
             "step_seconds": step,
             "peak_memory": trial.rate.peak_memory,
+            "steps_per_epoch": per_epoch,
+            "labelled": images.labelled,
         }
     return {name: plans[name] for name in settings}
 

@@ -47,6 +47,7 @@ def combined(entries: Sequence[ObjectiveEntry]) -> CombinedEntry:
         encodes=any(one.encodes for one in entries),
         uses_expander=bool(seen),
         one_encoder=next((one.one_encoder for one in entries if one.one_encoder), None),
+        tuned={f"{WEIGHTS}.{one.name}": None for one in entries[1:]},
         expander_sizes=(seen or entries)[0].expander_sizes,
         of=tuple(entries),
     )

@@ -39,6 +39,7 @@ class ObjectiveEntry:
         encodes: Whether the method takes the views through the encoder itself, other patches of them in each step.
         uses_expander: Whether the loss sees embeddings.
         one_encoder: Why two branches cannot be trained, where they cannot.
+        tuned: Settings that are worth tuning, with the range to look in; None: a fifth to five times what they are.
         expander_sizes: Widths that a plan gives the expander, of the batch of the loss.
     """
 
@@ -56,6 +57,7 @@ class ObjectiveEntry:
     encodes: bool = False
     uses_expander: bool = True
     one_encoder: str | None = None
+    tuned: Mapping[str, tuple[float, float] | None] = field(default_factory=dict)
     expander_sizes: Callable[[int], list[int]] = expander_for
 
     def remedy_for(self, name: str, usual: str) -> str:
