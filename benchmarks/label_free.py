@@ -110,7 +110,7 @@ def main() -> int:
     }
     found = {
         "machine": machine("cpu"),
-        "config": arguments.config,
+        "config": Path(arguments.config).name,
         "steps": arguments.steps,
         "finished": len(whole),
         "spearman_with_knn": {name: None if one is None else round(one, 3) for name, one in agreement.items()},
