@@ -80,7 +80,7 @@ def test_the_better_half_is_trained_anew_and_the_best_ones_recipe_is_left(
 
     def failing(flags):  # one trial of the first round
         trained.append(flags[flags.index("--output_dir") + 1].rpartition("/")[2])
-        return 1 if trained[-1] == "trial02-round1" else train_here(flags)
+        return 1 if trained[-1] == "trial01-round1" else train_here(flags)
 
     assert tune(given, folder, plan=nothing, train=failing, judge=judge_here) == 0
     text = capsys.readouterr().out
@@ -95,8 +95,9 @@ def test_the_better_half_is_trained_anew_and_the_best_ones_recipe_is_left(
     first, second = record["rounds"]
     assert record["judge"] == "rankme"
     assert second["steps"] >= first["steps"]
-    assert first["figures"]["2"] == {}
-    assert record["failed"] == {"trial02-round1": 1}
+    assert first["figures"]["1"] == {}
+    assert second["members"] == sorted((0, 2), key=lambda number: -first["figures"][str(number)]["rankme"])
+    assert record["failed"] == {"trial01-round1": 1}
     for one, level in ((first, 1), (second, 2)):
         for number, figures in one["figures"].items():
             if figures:
@@ -110,7 +111,7 @@ def test_the_better_half_is_trained_anew_and_the_best_ones_recipe_is_left(
     assert record["best"] == ranked[0]
     assert text.startswith((folder / "tuning.md").read_text())
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")][2:]
-    assert rows == [*map(str, ranked), "2"]
+    assert rows == [*map(str, ranked), "1"]
     assert "failed" in text
     # the recipe is one: of the best trial, without the length of any
     recipe = yaml.safe_load((folder / "tuned.yaml").read_text())
