@@ -16,6 +16,7 @@ setup(
         "hf_vicreg.explore",
         "hf_vicreg.hub_space",
         "hf_vicreg.comparison",
+        "hf_vicreg.tuning",
     ]
     + [
         f"hf_vicreg.{package}"

@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     from hf_vicreg.evaluation_commands import add_verbs
     from hf_vicreg.explore.command import add_explore
     from hf_vicreg.task_commands import add_tasks
+    from hf_vicreg.tuning.command import add_tune
 
     parser = argparse.ArgumentParser(prog="hf-vicreg", description="Vision transformers pretrained by VICReg.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -151,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, help="HTML file to write; default: report.html in the run's folder")
     report.set_defaults(run=_report)
     add_compare(verbs)
+    add_tune(verbs)
     add_explore(verbs)
     prepare = verbs.add_parser("prepare", help="store images resized, as parquet shards that load faster")
     prepare.add_argument("source", metavar="SOURCE", help="folder of images, local `datasets` folder or Hub id")

@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_vicreg.modeling.configuration_bigbird_mae import BigBirdViTMAEConfig
 from hf_vicreg.modeling.image_patches import patchify, unpatchify
-from hf_vicreg.modeling.masked_objectives import MaskedObjective, painter_of
+from hf_vicreg.modeling.masked_objectives import masked_part, painter_of
 from hf_vicreg.modeling.modeling_bigbird_mae import BigBirdViTMAEForPreTraining
 from hf_vicreg.modeling.modeling_bigbird_masked_image import BigBirdViTForMaskedImageModeling
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
@@ -145,7 +145,7 @@ def load_painter(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
             raise no_model(whole, error) from error
         missing = sorted(info["missing_keys"])
         if isinstance(model, VicRegForPreTraining):
-            missing = [] if isinstance(model.objective, MaskedObjective) else ["decoder"]
+            missing = ["decoder"] if masked_part(model.objective) is None else []
             model = model if missing else painter_of(model)
     if missing:
         raise InputError(

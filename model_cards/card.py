@@ -174,7 +174,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
         library_name="transformers",
         pipeline_tag=_pipeline(facts),
         tags=[
-            facts.results.get("objective") or "vicreg",
+            *(facts.results.get("objective") or "vicreg").split("+"),
             facts.model_type,
             "self-supervised-learning",
             *["sparse-attention"] * facts.is_sparse,

@@ -179,6 +179,7 @@ _ANY_NUMBER, _ANY_TEXT, _KEY = number(), text(MAX_TEXT), text(200)
 COUNT, SIZE, SECONDS, LINE = number(0, MAX_COUNT, whole=True), number(1, MAX_SIZE, whole=True), number(0, 1e12), text()
 SIZES, LAYERS = either(list_of(SIZE, 64), SIZE), number(0, MAX_LAYERS, whole=True)
 IDENTIFIER = name(r"[A-Za-z_]\w{0,127}", "a name of letters, digits and _")
+OBJECTIVE = name(r"[A-Za-z_]\w{0,31}(\+[A-Za-z_]\w{0,31}){0,9}", "names of letters, digits and _, with + between")
 MODEL_TYPE = name(r"[A-Za-z0-9][\w.-]{0,63}", "a model type of letters, digits, _ and -")
 FIGURES = mapping(number(), name(r"[\w.%-]{1,128}", "a name of letters, digits, _, ., % and -"))
 PLAIN = record({}, plain)
@@ -241,9 +242,9 @@ RESULTS = record(
         "linear_accuracy": FIGURES,
         "image_text": FIGURES,
         "health": FIGURES,
-        "objective": IDENTIFIER,
+        "objective": OBJECTIVE,
         "method": LINE,
-        "loss_parts": list_of(IDENTIFIER, 20),
+        "loss_parts": list_of(IDENTIFIER, 50),
         "verdicts": list_of(
             record(
                 {"name": LINE, "finding": text(1000), "remedy": text(1000), "step": COUNT, "present": flag},
@@ -274,7 +275,7 @@ RECIPE = record(
         "statistics_batch_size": COUNT,
         "model": record({"model_type": MODEL_TYPE}, plain),
         "second_model": record({"model_type": MODEL_TYPE}, plain),
-        "objective": IDENTIFIER,
+        "objective": OBJECTIVE,
         "vicreg": record({"gamma": number(1e-6, 1e6)}, plain),
     },
     plain,

@@ -30,8 +30,10 @@ class VicRegConfig(PreTrainedConfig):
         eps: Added to the variance under the root.
         convention: Whose parts the weights are of: `"official"` (the authors' code), `"paper"`, `"solo-learn"` or
             `"vicregl"`; see `vicreg_weights.py`.
-        objective: What is learned; `"vicreg"`, or another of `objectives.py`, which leaves the weights above aside.
-        objective_settings: Those of the objective that are not at their defaults; `None` for VICReg.
+        objective: What is learned; `"vicreg"`, or another of `objectives.py`, which leaves the weights above aside; or
+            several with `+` between, whose losses are summed.
+        objective_settings: Those of the objective that are not at their defaults; `None` for VICReg. Of several,
+            `weights` by name, 1 where there is none, and the settings of each under its name.
         pair_loss: Of two encoders: `"vicreg"`, or a rival, `"infonce"` or `"siglip"`; see `contrastive_loss.py`.
     """
 

@@ -5,7 +5,7 @@ the step and the view. So the loss of the whole batch is the mean of its images'
 """
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -121,9 +121,14 @@ class SimMIM(MaskedObjective):
         return Masked(errors, pixels, outputs.pooler_output)
 
 
+def masked_part(objective: Objective) -> MaskedObjective | None:
+    """Return the method of masked images that an objective is, or has among several; None where there is none."""
+    return next((one for one in objective.modules() if isinstance(one, MaskedObjective)), None)
+
+
 def painter_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the encoder and decoder of a `VicRegForPreTraining` with one of these methods, as a model that paints."""
-    objective = model.objective
+    objective: Any = masked_part(model.objective)
     if isinstance(objective, MAE):
         painter: PreTrainedModel = BigBirdViTMAEForPreTraining(objective.fields)
         painter.encoder.load_state_dict(model.encoder.state_dict(), strict=False)  # it pools, and has no pooler
@@ -154,4 +159,4 @@ def mae_config(encoder, settings) -> BigBirdViTMAEConfig:
     return BigBirdViTMAEConfig(encoder=own, mask_tile_size=settings["mask_tile_size"] or None, **fields)
 
 
-__all__ = ["MAE", "MaskedObjective", "SimMIM", "painter_of"]
+__all__ = ["MAE", "MaskedObjective", "SimMIM", "masked_part", "painter_of"]

@@ -22,7 +22,7 @@ from .contrastive_loss import FIRST_BIAS, FIRST_SCALE, contrastive_loss
 from .encoder_outputs import encoder_outputs, patch_grid, pooled_features
 from .modeling_bigbird_vit import BigBirdViTModel
 from .objective import View
-from .objectives import OBJECTIVES
+from .objectives import build_objective, kinds_of
 from .vicreg_expander import NoExpander, VicRegExpander
 from .vicreg_loss import vicreg_loss
 from .vicreg_statistics import share_sizes
@@ -93,9 +93,8 @@ class VicRegForPreTraining(PreTrainedModel):
         super().__init__(config)
         self.encoder = build_encoder(config.encoder)
         features = representation_size(config.encoder)
-        kind = OBJECTIVES[config.objective]
         self.expander: VicRegExpander | NoExpander = NoExpander(features)
-        if kind.uses_expander:
+        if any(kind.uses_expander for kind in kinds_of(config.objective)):
             self.expander = VicRegExpander(features, config.expander_sizes, config.expander_norm)
         self.second_encoder = self.second_expander = None
         if config.second_encoder is not None:
@@ -104,7 +103,7 @@ class VicRegForPreTraining(PreTrainedModel):
             self.second_expander = VicRegExpander(
                 representation_size(config.second_encoder), sizes, config.expander_norm
             )
-        self.objective = kind(config, self.encoder, self.expander)
+        self.objective = build_objective(config, self.encoder, self.expander)
         if config.pair_loss != "vicreg" and config.second_encoder is None:
             raise ValueError(f"`pair_loss`: expected 'vicreg' without a `second_encoder`, got {config.pair_loss!r}.")
         self.logit_scale = self.logit_bias = None

@@ -55,7 +55,7 @@ class Objective(nn.Module):
     defaults: ClassVar[dict[str, Any]] = {}
     needs_tokens: bool = False
     sees_shifts: bool = True
-    encodes: ClassVar[bool] = False
+    encodes: bool = False
     uses_expander: ClassVar[bool] = True
     further_per_view: int = 0
     further_per_image: int = 0

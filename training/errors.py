@@ -1,5 +1,6 @@
 """The errors that have a meaning of their own: bad input, a full disk, a run that was asked to stop."""
 
+import difflib
 import errno
 import logging
 import os
@@ -139,3 +140,9 @@ def tell(error: InputError) -> None:
     is_main, is_first = (os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
     if is_first and (is_main or not isinstance(error, RelayedError)):
         print(f"error: {one_line(error)}", file=sys.stderr)
+
+
+def hint(key: object, known: list[str]) -> str:
+    """Return a sentence's end: `; did you mean ...?` if a known name is close or begins with the key, else a stop."""
+    close = difflib.get_close_matches(str(key), known, n=1) or [one for one in known if one.startswith(str(key))]
+    return f"; did you mean `{close[0]}`?" if close else "."

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_vicreg.training.errors import InputError, log_to_stderr, place_for
-from hf_vicreg.training.objectives.registry import ENTRIES
+from hf_vicreg.training.objectives.registry import ENTRIES, entries_of, refused_objective
 from hf_vicreg.training.run.arguments import seconds_of
 from hf_vicreg.training.run.places import with_places
-from hf_vicreg.training.run.settings import explicit_settings, hint
+from hf_vicreg.training.run.settings import explicit_settings
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,11 @@ def add_compare(verbs: Any) -> None:
         allow_abbrev=False,
     )
     compare.add_argument("images", metavar="IMAGES", help="as of `hf-vicreg pretrain`")
-    compare.add_argument("--objectives", required=True, help=f"at least two of {', '.join(ENTRIES)}; commas between")
+    compare.add_argument(
+        "--objectives",
+        required=True,
+        help=f"at least two of {', '.join(ENTRIES)}; commas between, + joins several to one",
+    )
     compare.add_argument("--time_budget", required=True, help="of training, of each run: 90s, 15m, 2h")
     compare.add_argument("--seeds", type=int, default=3, help="runs of each objective (default: 3)")
     compare.add_argument("--config", metavar="RECIPE", help="recipe for all of them; what it leaves open is planned")
@@ -78,10 +82,8 @@ def asked_for(
     """
     names = [one.strip() for one in objectives]
     for name in names:
-        if name not in ENTRIES:
-            raise InputError(
-                f"`objectives`: expected some of {', '.join(ENTRIES)}, got {name!r}{hint(name, list(ENTRIES))}"
-            )
+        if not entries_of(name):
+            raise InputError(refused_objective("objectives", name))
     if len(names) < 2 or len(set(names)) < len(names):
         raise InputError(
             f"`objectives`: expected at least two different ones, with commas between, got {','.join(names)}."
@@ -93,14 +95,24 @@ def asked_for(
     for name in names:
         given = {"data": images, "config": config, "objective": name, "time_budget": time_budget}
         found = explicit_settings(given | {"output_dir": str(folder / name)})
-        if found.get("caption_column") is not None:
-            raise InputError("`caption_column`: expected images alone, got captions; leave it out of the recipe.")
-        if found.get("streaming"):
-            raise InputError("`streaming`: expected images that can be counted, got a stream; leave it out.")
-        with_places({key: one for key, one in found.items() if key != "resume_from_checkpoint"})
+        with_local_images(found)
         if not settings and found.get("push_to_hub"):
             logger.info("the recipe's `push_to_hub` is left out: runs of a comparison are not published")
         settings[name] = {key: one for key, one in found.items() if key not in (*LEFT_OUT, "objective", "seed")}
         settings[name]["objective"] = name
     first = found.get("seed", 0)
     return {"seconds": seconds, "seeds": list(range(first, first + seeds)), "settings": settings}
+
+
+def with_local_images(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of runs that are started one after another, as they are.
+
+    Raises:
+        InputError: Images that are not there, captions, or a stream.
+    """
+    if settings.get("caption_column") is not None:
+        raise InputError("`caption_column`: expected images alone, got captions; leave it out of the recipe.")
+    if settings.get("streaming"):
+        raise InputError("`streaming`: expected images that can be counted, got a stream; leave it out.")
+    with_places({key: one for key, one in settings.items() if key != "resume_from_checkpoint"})
+    return settings

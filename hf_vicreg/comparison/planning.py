@@ -15,7 +15,7 @@ from hf_vicreg.training.building import open_run
 from hf_vicreg.training.channel_settings import with_measured
 from hf_vicreg.training.errors import InputError, log_to_stderr, tell
 from hf_vicreg.training.images.image_source import ImageSource
-from hf_vicreg.training.objectives.registry import ENTRIES
+from hf_vicreg.training.objectives.registry import entry_of
 from hf_vicreg.training.planner.choices import choose_schedule
 from hf_vicreg.training.planner.machine import this_machine
 from hf_vicreg.training.planner.plan import choose_and_try, survey
@@ -42,7 +42,7 @@ def plan_comparison(asked: dict[str, Any], folder: str) -> dict[str, Any]:
 
     Returns:
         Of each objective `recipe`, whole but for seed and folder; `steps`; `step_seconds`, the mean, and `peak_memory`
-        in bytes, of the steps that were tried.
+        in bytes, of the steps that were tried; `steps_per_epoch`; `labelled`, whether there are images for a k-NN.
 
     Raises:
         InputError: What one of the runs would refuse, or less time than one pass over the images takes.
@@ -52,7 +52,7 @@ def plan_comparison(asked: dict[str, Any], folder: str) -> dict[str, Any]:
     }
     configs = {name: resolve(one) for name, one in settings.items()}
     # an encoder whose patches may not overlap serves all
-    leader = next((name for name in settings if ENTRIES[name].whole_patches), next(iter(settings)))
+    leader = next((name for name, one in settings.items() if entry_of(one).whole_patches), next(iter(settings)))
     opened = open_run(configs[leader])
     accelerator = opened.accelerator
     settings[leader], config = with_measured(settings[leader], configs[leader], opened)
@@ -97,6 +97,8 @@ def plan_comparison(asked: dict[str, Any], folder: str) -> dict[str, Any]:
             "steps": steps,
             "step_seconds": step,
             "peak_memory": trial.rate.peak_memory,
+            "steps_per_epoch": per_epoch,
+            "labelled": images.labelled,
         }
     return {name: plans[name] for name in settings}
 

@@ -3,9 +3,6 @@
 import json
 import logging
 import shlex
-import signal
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,35 +10,16 @@ from typing import Any
 import yaml
 
 from hf_vicreg.comparison.table import figures_of, summary_of, to_markdown
-from hf_vicreg.model_cards.schema import FileError, check_results, read_checked
+from hf_vicreg.comparison.trials import STOPPED, finished, flags_of, planned_apart, record_in, trained_apart, write
 from hf_vicreg.training.errors import InputError, room_in
-from hf_vicreg.training.launch.signals import STOP_EXIT_CODE
-from hf_vicreg.training.launch.spawn import run_processes
 from hf_vicreg.training.planner.schedule import words
-from hf_vicreg.training.run.run_folder import RECIPE, read_record, refuse_others
 
 logger = logging.getLogger(__name__)
 
-# when asked; or killed by the same signals before it listened to them
-STOPPED = (STOP_EXIT_CODE, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 FILE, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 
 Plan = Callable[[dict[str, Any], Path], "dict[str, Any] | int"]
 Train = Callable[[list[str]], int]
-
-
-def planned_apart(asked: dict[str, Any], folder: Path) -> dict[str, Any] | int:
-    """Return the plans, made by a process that is gone afterwards, or the exit code of one that had none to give."""
-    with tempfile.TemporaryDirectory() as place:
-        given, found = (Path(place) / name for name in ("asked.json", "plans.json"))
-        given.write_text(json.dumps({"asked": asked, "folder": str(folder)}))
-        code = run_processes([str(given), str(found)], 1, "hf_vicreg.comparison.planning", stdout=subprocess.DEVNULL)
-        return code or json.loads(found.read_text())
-
-
-def trained_apart(flags: list[str]) -> int:
-    """Train in a process that is gone afterwards; return its exit code."""
-    return run_processes(flags, 1, stdout=subprocess.DEVNULL)
 
 
 def compare(asked: dict[str, Any], folder: Path, *, plan: Plan = planned_apart, train: Train = trained_apart) -> int:
@@ -61,7 +39,7 @@ def compare(asked: dict[str, Any], folder: Path, *, plan: Plan = planned_apart, 
         InputError: The folder holds something else, or a comparison of other settings.
     """
     asked = json.loads(json.dumps(asked))
-    record = _record_in(folder, asked)
+    record = record_in(folder, FILE, asked, "comparison", {"plans", "failed"})
     if record is None:
         plans = plan(asked, folder)
         if isinstance(plans, int):
@@ -70,23 +48,24 @@ def compare(asked: dict[str, Any], folder: Path, *, plan: Plan = planned_apart, 
         with room_in(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _store(folder, record)
+    if not isinstance(record["plans"], dict) or record["plans"].keys() != asked["settings"].keys():
+        raise InputError(f"`output_dir`: expected a plan for each objective in {folder / FILE}; choose another.")
     pairs = [(name, seed) for seed in asked["seeds"] for name in asked["settings"]]  # each has its turn early
     for number, (name, seed) in enumerate(pairs, start=1):
         run = folder / f"{name}-seed{seed}"
-        if _finished(run):
+        if finished(run):
             continue
         recipe = folder / f"{name}.yaml"
         with room_in(folder):
-            _write(recipe, yaml.safe_dump(record["plans"][name]["recipe"], sort_keys=False))
+            write(recipe, yaml.safe_dump(record["plans"][name]["recipe"], sort_keys=False))
         seconds = words(asked["seconds"])
         logger.info("\nrun %d of %d: %s, seed %d, %s of training, in %s", number, len(pairs), name, seed, seconds, run)
-        flags = ["--config", str(recipe), "--output_dir", str(run), "--seed", str(seed)]
-        code = train(flags + (["--resume_from_checkpoint", "latest"] if (run / RECIPE).exists() else []))
+        code = train(flags_of(recipe, run, seed))
         if code in STOPPED:
             logger.warning("stopped; the same command goes on")
             return code
         record["failed"].pop(run.name, None)
-        if code or not _finished(run):
+        if code or not finished(run):
             record["failed"][run.name] = code
             logger.warning("%s failed with exit code %d; the others go on", run.name, code)
     return _finish(folder, record)
@@ -101,13 +80,13 @@ def _finish(folder: Path, record: dict[str, Any]) -> int:
         {"objective": name, "seed": seed, "folder": f"{name}-seed{seed}"} | figures_of(results, record["plans"][name])
         for name in asked["settings"]
         for seed in asked["seeds"]
-        if (results := _finished(folder / f"{name}-seed{seed}"))
+        if (results := finished(folder / f"{name}-seed{seed}"))
     ]
     record["table"] = summary_of(record["runs"])
     text = to_markdown(record)
     with room_in(folder):
         _store(folder, record)
-        _write(folder / TABLE, text)
+        write(folder / TABLE, text)
         if record["runs"]:
             draw(record, folder / PICTURE)
     print(
@@ -118,49 +97,5 @@ def _finish(folder: Path, record: dict[str, Any]) -> int:
     return 1 if record["failed"] else 0
 
 
-def _record_in(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the folder says of its comparison; None if it is new or empty.
-
-    Raises:
-        InputError: Something else, or another comparison.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"`output_dir`: expected a folder, got {folder}, which is a file.")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    record = read_record("output_dir", folder / FILE)
-    remedy = "choose another folder"
-    if not {"asked", "plans", "failed"} <= record.keys() or not isinstance(record["asked"], dict):
-        raise InputError(f"`output_dir`: expected a comparison in {folder / FILE}, found something else; {remedy}.")
-    refuse_others("output_dir", folder, record["asked"], asked, remedy)
-    plans = record["plans"]
-    if record["asked"] != asked or not isinstance(plans, dict) or plans.keys() != asked["settings"].keys():
-        raise InputError(f"`output_dir`: expected the comparison that is asked for in {folder}, found more; {remedy}.")
-    return record
-
-
-def _finished(run: Path) -> dict[str, Any]:
-    """Return the results of a run, empty if it has not come to its end.
-
-    Raises:
-        InputError: A file of that name that holds something else.
-    """
-    path = run / "results.json"  # written last
-    if not path.is_file():
-        return {}
-    try:
-        results = read_checked(path, check_results)
-    except FileError as error:
-        raise InputError(f"`output_dir`: expected the results of a run in {path}: {error}") from None
-    return results if results.keys() >= {"steps", "training_seconds"} else {}
-
-
 def _store(folder: Path, record: dict[str, Any]) -> None:
-    _write(folder / FILE, json.dumps(record, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole, or what was there stays."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write(folder / FILE, json.dumps(record, indent=1) + "\n")

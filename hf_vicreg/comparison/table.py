@@ -81,10 +81,14 @@ def to_markdown(record: dict[str, Any]) -> str:
         ]
         for name in asked["settings"]
     ]
+    return "\n".join([*aligned(headings, rows), "", *_notes(record)]) + "\n"
+
+
+def aligned(headings: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table in Markdown, cells as wide as their columns, all but the first to the right."""
     widths = [max(len(row[at]) for row in (headings, *rows)) for at in range(len(headings))]
-    lines = [_line(headings, widths), "| " + " | ".join(_rule(width, at) for at, width in enumerate(widths)) + " |"]
-    lines += [_line(row, widths) for row in rows]
-    return "\n".join([*lines, "", *_notes(record)]) + "\n"
+    rule = "| " + " | ".join(_rule(width, at) for at, width in enumerate(widths)) + " |"
+    return [_line(headings, widths), rule, *(_line(row, widths) for row in rows)]
 
 
 def _notes(record: dict[str, Any]) -> list[str]:

@@ -120,6 +120,17 @@ def test_objectives_are_trained_alike_and_the_table_is_that_of_their_results(
         compare(given, folder, plan=nothing, train=nothing)
 
 
+def test_a_sum_of_objectives_is_compared_like_one(tmp_path, tiny_recipe):
+    weights = {"objective_weights": {"mae": 2.0}}
+    given = asked(tmp_path, tiny_recipe | weights, objectives=["vicreg", "mae+vicreg"])
+    assert "objective_weights" not in given["settings"]["vicreg"]
+    both = given["settings"]["mae+vicreg"]
+    assert (both["objective"], both["objective_weights"]) == ("mae+vicreg", {"mae": 2.0})
+    apart = asked(tmp_path, tiny_recipe, objectives=["vicreg", "mae+simmim"])
+    with pytest.raises(InputError, match=r"`objective`: expected one method that masks images at most, got mae and"):
+        plan_comparison(apart, str(tmp_path / "comparison"))
+
+
 def test_mean_and_spread_over_seeds():
     values = [0.25, 0.5, 1.0]
     runs = [{"objective": "byol", "encoder_rank": one} for one in values] + [{"objective": "mae", "encoder_rank": 3}]

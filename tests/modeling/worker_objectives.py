@@ -10,10 +10,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from hf_vicreg import VicRegConfig, VicRegForPreTraining
-from hf_vicreg.modeling.objectives import OBJECTIVES
+from hf_vicreg.modeling.objectives import OBJECTIVES, kinds_of
 from hf_vicreg.training.engine.two_pass import average_gradients, two_pass_backward
 
-NAMES = tuple(OBJECTIVES)
+SEVERAL = ("mae+vicreg", "vicregl+byol+sigreg")
+NAMES = (*OBJECTIVES, *SEVERAL)
 ENCODER = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -25,6 +26,14 @@ ENCODER = {
     "num_random_blocks": 1,
 }
 SETTINGS = {"sigreg": {"num_slices": 20}, "vicregl": {"num_matches": [5, 2], "local_expander_sizes": [12, 12]}}
+SETTINGS |= {
+    "mae+vicreg": {"weights": {"vicreg": 0.04}},
+    "vicregl+byol+sigreg": SETTINGS | {"weights": {"vicregl": 0.1, "byol": 2, "sigreg": 3}},
+}
+
+
+def dtypes_of(name):
+    return (torch.float64,) if name in SEVERAL else (torch.float64, torch.float32)
 
 
 def build_model(name, dtype=torch.float64, **fields):
@@ -45,7 +54,7 @@ def batch_of(name, dtype=torch.float64, count=12):
         return torch.randn(*shape, generator=draws, dtype=torch.float64).to(dtype)
 
     batch = {"pixel_values": draw(count, 2, 3, 16, 16), "local_pixel_values": draw(count, 2, 3, 8, 8)}
-    return batch | ({"geometry": draw(count, 4, 6)} if OBJECTIVES[name].needs_tokens else {})
+    return batch | ({"geometry": draw(count, 4, 6)} if any(one.needs_tokens for one in kinds_of(name)) else {})
 
 
 def share(batch, rank, world_size):
@@ -63,7 +72,7 @@ def main():
         raise SystemExit(f"expected {sys.argv[1]} processes, got {world_size}")
     results = {"world_size": torch.tensor(world_size)}
     for name in NAMES:
-        for dtype in (torch.float64, torch.float32):
+        for dtype in dtypes_of(name):
             for pieces in (1, 2) if dtype == torch.float64 else (2,):
                 model = build_model(name, dtype)
                 own = share(batch_of(name, dtype), rank, world_size)

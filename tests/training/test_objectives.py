@@ -11,19 +11,21 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForPreTraining
 
 from hf_vicreg import pretrain
-from hf_vicreg.modeling.objectives import OBJECTIVES
+from hf_vicreg.modeling.objectives import OBJECTIVES, complete_settings
 from hf_vicreg.publishing.staging import stage
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
-from hf_vicreg.training.objectives.registry import ENTRIES
+from hf_vicreg.training.objectives.registry import entry_of
 
 STEPS = 4
 # a run takes a second or two: those that keep something beside weights and optimiser stand for the others
-SIBLINGS = {"barlow_twins": pytest.mark.slow, "simclr": pytest.mark.slow}
-OTHERS = [pytest.param(name, marks=SIBLINGS.get(name, ())) for name in OBJECTIVES if name != "vicreg"]
+SIBLINGS = dict.fromkeys(("barlow_twins", "simclr", "mae"), pytest.mark.slow)
+SEVERAL = "mae+byol"
+OTHERS = [pytest.param(name, marks=SIBLINGS.get(name, ())) for name in (*OBJECTIVES, SEVERAL) if name != "vicreg"]
 SETTINGS = {
-    "vicregl": {"num_matches": [5, 2], "local_expander_sizes": [16, 16]},
-    "sigreg": {"num_slices": 16},
+    "vicregl": {"vicregl": {"num_matches": [5, 2], "local_expander_sizes": [16, 16]}},
+    "sigreg": {"sigreg": {"num_slices": 16}},
+    SEVERAL: {"mae": {"mask_ratio": 0.5}, "objective_weights": {"byol": 0.5}},
 }
 
 
@@ -54,7 +56,7 @@ def run_of(request, images, tmp_path_factory):
             "views": {"num_local_views": 1, "local_image_size": 16, "rotation_degrees": 10.0},
         }
         settings["model"]["drop_path_rate"] = 0.2
-        settings |= {name: SETTINGS[name]} if name in SETTINGS else {}
+        settings |= SETTINGS.get(name, {})
         if name not in made:
             threads = torch.get_num_threads()
             pretrain(out=folder / name, data=images, **settings)
@@ -78,15 +80,14 @@ def test_a_killed_run_goes_on_bit_for_bit(name, run_of, images, tmp_path):
         one, other = (load_file(path) for path in paths)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
-    assert any(key.startswith("objective.teacher.") for key in load_file(paths[0].with_name("model.safetensors"))) == (
-        name == "byol"
-    )
+    weights = load_file(paths[0].with_name("model.safetensors"))
+    assert any(key.startswith("objective.") and ".teacher." in key for key in weights) == ("byol" in name)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_log_card_and_folder_are_of_the_objective(name, run_of, images, tmp_path):
     folder, settings = run_of(name)
-    entry = ENTRIES[name]
+    entry = entry_of({"objective": name})
     for record in read_log(folder / LOG_FILE):
         assert entry.parts == tuple(key for key in record if key in entry.parts)
         assert all(torch.isfinite(torch.tensor(record[key])) for key in ("loss", *entry.parts))
@@ -97,14 +98,16 @@ def test_log_card_and_folder_are_of_the_objective(name, run_of, images, tmp_path
     assert encoder(pixel_values=torch.zeros(1, 3, 32, 32)).pooler_output.shape == (1, 32)
     wrapper = AutoModelForPreTraining.from_pretrained(folder / "pretraining")
     assert wrapper.config.objective == name
-    assert wrapper.objective.settings == OBJECTIVES[name].defaults | SETTINGS.get(name, {})
+    own = SETTINGS.get(name, {})
+    given = own.get(name, {}) if name != SEVERAL else {"mae": own["mae"], "weights": own["objective_weights"]}
+    assert wrapper.objective.settings == complete_settings(name, given)
     stored = load_file(folder / "pretraining" / "model.safetensors")
     assert all(torch.equal(one, stored[key]) for key, one in wrapper.state_dict().items() if key in stored)
     (tmp_path / "staged").mkdir()
     stage(folder, tmp_path / "staged", repo="lab/demo", include_pretraining=True)
     assert json.loads((tmp_path / "staged" / "results.json").read_text())["objective"] == name
     # a checkpoint of another objective
-    others = {key: one for key, one in settings.items() if key not in ("objective", name)}
+    others = {key: one for key, one in settings.items() if key not in ("objective", *SETTINGS.get(name, {}))}
     with pytest.raises(InputError, match=r"`objective` is 'vicreg', the checkpoint has"):
         pretrain(out=folder, data=images, resume_from_checkpoint="latest", **others)
 

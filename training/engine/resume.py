@@ -22,7 +22,7 @@ from hf_vicreg.training.engine.checkpoint import (
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.launch.background import Background
 from hf_vicreg.training.launch.distributed import run_on_main
-from hf_vicreg.training.objectives.registry import entry_of
+from hf_vicreg.training.objectives.registry import entries_of
 from hf_vicreg.training.run.arguments import PretrainArguments, ViewsConfig
 from hf_vicreg.training.run.section_flags import MODEL, VICREG
 from hf_vicreg.training.run.settings import DEFAULT_MODEL_TYPE
@@ -138,9 +138,9 @@ def refuse_other_configuration(found: RunState, expected: RunState) -> None:
     one: dict[str, Any] = DEFAULTS | expected.recipe
     other: dict[str, Any] = DEFAULTS | found.recipe
     for recipe in (one, other):
-        entry = entry_of(recipe)
-        if entry.settings:
-            recipe[entry.name] = {name: one.default for name, one in entry.settings.items()} | recipe[entry.name]
+        for entry in entries_of(recipe.get("objective", "vicreg")):
+            if entry.settings:
+                recipe[entry.name] = {name: one.default for name, one in entry.settings.items()} | recipe[entry.name]
         recipe["vicreg"] = VICREG_DEFAULTS | (recipe.get("vicreg") or {})
         recipe["views"] = dataclasses.asdict(ViewsConfig()) | (recipe.get("views") or {})
         for section in ("model", "second_model"):

@@ -8,7 +8,8 @@ of the optimiser. Found by structure:
   of the expander's linear layers before a batch norm, and of the encoder's last layer norm: it shifts all features
   alike.
 - The latter under an expander of one linear layer, too, if both views go through it: invariance, variance and
-  covariance are made of differences. Not under an objective that sees such shifts.
+  covariance are made of differences. Not under an objective that sees such shifts. Under neither where the patches
+  go to a decoder as well.
 - A key's bias in softmax attention: it adds one number to all the scores of a query. Not with rotary positions, which
   turn it differently for each key.
 """
@@ -57,12 +58,12 @@ def unseen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             of_differences = len(expanders) == 1 and not model.objective.sees_shifts
             if isinstance(expander.norm[0], GlobalBatchNorm1d) if len(expander.norm) else of_differences:
                 bias = _shift_of_features(encoder)
-                if bias is not None:
+                if bias is not None and not model.objective.encodes:
                     found.add(bias)
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter in found and not name.startswith("objective.teacher.")  # which learns nothing anyway
+        if parameter in found and ".teacher." not in name  # which learns nothing anyway
     }
 
 

@@ -99,7 +99,7 @@ def diagnose(records: Sequence[Record], gamma: float = 1.0, objective: Objective
         rules = [*SPREAD_RULES, *rules]
     found = [rule(lines, gamma) for rule in rules] if lines else []
     return [
-        replace(verdict, remedy=objective.remedies.get(verdict.name, verdict.remedy))
+        replace(verdict, remedy=objective.remedy_for(verdict.name, verdict.remedy))
         for verdict in found
         if verdict is not None and verdict.name not in objective.silent
     ]

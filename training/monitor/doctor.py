@@ -83,7 +83,7 @@ def health_of(records: list[Record], gamma: float, objective: ObjectiveEntry = V
 def health_table(records: list[Record], objective: ObjectiveEntry = VICREG) -> str:
     """Return the figures of the first, the middle and the last line side by side, each once, with what is normal."""
     figures = FIGURES if objective.vicreg_weights else FIGURES | NO_GAMMA
-    if objective.encodes:  # without an expander there are no embeddings
+    if not objective.uses_expander:  # without an expander there are no embeddings
         figures = {key: normal for key, normal in figures.items() if key not in OF_EMBEDDINGS}
     lines = [record for record in records if "loss" in record]
     shown = [lines[at] for at in sorted({0, len(lines) // 2, len(lines) - 1})]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from hf_vicreg.modeling.image_patches import patchify, unpatchify
-from hf_vicreg.modeling.masked_objectives import MaskedObjective
+from hf_vicreg.modeling.masked_objectives import masked_part
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream
@@ -40,8 +40,8 @@ class MaskedPictures:
         """Write the picture; on the main process alone. Models are left in evaluation mode."""
         if self.pixel_values is None:
             return
-        objective, encoder = self.model.objective, self.model.encoder
-        assert isinstance(objective, MaskedObjective)
+        objective, encoder = masked_part(self.model.objective), self.model.encoder
+        assert objective is not None
         self.model.eval()
         pixel_values = self.pixel_values.to(next(self.model.parameters()).device)
         height, width = pixel_values.shape[-2:]
@@ -77,7 +77,7 @@ def masked_pictures(
     model: VicRegForPreTraining, processor: Any, source: ImageSource | ImageStream, folder: Path
 ) -> MaskedPictures | None:
     """Return what draws a run's picture, where one paints; None where images stream by or are not of three colours."""
-    if not (isinstance(model.objective, MaskedObjective) and isinstance(source, ImageSource)):
+    if masked_part(model.objective) is None or not isinstance(source, ImageSource):
         return None
     if model.config.encoder.num_channels != 3:
         return None

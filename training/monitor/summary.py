@@ -9,7 +9,7 @@ from hf_vicreg.model_cards.dual import DUAL_IMPORTS, DUAL_LOCAL_CODE, ROWS
 from hf_vicreg.model_cards.escaping import python_string
 from hf_vicreg.training.monitor.doctor import health_table
 from hf_vicreg.training.objectives.pair_losses import PAIR_LOSSES
-from hf_vicreg.training.objectives.registry import ENTRIES
+from hf_vicreg.training.objectives.registry import entry_of
 
 
 def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]], *, is_dual: bool = False) -> str:
@@ -48,7 +48,9 @@ def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]
             for key, text in ROWS
         ]
     if any("loss" in record for record in records):
-        lines.append(f"\n{health_table(records, (ENTRIES | PAIR_LOSSES)[results['objective']])}\n")
+        name = results["objective"]
+        entry = PAIR_LOSSES.get(name) or entry_of({"objective": name})
+        lines.append(f"\n{health_table(records, entry)}\n")
         for verdict in results["verdicts"]:
             when = "since" if verdict["present"] else "at"
             lines.append(

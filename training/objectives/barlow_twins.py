@@ -17,4 +17,5 @@ BARLOW_TWINS = ObjectiveEntry(
     },
     silent=frozenset({"batch too small"}),
     unit_sphere=True,
+    tuned={"barlow_twins.redundancy_weight": None},
 )

@@ -18,6 +18,7 @@ BYOL = ObjectiveEntry(
     },
     silent=frozenset({"batch too small"}),
     unit_sphere=True,
+    tuned={"byol.momentum": (0.97, 0.999)},
     one_encoder="its predictor and its teacher are of one",
     expander_sizes=lambda batch: [min(4096, max(128, 8 * batch)), 256],
 )

@@ -37,7 +37,9 @@ class ObjectiveEntry:
         takes_places: Whether the model is to be told where in its image each view lies.
         whole_patches: Whether patches may not overlap.
         encodes: Whether the method takes the views through the encoder itself, other patches of them in each step.
+        uses_expander: Whether the loss sees embeddings.
         one_encoder: Why two branches cannot be trained, where they cannot.
+        tuned: Settings that are worth tuning, with the range to look in; None: a fifth to five times what they are.
         expander_sizes: Widths that a plan gives the expander, of the batch of the loss.
     """
 
@@ -53,5 +55,11 @@ class ObjectiveEntry:
     takes_places: bool = False
     whole_patches: bool = False
     encodes: bool = False
+    uses_expander: bool = True
     one_encoder: str | None = None
+    tuned: Mapping[str, tuple[float, float] | None] = field(default_factory=dict)
     expander_sizes: Callable[[int], list[int]] = expander_for
+
+    def remedy_for(self, name: str, usual: str) -> str:
+        """Return what to do about what the doctor finds by a name, where it is `usual` to do something."""
+        return self.remedies.get(name, usual)

@@ -29,8 +29,10 @@ MAE = ObjectiveEntry(
     remedies={"encoder collapse": "lower learning_rate and weight_decay, or lower mae.mask_ratio"},
     silent=SILENT,
     loss_falls=True,
+    tuned={"mae.mask_ratio": (0.4, 0.9)},
     whole_patches=True,
     encodes=True,
+    uses_expander=False,
     one_encoder="its decoder is of one",
     expander_sizes=lambda batch: [1],  # there is none
 )
@@ -42,8 +44,10 @@ SIMMIM = ObjectiveEntry(
     remedies={"encoder collapse": "lower learning_rate and weight_decay, or lower simmim.mask_ratio"},
     silent=SILENT,
     loss_falls=True,
+    tuned={"simmim.mask_ratio": (0.3, 0.8)},
     whole_patches=True,
     encodes=True,
+    uses_expander=False,
     one_encoder="its decoder is of one",
     expander_sizes=lambda batch: [1],  # there is none
 )

@@ -20,5 +20,6 @@ SIGREG = ObjectiveEntry(
         "sigreg.sketch_weight",
     },
     silent=frozenset({"batch too small"}),
+    tuned={"sigreg.sketch_weight": (0.01, 0.25)},
     expander_sizes=lambda batch: [min(2048, max(128, 8 * batch))] * 2 + [128],
 )

@@ -17,5 +17,6 @@ SIMCLR = ObjectiveEntry(
     },
     silent=frozenset({"batch too small"}),
     unit_sphere=True,
+    tuned={"simclr.temperature": (0.05, 1.0)},
     expander_sizes=lambda batch: [min(2048, max(128, 8 * batch)), 128],
 )

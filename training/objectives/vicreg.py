@@ -8,4 +8,5 @@ VICREG = ObjectiveEntry(
     parts=("invariance", "variance", "covariance"),
     loss_falls=True,
     vicreg_weights=True,
+    tuned={"vicreg.covariance_weight": None},
 )

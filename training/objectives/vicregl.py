@@ -15,6 +15,7 @@ VICREGL = ObjectiveEntry(
     },
     loss_falls=True,
     vicreg_weights=True,
+    tuned={"vicreg.covariance_weight": None},
     takes_places=True,
     one_encoder="its patches are of one",
 )

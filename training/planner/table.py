@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hf_vicreg.training.objectives.registry import ENTRIES
 from hf_vicreg.training.planner.choices import Choices, Images, density
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import Rate, words
@@ -16,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def say_defaults(settings: dict[str, Any], config: RunConfig) -> None:
     """Log the widths of an expander that neither a person nor a plan chose: they are those of a large batch."""
-    if "expander_sizes" not in settings.get("vicreg", {}) and not ENTRIES[config.run.objective].encodes:
+    if "expander_sizes" not in settings.get("vicreg", {}) and config.entry.uses_expander:
         widths = "-".join(map(str, config.vicreg.expander_sizes))
         logger.info("not planned, as encoder, batch and length are given: the expander is %s, the default", widths)
 

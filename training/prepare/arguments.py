@@ -4,9 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, hint
 from hf_vicreg.training.evaluation.arguments import flag
-from hf_vicreg.training.run.settings import hint
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "float16")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.objectives.combined import WEIGHTS
 from hf_vicreg.training.objectives.registry import ENTRIES, OBJECTIVE_SECTIONS
 
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -182,7 +183,7 @@ class PretrainArguments:
     )
     freeze_text: bool = _model(False, "Keep the encoder of `text_model` as it is; its expander learns.")
     sparse: bool = _model(False, "Make the ViT, DINOv2 or DINOv3 of `model_name_or_path` a BigBirdViT.")
-    objective: str = _loss("vicreg", f"What is learned: {', '.join(ENTRIES)}.")
+    objective: str = _loss("vicreg", f"What is learned: {', '.join(ENTRIES)}; or several, with + between.")
     teacher: str | None = _loss(
         None, "Let the encoder predict the features of a frozen one, too: a run's folder, any that transformers loads."
     )
@@ -256,7 +257,7 @@ class PretrainArguments:
     seed: int = _run(0, "Seed of weights, order and augmentation.")
 
 
-SECTIONS = ("model", "second_model", "vicreg", "views", *OBJECTIVE_SECTIONS)
+SECTIONS = ("model", "second_model", "vicreg", "views", WEIGHTS, *OBJECTIVE_SECTIONS)
 # Fields of an encoder that leave the weights of `model_name_or_path` as they are.
 OPEN_FIELDS = {
     "num_channels",

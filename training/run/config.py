@@ -7,8 +7,9 @@ from typing import Any
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
+from hf_vicreg.training.objectives.combined import WEIGHTS
 from hf_vicreg.training.objectives.entry import ObjectiveEntry
-from hf_vicreg.training.objectives.registry import ENTRIES, entry_of
+from hf_vicreg.training.objectives.registry import entry_of
 from hf_vicreg.training.run.arguments import RESERVED, PretrainArguments, ViewsConfig
 from hf_vicreg.training.run.section_flags import VICREG_WEIGHTS
 
@@ -83,15 +84,22 @@ class RunConfig:
             for config in (self.vicreg.encoder, self.vicreg.second_encoder, self.vicreg)
         )
         del vicreg["model_type"]
-        if not ENTRIES[self.run.objective].vicreg_weights:
+        if not entry_of({"objective": self.run.objective}).vicreg_weights:
             vicreg = {name: value for name, value in vicreg.items() if name not in VICREG_WEIGHTS}
         return dataclasses.asdict(self.run) | {
             "model": _plain(model),
             **({"second_model": _plain(second)} if second else {}),
             "vicreg": _plain(vicreg),
             "views": _plain(dataclasses.asdict(self.views)),
-            **({self.run.objective: _plain(self.vicreg.objective_settings)} if self.vicreg.objective_settings else {}),
+            **_plain(self._objective_sections()),
         }
+
+    def _objective_sections(self) -> dict[str, Any]:
+        """The settings of the objective, or of several and their weights, by their sections."""
+        settings, name = self.vicreg.objective_settings or {}, self.run.objective
+        if "+" not in name:
+            return {name: settings} if settings else {}
+        return {WEIGHTS if key == "weights" else key: one for key, one in settings.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 
 import yaml
 
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, hint
+from hf_vicreg.training.objectives.combined import WEIGHT, WEIGHTS
 from hf_vicreg.training.objectives.registry import ENTRIES, OBJECTIVE_SECTIONS
 from hf_vicreg.training.run.arguments import SECTIONS, PretrainArguments, ViewsConfig
 from hf_vicreg.training.run.section_flags import MODEL, VICREG, VIEWS, SectionFlag
-from hf_vicreg.training.run.settings import hint, recipe_names
+from hf_vicreg.training.run.settings import recipe_names
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -142,6 +143,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
     _add_section(groups["views"], "views", VIEWS)
     _add_section(groups["model"], "model", MODEL)
     _add_section(groups["loss"], "vicreg", VICREG)
+    _add_section(groups["loss"], WEIGHTS, {"NAME": WEIGHT})
     for name in OBJECTIVE_SECTIONS:
         _add_section(groups["loss"], name, ENTRIES[name].settings)
     return parser

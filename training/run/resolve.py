@@ -5,12 +5,14 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig, encoder_config
-from hf_vicreg.modeling.objectives import OBJECTIVES
-from hf_vicreg.training.errors import InputError, as_input_error
+from hf_vicreg.modeling.objectives import complete_settings
+from hf_vicreg.training.errors import InputError, as_input_error, hint
+from hf_vicreg.training.objectives.combined import WEIGHTS
+from hf_vicreg.training.objectives.registry import OBJECTIVE_SECTIONS
 from hf_vicreg.training.run.arguments import RESERVED, SECTIONS, PretrainArguments, ViewsConfig
 from hf_vicreg.training.run.checks import MAX_CHANNELS, check_channels, check_local_views, check_ranges
 from hf_vicreg.training.run.config import RunConfig
-from hf_vicreg.training.run.settings import explicit_settings, hint
+from hf_vicreg.training.run.settings import explicit_settings
 
 
 def resolve(given: dict[str, Any]) -> RunConfig:
@@ -36,18 +38,25 @@ def resolve(given: dict[str, Any]) -> RunConfig:
         vicreg = VicRegConfig(encoder=encoder, second_encoder=second, **sections["vicreg"])
     if run.objective != "vicreg":
         with as_input_error(run.objective):
-            defaults = OBJECTIVES[run.objective].defaults
             vicreg = VicRegConfig(
                 encoder=encoder,
                 second_encoder=second,
                 objective=run.objective,
-                objective_settings=defaults | sections.get(run.objective, {}),
+                objective_settings=complete_settings(run.objective, _objective_settings(run.objective, sections)),
                 **sections["vicreg"],
             )
     config = RunConfig(run=run, views=views, vicreg=vicreg)
     check_local_views(config)
     check_channels(config)
     return config
+
+
+def _objective_settings(objective: str, sections: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an objective, of several with their weights, as a `VicRegConfig` has them."""
+    if "+" not in objective:
+        return sections.get(objective, {})
+    given = {name: sections[name] for name in objective.split("+") if name in OBJECTIVE_SECTIONS and sections[name]}
+    return given | {"weights": sections[WEIGHTS]}
 
 
 def _encoder(settings: dict[str, Any], section: str, views: ViewsConfig) -> PreTrainedConfig:

@@ -1,7 +1,6 @@
 """From flags and a recipe to a run's explicit settings: merged, typed and checked. Imports nothing heavy."""
 
 import dataclasses
-import difflib
 import logging
 import os
 import types
@@ -13,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.objectives.registry import ENTRIES
+from hf_vicreg.training.errors import InputError, hint
+from hf_vicreg.training.objectives.combined import WEIGHTS
+from hf_vicreg.training.objectives.registry import ENTRIES, entries_of, entry_named, refused_objective
 from hf_vicreg.training.run.arguments import (
     OPEN_FIELDS,
     RESERVED,
@@ -139,17 +139,17 @@ def _refuse_unknown(settings: dict[str, Any], section: str) -> None:
 def _check_objective(settings: dict[str, Any]) -> None:
     """Raise InputError for no such objective, settings of others, unknown keys or a model it cannot train."""
     name = settings.get("objective", "vicreg")
-    if name not in ENTRIES:
-        raise InputError(f"`objective`: expected one of {', '.join(ENTRIES)}, got {name!r}{hint(name, list(ENTRIES))}")
-    entry = ENTRIES[name]
-    for key in settings.get(name, {}) if entry.settings else ():
-        if key not in entry.settings:
-            raise InputError(f"`{name}.{key}`: unknown key{hint(key, list(entry.settings))}")
+    entry = entry_named(name)
+    if entry is None:
+        raise InputError(refused_objective("objective", name))
+    for one in entries_of(name):
+        for key in settings.get(one.name, {}) if one.settings else ():
+            if key not in one.settings:
+                raise InputError(f"`{one.name}.{key}`: unknown key{hint(key, list(one.settings))}")
     foreign = next(_of_other_objectives(settings, name), None)
     if foreign is not None:
         raise InputError(
-            f"`{foreign}`: expected no setting of another objective than {name!r}, got one; leave it out, or choose "
-            "its own --objective."
+            f"`{foreign}`: expected no setting of another objective than {name!r}; leave it out, or choose its own."
         )
     if entry.one_encoder and settings.get("second_model"):
         raise InputError(f"`second_model`: expected none with objective {name!r}: {entry.one_encoder}; leave it out.")
@@ -163,10 +163,13 @@ def _check_objective(settings: dict[str, Any]) -> None:
 
 def _of_other_objectives(settings: dict[str, Any], name: str) -> Iterator[str]:
     """Yield the settings that are of another objective than the one of a name."""
+    own = entries_of(name)
     for other, entry in ENTRIES.items():
-        if entry.settings and other != name:
+        if entry.settings and entry not in own:
             yield from (f"{other}.{key}" for key in settings.get(other, {}))
-    if not ENTRIES[name].vicreg_weights:
+    weighed = [entry.name for entry in own] if len(own) > 1 else []
+    yield from (f"{WEIGHTS}.{key}" for key in settings.get(WEIGHTS, {}) if key not in weighed)
+    if not any(entry.vicreg_weights for entry in own):
         yield from (f"vicreg.{key}" for key in settings.get("vicreg", {}) if key in VICREG_WEIGHTS)
 
 
@@ -194,7 +197,7 @@ def same_source(one: str | None, other: str | None) -> bool:
 def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
     """Drop from a recipe, in place, what has no meaning beside the settings above it; dropped fields are logged."""
     name = above.get("objective")
-    if name in ENTRIES:  # a recipe may have sections for several
+    if name is not None and entries_of(name):  # a recipe may have sections for several
         dropped = list(_of_other_objectives(below, name))
         for section, _, key in (one.partition(".") for one in dropped):
             below[section] = {other: value for other, value in below[section].items() if other != key}
@@ -284,9 +287,3 @@ def typed(kind: type, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"`{prefix}{key}`: expected {expected.__name__}, got {value!r}.") from error
     return checked
-
-
-def hint(key: object, known: list[str]) -> str:
-    """Return a sentence's end: `; did you mean ...?` if a known name is close or begins with the key, else a stop."""
-    close = difflib.get_close_matches(str(key), known, n=1) or [one for one in known if one.startswith(str(key))]
-    return f"; did you mean `{close[0]}`?" if close else "."

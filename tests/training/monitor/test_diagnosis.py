@@ -10,6 +10,7 @@ from PIL import Image
 from hf_vicreg import pretrain
 from hf_vicreg.training.monitor.diagnosis import COLLAPSED_RANK, COLLAPSED_SPREAD, HIGH_FLOOR, Watch, diagnose
 from hf_vicreg.training.monitor.run_log import read_log
+from hf_vicreg.training.objectives.registry import entry_of
 
 HEALTHY = {
     "loss": 20.0,
@@ -94,6 +95,18 @@ def rising(start, factor):
 def test_each_rule_tells_ill_from_well(name, ill, well):
     assert names(lines(**ill)) == [name]
     assert names(lines(**well)) == []
+
+
+def test_several_objectives_are_judged_together_and_each_has_its_remedy():
+    both = entry_of({"objective": "mae+vicreg"})
+    alone = {
+        name: diagnose(lines(encoder_spread=0.01), 1.0, entry_of({"objective": name})) for name in both.name.split("+")
+    }
+    (found,) = diagnose(lines(encoder_spread=0.01), 1.0, both)
+    assert found.remedy == "; or ".join(alone[name][0].remedy for name in ("mae", "vicreg"))
+    # MAE says nothing of embeddings, but here there are some
+    (found,) = diagnose(lines(embedding_std_mean=0.05), 1.0, both)
+    assert found.remedy == diagnose(lines(embedding_std_mean=0.05))[0].remedy
 
 
 def test_gamma_is_the_unit_of_standard_deviations():

@@ -6,7 +6,7 @@ import pytest
 
 from hf_vicreg.modeling.objectives import OBJECTIVES
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.objectives.registry import ENTRIES
+from hf_vicreg.training.objectives.registry import ENTRIES, entry_of
 from hf_vicreg.training.run.flags import parse_flags, pretrain_parser
 from hf_vicreg.training.run.resolve import resolve
 from hf_vicreg.training.run.settings import explicit_settings
@@ -68,7 +68,51 @@ def test_a_recipe_gives_way_to_another_objective(tmp_path, caplog):
         explicit_settings(RUN | {"config": str(recipe)})
 
 
+def test_several_have_their_sections_and_their_weights(tmp_path, caplog):
+    flags = ["digits", "--objective", "simclr+byol", "--objective_weights.byol", "3", "--simclr.temperature", "0.3"]
+    config = resolve(parse_flags([*flags, "--output_dir", "x"]))
+    weights = {"simclr": 1.0, "byol": 3.0}
+    settings = {"simclr": {"temperature": 0.3}, "byol": {"momentum": 0.996}}
+    assert config.vicreg.objective_settings == settings | {"weights": weights}
+    recipe = config.to_recipe()
+    assert recipe["objective"] == "simclr+byol"
+    assert (recipe["objective_weights"], recipe["simclr"], recipe["byol"]) == (weights, *settings.values())
+    assert resolve({key: one for key, one in recipe.items() if one is not None}).to_recipe() == recipe
+    assert "--objective_weights.NAME" in pretrain_parser().format_help()
+    path = tmp_path / "recipe.yaml"
+    path.write_text("objective_weights: {byol: 2, simclr: 3}\nsimclr: {temperature: 0.3}\n")
+    with caplog.at_level(logging.INFO):
+        assert "objective_weights" not in explicit_settings(RUN | {"config": str(path), "objective": "simclr"})
+    assert "`objective_weights.byol`, `objective_weights.simclr` are left out for simclr" in caplog.text
+
+
+def test_what_is_said_of_several_is_what_is_said_of_each():
+    mae, vicreg, both = (entry_of({"objective": name}) for name in ("mae", "vicreg", "mae+vicreg"))
+    assert both.title == f"{mae.title} and {vicreg.title}"
+    assert both.parts[:2] == ("mae_loss", "mae_reconstruction")
+    assert both.parts[2:] == tuple(f"vicreg_{one}" for one in ("loss", *vicreg.parts))
+    assert both.whole_patches
+    assert both.encodes
+    assert both.uses_expander
+    assert both.expander_sizes(64) == vicreg.expander_sizes(64)
+    assert not both.silent  # VICReg's embeddings may collapse
+    sphere = entry_of({"objective": "simclr+mae"})
+    assert sphere.unit_sphere
+    assert not sphere.vicreg_weights
+    assert "batch too small" in sphere.silent
+    assert not entry_of({"objective": "simclr+vicreg"}).unit_sphere
+
+
 BAD = {
+    "unknown one": (
+        {"objective": "mae+simclar"},
+        r"`objective`: expected one of .* with \+ between, got 'mae\+simclar'; did you mean `simclr`\?$",
+    ),
+    "masks": ({"objective": "mae+simmim"}, r"`objective`: expected one method that masks images at most"),
+    "beside masks": ({"objective": "mae+vicreg", "teacher": "x"}, r"`teacher`: expected none with objective 'mae\+vi"),
+    "weight": ({"objective": "mae+simclr", "objective_weights": {"mae": -2}}, r"`objective_weights.mae`: expected at"),
+    "weight of none": ({"objective_weights": {"mae": 2}}, r"`objective_weights.mae`: expected no setting of another"),
+    "key of one": ({"objective": "mae+simclr", "simclr": {"zzz": 1}}, r"`simclr.zzz`: unknown key\.$"),
     "unknown": ({"objective": "simclar"}, r"`objective`: expected one of .*, got 'simclar'; did you mean `simclr`\?$"),
     "beginning": ({"objective": "simclr", "simclr": {"temp": 1}}, r"unknown key; did you mean `temperature`\?$"),
     "unlike any": ({"objective": "simclr", "simclr": {"zzz": 1}}, r"`simclr.zzz`: unknown key\.$"),

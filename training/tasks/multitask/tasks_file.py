@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from hf_vicreg.training.errors import InputError, RelayedError
-from hf_vicreg.training.run.settings import hint, typed
+from hf_vicreg.training.errors import InputError, RelayedError, hint
+from hf_vicreg.training.run.settings import typed
 from hf_vicreg.training.tasks.arguments import (
     CaptioningArguments,
     DetectionArguments,

@@ -1,0 +1,1 @@
+"""Numbers of a recipe chosen by successive halving: `hf-vicreg tune`."""

@@ -1,0 +1,62 @@
+"""What the trials of a tuning came to, as a table in Markdown."""
+
+import math
+from typing import Any
+
+from hf_vicreg.comparison.table import aligned
+from hf_vicreg.model_cards.escaping import one_line
+from hf_vicreg.training.planner.schedule import words
+
+LOWER = ("alignment_uniformity",)  # of the judges, of which less is better
+
+
+def value_of_judge(figures: dict[str, float], judge: str) -> float:
+    """Return a trial's score, of which more is better; NaN where it has none."""
+    value = figures.get(judge, math.nan)
+    return -value if judge in LOWER else value
+
+
+def to_markdown(record: dict[str, Any]) -> str:
+    """Return a row for each trial, the ones that came farthest first, and what is to be known of them."""
+    rounds, judge = record["rounds"], record["judge"]
+    scores = {
+        number: [value_of_judge(one["figures"].get(str(number), {}), judge) for one in rounds]
+        for number in range(len(record["trials"]))
+    }
+
+    def place(number: int) -> tuple:
+        found = [score for score in scores[number] if not math.isnan(score)]
+        return (-len(found), [-score for score in reversed(found)], number)
+
+    headings = ["trial", *record["space"], *(f"{one['steps']:,} steps" for one in rounds)]
+    rows = [
+        [
+            str(number),
+            *(f"{value:g}" for value in record["trials"][number].values()),
+            *(_shown(one["figures"].get(str(number)), judge) for one in rounds),
+        ]
+        for number in sorted(scores, key=place)
+    ]
+    return "\n".join([*aligned(headings, rows), "", *(f"- {note}" for note in _notes(record))]) + "\n"
+
+
+def _shown(figures: dict[str, float] | None, judge: str) -> str:
+    if figures is None:
+        return "-"
+    return f"{figures[judge]:.4g}" if judge in figures else "failed"
+
+
+def _notes(record: dict[str, Any]) -> list[str]:
+    judge = record["judge"]
+    what = "k-NN accuracy on held-out images" if judge == "knn" else f"{judge}, without labels"
+    better = "less" if judge in LOWER else "more"
+    notes = [
+        f"Judged by {what}; {better} is better. Trial 0 has what was planned; each round trains anew.",
+        f"It took {words(record['spent'])} of the {words(record['asked']['seconds'])} given.",
+    ]
+    if judge == "knn":
+        notes.append("The best of several is judged too well by the images it was chosen on: measure it on others.")
+    return notes + [f"{one_line(name)} failed, exit code {code}." for name, code in record["failed"].items()]
+
+
+__all__ = ["to_markdown", "value_of_judge"]

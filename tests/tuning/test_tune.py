@@ -1,0 +1,218 @@
+"""`hf-vicreg tune`: real trials, their table and recipe, what is refused, what a stopped one goes on from."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_vicreg.cli import main
+from hf_vicreg.comparison.planning import plan_comparison
+from hf_vicreg.training import command
+from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.run.resolve import resolve
+from hf_vicreg.tuning import judging
+from hf_vicreg.tuning.command import asked_for
+from hf_vicreg.tuning.runs import space_of, tune
+
+SMALL = {"device": "cpu", "max_train_samples": 64, "knn_train_samples": 32, "knn_test_samples": 16, "seed": 5}
+LABEL_FREE = "label_free.json"
+
+
+def asked(folder, recipe, *, images="digits", **given):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | SMALL))
+    given = {"time_budget": "10m", "objective": None, "trials": 3, "judge": "auto", "search": []} | given
+    return asked_for(str(images), config=str(path), folder=folder / "tuning", **given)
+
+
+def planned(given, folder):
+    return plan_comparison(given, str(folder))
+
+
+def written_out(given, folder):
+    """A plan as it would be of a recipe that leaves nothing open, without trying its steps."""
+    ((name, settings),) = given["settings"].items()
+    recipe = resolve(settings | {"output_dir": "x", "linear_probe": False}).to_recipe()
+    recipe = {key: one for key, one in recipe.items() if key not in ("output_dir", "seed")}
+    return {name: {"recipe": recipe, "step_seconds": 0.1, "steps_per_epoch": 1, "labelled": False}}
+
+
+def train_here(flags):
+    """Train as the process of a trial does, for a few steps, its last words left out."""
+    path = Path(flags[flags.index("--config") + 1])
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"max_steps": 2 + ("round2" in path.name)}))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return command.main(flags)
+
+
+def judge_here(recipe, run):
+    assert recipe.name == "base.yaml"  # the same views for all trials
+    assert judging.main([str(recipe), str(run)]) == 0
+    return json.loads((run / LABEL_FREE).read_text())
+
+
+def nothing(*words):
+    raise AssertionError(f"again: {words}")
+
+
+def test_the_better_half_is_trained_anew_and_the_best_ones_recipe_is_left(
+    tmp_path, tiny_recipe, image_folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(judging, "NUM_IMAGES", 16)
+    given, folder = asked(tmp_path, tiny_recipe, images=image_folder()), tmp_path / "tuning"
+    trained = []
+
+    def stopping(flags):  # as one that is asked to stop, at the second trial
+        trained.append(flags[flags.index("--output_dir") + 1].rpartition("/")[2])
+        return 75 if len(trained) == 2 else train_here(flags)
+
+    assert tune(given, folder, plan=written_out, train=stopping, judge=judge_here) == 75
+    assert "learning_rate" not in capsys.readouterr().out  # no table
+    assert not (folder / "tuned.yaml").exists()
+
+    def failing(flags):  # one trial of the first round
+        trained.append(flags[flags.index("--output_dir") + 1].rpartition("/")[2])
+        return 1 if trained[-1] == "trial01-round1" else train_here(flags)
+
+    assert tune(given, folder, plan=nothing, train=failing, judge=judge_here) == 0
+    text = capsys.readouterr().out
+    assert trained == [
+        *("trial00-round1", "trial01-round1", "trial01-round1", "trial02-round1"),
+        *(
+            f"trial{number:02d}-round2"
+            for number in json.loads((folder / "tuning.json").read_text())["rounds"][1]["members"]
+        ),
+    ]
+    record = json.loads((folder / "tuning.json").read_text())
+    first, second = record["rounds"]
+    assert record["judge"] == "rankme"
+    assert second["steps"] >= first["steps"]
+    assert first["figures"]["1"] == {}
+    assert second["members"] == sorted((0, 2), key=lambda number: -first["figures"][str(number)]["rankme"])
+    assert record["failed"] == {"trial01-round1": 1}
+    for one, level in ((first, 1), (second, 2)):
+        for number, figures in one["figures"].items():
+            if figures:
+                run = folder / f"trial{int(number):02d}-round{level}"
+                assert figures == json.loads((run / LABEL_FREE).read_text())
+                recipe = yaml.safe_load((folder / f"{run.name}.yaml").read_text())
+                values = record["trials"][int(number)]
+                assert recipe["learning_rate"] == values["learning_rate"]
+                assert recipe["vicreg"]["covariance_weight"] == values["vicreg.covariance_weight"]
+    ranked = sorted(second["members"], key=lambda number: -second["figures"][str(number)]["rankme"])
+    assert record["best"] == ranked[0]
+    assert text.startswith((folder / "tuning.md").read_text())
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")][2:]
+    assert rows == [*map(str, ranked), "1"]
+    assert "failed" in text
+    # the recipe is one: of the best trial, without the length of any
+    recipe = yaml.safe_load((folder / "tuned.yaml").read_text())
+    assert not recipe.keys() & {"max_steps", "num_train_epochs"}
+    config = resolve({"config": str(folder / "tuned.yaml"), "output_dir": "x"})
+    assert config.run.learning_rate == record["trials"][ranked[0]]["learning_rate"]
+    assert config.views.crop_min_ratio == record["trials"][ranked[0]]["views.crop_min_ratio"]
+    # again: nothing is trained
+    assert tune(given, folder, plan=nothing, train=nothing, judge=nothing) == 0
+    assert capsys.readouterr().out == text
+    with pytest.raises(InputError, match=r"`output_dir`: expected `trials` 4 in .*, found 3"):
+        tune(given | {"trials": 4}, folder, plan=nothing, train=nothing, judge=nothing)
+    with pytest.raises(InputError, match=r"`judge`: expected one that needs no labels"):
+        tune(given | {"judge": "knn"}, tmp_path / "other", plan=written_out, train=nothing)
+    with pytest.raises(InputError, match=r"`time_budget`: expected time for one pass over the images in each of 3"):
+        tune(given | {"seconds": 0.1}, tmp_path / "other", plan=written_out, train=nothing)
+    assert not (tmp_path / "other").exists()
+
+
+def test_where_there_are_labels_they_judge(tmp_path, tiny_recipe, capsys):
+    given, folder = asked(tmp_path, tiny_recipe, trials=2, search=["learning_rate=1e-4..1e-2"]), tmp_path / "tuning"
+    assert tune(given, folder, plan=planned, train=train_here, judge=nothing) == 0
+    record = json.loads((folder / "tuning.json").read_text())
+    assert record["space"] == {"learning_rate": [1e-4, 1e-2]}
+    for number in (0, 1):
+        results = json.loads((folder / f"trial0{number}-round1" / "results.json").read_text())
+        assert record["rounds"][0]["figures"][str(number)] == {"knn": results["knn_accuracy"]["trained"]}
+        assert results["linear_accuracy"] == {}
+    assert "Judged by k-NN accuracy on held-out images" in capsys.readouterr().out
+
+
+def test_numbers_are_those_of_the_objective(tiny_recipe):
+    def keys(objective):
+        recipe = resolve(
+            tiny_recipe | {"dataset_name": "digits", "output_dir": "x", "objective": objective}
+        ).to_recipe()
+        return space_of({"search": {}}, recipe)
+
+    space, first = keys("vicreg")
+    assert space["learning_rate"] == [2e-4, 5e-3]
+    assert space["vicreg.covariance_weight"] == [0.2, 5.0]
+    assert first["vicreg.covariance_weight"] == 1.0
+    assert keys("simclr")[0]["simclr.temperature"] == [0.05, 1.0]
+    space, first = keys("mae+vicreg")
+    assert set(space) == {"learning_rate", "views.crop_min_ratio", "objective_weights.vicreg"}
+    for objective in ("vicregl", "barlow_twins", "sigreg", "byol", "mae", "simmim"):
+        assert len(keys(objective)[0]) == 3
+    with pytest.raises(InputError, match="`search`: expected a number for optim in the recipe, got 'adamw'"):
+        space_of({"search": {"optim": [0, 1]}}, {"optim": "adamw"})
+
+
+MISTAKES = {
+    "time": (["--time_budget", "soon"], "`time_budget`: expected a time like 90s"),
+    "trials": (["--trials", "1"], "`trials`: expected 2 to 1000, got 1"),
+    "judge": (["--judge", "knnn"], "got 'knnn'; did you mean `knn`?"),
+    "objective": (["--objective", "simclar"], "got 'simclar'; did you mean `simclr`?"),
+    "range": (["--search", "learning_rate=1e-2..1e-3"], "`search`: expected KEY=LOW..HIGH"),
+    "key": (["--search", "learning_rat=1e-3..1e-2"], "`learning_rat`: unknown key"),
+    "value": (["--search", "views.crop_min_ratio=0.1..3"], "`views.crop_min_ratio`: expected"),
+    "whole": (
+        ["--search", "batch_size=10..20"],
+        "`search`: expected a number that may have a fraction, got batch_size",
+    ),
+    "full": (["--output_dir", "full"], "`output_dir`: expected a new folder or one with tuning.json"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_bad_input_is_one_line_and_nothing_is_written(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    flags, said = MISTAKES[case]
+    given = {"--time_budget": "1m", "--output_dir": "new"} | dict([flags])
+    assert main(["tune", "digits", *(word for pair in given.items() for word in pair)]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+    assert said in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_tuning_that_is_killed_goes_on_from_the_checkpoint_of_its_trial(tmp_path, tiny_recipe, run_process):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe | SMALL | {"checkpointing_steps": 5}))
+    words = [sys.executable, "-m", "hf_vicreg.cli", "tune", "digits", "--config", str(tmp_path / "recipe.yaml")]
+    words += ["--judge", "lidar", "--trials", "2", "--time_budget", "2m", "--output_dir", str(tmp_path / "out")]
+    process = run_process.start(words)
+    deadline = time.monotonic() + 180
+    while not list((tmp_path / "out").glob("trial00-round1/checkpoints/step_*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=120)
+    time.sleep(20)  # the trial notices that nobody waits for it, and leaves a checkpoint
+    done = run_process(words)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step_" in done.stderr
+    assert "trying a few steps" not in done.stderr
+    record = json.loads((tmp_path / "out" / "tuning.json").read_text())
+    assert all(set(one) >= {"lidar", "rankme"} for one in record["rounds"][0]["figures"].values())
+    assert done.stdout.startswith("| trial")
+    shutil.rmtree(tmp_path / "out")
