@@ -13,11 +13,13 @@ from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.objectives.registry import entry_of
+from hf_vicreg.training.objectives.vicreg import VICREG
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import words
 
 MAX_DENSITY = 0.6
 MIN_IMAGES = 16
+SMALL = 128  # width of an encoder
 MAX_EPOCHS = 1000  # beyond that a small set of images teaches nothing new
 EVENING_SECONDS = 3 * 3600.0
 FLOPS_PER_SECOND = {"cpu": 35e9, "cuda": 25e12, "mps": 1e12}  # of training, for each core of a CPU
@@ -252,7 +254,13 @@ def _choose_batch(made: Choices, wanted: int, images: Images, machine: Machine) 
         made.fill("batch_size", batch, "for a stable covariance" if batch == wanted else "half of the images or less")
     whole = settings.get("statistics_batch_size") or batch
     made.fill("vicreg.expander_sizes", entry_of(settings).expander_sizes(whole), "8 times the batch")
-    base = 1e-3 if settings.get("model", {}).get("hidden_size", 384) <= 192 else 5e-4
+    hidden = settings.get("model", {}).get("hidden_size", 384)
+    base = 1e-3 if hidden <= 192 else 5e-4
+    if hidden <= SMALL and entry_of(settings) is VICREG and settings.get("learning_rate") is None:
+        # the encoder's rate may be three times as high where the expander's is not; measured on the first rung alone
+        widest = max(settings["vicreg"]["expander_sizes"])
+        made.fill("expander_lr_scale", float(f"{min(1, hidden / widest):.2g}"), "encoder's width to the expander's")
+        base = 3e-3 if settings["expander_lr_scale"] < 1 else base
     made.fill("learning_rate", float(f"{base * math.sqrt(whole / 256):.2g}"), "grows with the root of the batch")
 
 

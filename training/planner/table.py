@@ -86,6 +86,9 @@ def plan_table(
     sizes = "-".join(map(str, config.vicreg.expander_sizes))
     rows.append(("expander", sizes, why.get("vicreg.expander_sizes", "given")))
     rows.append(("learning rate", f"{run.learning_rate:g}", why.get("learning_rate", "given")))
+    if run.expander_lr_scale != 1:
+        reason = why.get("expander_lr_scale", "given")
+        rows.append(("of the expander", f"{run.learning_rate * run.expander_lr_scale:.2g}", reason))
     workers = why.get("dataloader_num_workers", "given")
     rows.append(("loader processes", str(run.dataloader_num_workers), workers))
     per_epoch = max(1, images.count // config.step_size)

@@ -88,12 +88,24 @@ def test_batch_and_expander_follow_each_other():
     assert choose({}, FOLDERS["cifar"], CPU, 900).settings["batch_size"] == 256
     made = choose({"batch_size": 64}, FOLDERS["cifar"], CPU, 900)
     assert made.settings["vicreg"]["expander_sizes"] == [512] * 3
-    assert made.settings["learning_rate"] == pytest.approx(5e-4)
+    assert made.settings["learning_rate"] == pytest.approx(1.5e-3)
+    assert made.settings["expander_lr_scale"] == 128 / 512
     assert made.reasons["batch_size"] == "given"
     two = Machine("cpu", "", 1, 24 * 2**30, num_processes=3)
     assert choose({}, FOLDERS["photographs"], two, 900).settings["batch_size"] % 3 == 0
     by_device = choose({"per_device_train_batch_size": 10}, FOLDERS["cifar"], two, 900)
     assert by_device.settings["batch_size"] == 30
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"learning_rate": 1e-3}, {"model": {"hidden_size": 192}}, {"objective": "simclr"}],
+    ids=["rate", "width", "objective"],
+)
+def test_the_expanders_rate_is_lowered_where_that_was_measured(given):
+    made = choose(given, FOLDERS["cifar"], CPU, 900)
+    assert "expander_lr_scale" not in made.settings
+    assert made.settings["learning_rate"] == 1e-3
 
 
 def test_other_encoders_get_views_and_batch_alone():
