@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_vicreg.modeling.attention_timing import time_forms
 from hf_vicreg.modeling.bigbird_attention import prefers_blocks
 from hf_vicreg.modeling.bigbird_pattern import BlockPattern, block_pattern
 from hf_vicreg.modeling.bigbird_positions import rotary_tables, with_global_tokens
 from hf_vicreg.modeling.block_sparse_attention import block_sparse_attention
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.dense_attention import dense_attention
-from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTLayer, layer_pattern
+from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTLayer, BigBirdViTModel, layer_pattern
 
 MAX_TILES = 4096  # tables of more take minutes
 
@@ -190,6 +191,18 @@ def report(config: BigBirdViTConfig, height: int, width: int, cost: AttentionCos
             f"The mask of dense attention takes {_short(cost.mask, 'B')} more in each layer, once for a batch."
         )
     return "\n".join([*lines, "", _advice(config, cost)])
+
+
+def measured(config: BigBirdViTConfig, height: int, width: int) -> str:
+    """Return as text what each form of attention takes on this machine, on its GPU if it has one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    one_layer = copy.deepcopy(config)
+    one_layer.num_hidden_layers = 1
+    timed = time_forms(BigBirdViTModel(one_layer).to(device), height, width, 1, torch.float32)
+    lines = [f"attention core, one image, fp32, forward and backward on {device.type}, median of several calls:"]
+    for form, seconds in sorted(timed.items(), key=lambda one: one[1]):
+        lines.append(f"{form:<10} {1e3 * seconds:>10.2f} ms")
+    return "\n".join(lines)
 
 
 def _advice(config: BigBirdViTConfig, cost: AttentionCost) -> str:

@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         one.add_argument("model", metavar="MODEL", help="folder or Hub id of a BigBirdViT")
         one.add_argument("--height", type=int, help="image height in pixels; default: the model's image size")
         one.add_argument("--width", type=int, help="image width in pixels; default: the model's image size")
+    cost.add_argument("--measure", action="store_true", help="time each form of attention on this machine, too")
     pattern.add_argument("--layer", type=int, default=0)
     pattern.add_argument("--output", type=Path, help="SVG file to write")
     cost.set_defaults(run=_cost)
@@ -170,10 +171,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _cost(arguments: argparse.Namespace) -> None:
-    from hf_vicreg.attention_cost import attention_cost, report
+    from hf_vicreg.attention_cost import attention_cost, measured, report
 
     config, height, width = _configuration(arguments)
     print(report(config, height, width, attention_cost(config, height, width)))
+    if arguments.measure:
+        print(f"\n{measured(config, height, width)}")
 
 
 def _pattern(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ Shapes: B batch, H heads, N tokens (global ones first, then patches in tile-majo
 
 - `eager`: dense scores with the pattern as a mask. The oracle; the only one that returns probabilities.
 - `sdpa`: torch's scaled dot product attention with the pattern as a mask, or attention by blocks, whichever costs less
-  at that size. The choice is a pure function of the pattern, so it is the same in training and inference.
+  at that size. The choice is a pure function of the pattern, so it is the same in training and inference, but where a
+  form was measured to be the fastest (`attention_timing.py`).
 - `flex_attention`: torch's FlexAttention over blocks of tokens, for GPUs; on a CPU forward only.
 
 In all of them a query that sees no valid key gets zeros, and no device is waited for.
@@ -103,25 +104,44 @@ def sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """Return attention in the form that costs least at this size.
 
-    Arguments as in `eager_attention`. Returns the output `(B, N, H, D)` and None in place of probabilities.
+    Arguments as in `eager_attention`; a module's `attention_forms` names forms by grid. Returns the output
+    `(B, N, H, D)` and None in place of probabilities.
 
-    - Where `prefers_blocks` says no: `dense_attention`.
-    - Else, on a CPU: `block_sparse_attention`. With dropout and on other devices: `gathered_attention`, whose copies
-      of keys and values are made again in the backward pass. Exported programs have it too: its operators are torch's.
+    - `dense`: `dense_attention`, where `prefers_blocks` says no.
+    - `blocks`: `block_sparse_attention`, else, on a CPU.
+    - `gathered`: `gathered_attention`, with dropout and on other devices; its copies of keys and values are made again
+      in the backward pass. Exported programs have it too: its operators are torch's.
+    - `flex`: `flex_block_attention`, on a GPU, where it was measured to be the fastest.
     """
     _check_inputs(query, attention_mask, pattern)
     inputs = query, key, value, attention_mask
     pattern = constant(pattern)
-    if not prefers_blocks(pattern):
+    legal = legal_forms(query.device.type, dropout)
+    form = getattr(module, "attention_forms", {}).get(pattern.grid)
+    if form not in legal or len(pattern.order) != pattern.grid[0] * pattern.grid[1]:  # of a part of the patches
+        form = "dense" if not prefers_blocks(pattern) else "blocks" if "blocks" in legal else "gathered"
+    if form == "dense":
         output = dense_attention(*inputs, pattern=pattern, scaling=scaling, dropout=dropout)
-    elif query.device.type == "cpu" and dropout == 0 and not _exporting():
+    elif form == "blocks":
         output = block_sparse_attention(*inputs, pattern=pattern, scaling=scaling)
+    elif form == "flex":
+        output = flex_block_attention(*inputs, pattern=pattern, scaling=scaling)
     elif torch.compiler.is_compiling():
         output = gathered_attention(*inputs, pattern=pattern, scaling=scaling, dropout=dropout)
     else:
         gathered = partial(gathered_attention, pattern=pattern, scaling=scaling, dropout=dropout)
         output = checkpoint(gathered, *inputs, use_reentrant=False)
     return output.transpose(1, 2), None
+
+
+def legal_forms(device: str, dropout: float) -> tuple[str, ...]:
+    """Return the forms that `sdpa` may take in training, on a type of device and with a dropout probability."""
+    forms = ["dense", "gathered"]
+    if device == "cpu" and dropout == 0 and not _exporting():
+        forms.append("blocks")
+    if device == "cuda" and dropout == 0:
+        forms.append("flex")
+    return tuple(forms)
 
 
 @torch.compiler.assume_constant_result
@@ -170,4 +190,4 @@ def _check_inputs(query: torch.Tensor, attention_mask: torch.Tensor | None, patt
         )
 
 
-__all__ = ["eager_attention", "flex_attention", "prefers_blocks", "sdpa_attention"]
+__all__ = ["eager_attention", "flex_attention", "legal_forms", "prefers_blocks", "sdpa_attention"]

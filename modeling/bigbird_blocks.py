@@ -86,6 +86,8 @@ class BigBirdViTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias and config.key_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # by grid, what `sdpa` takes in place of its rule; see `attention_timing.py`
+        self.attention_forms: dict[tuple[int, int], str] = {}
 
     def forward(
         self,

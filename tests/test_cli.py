@@ -63,6 +63,17 @@ def test_cost_of_a_wrapper_is_its_encoders(folder, capsys):
     assert capsys.readouterr().out == expected
 
 
+def test_forms_of_attention_are_timed_where_asked(folder, capsys):
+    words = ["inspect", "cost", str(folder / "encoder"), "--height", "64", "--width", "80"]
+    assert main([*words, "--measure"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (begin,) = (index for index, line in enumerate(lines) if line.startswith("attention core, one image"))
+    assert {line.split()[0] for line in lines[begin + 1 :]} == {"dense", "gathered", "blocks"}
+    seconds = [float(line.split()[1]) for line in lines[begin + 1 :]]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+
+
 def test_pattern_is_printed_and_drawn(folder, tmp_path, capsys):
     output = tmp_path / "pattern.svg"
     assert main(["inspect", "pattern", str(folder / "encoder"), "--layer", "1", "--output", str(output)]) == 0

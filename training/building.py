@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
+from hf_vicreg.training.engine.encoders import AUTO, attention_of, choose_forms, take_forms
 from hf_vicreg.training.engine.loop import TrainingLoop
 from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.engine.resume import checkpoint_to_resume
@@ -201,6 +202,8 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
     loop = pretraining_loop(config, opened.source, model, accelerator, measure, opened.stop)
     if checkpoint is not None:
         loop.resume(checkpoint)
+    if attention_of(run.attn_implementation, accelerator.device) == AUTO:
+        _choose_attention(config, model, loop)
     return Run(
         **vars(opened),
         config=config,
@@ -212,6 +215,25 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
         density=density,
         pictures=pictures,
     )
+
+
+def _choose_attention(config: RunConfig, model: VicRegForPreTraining, loop: TrainingLoop) -> None:
+    """Take the forms of attention that a run began with, or those that are the fastest here."""
+    accelerator, state = loop.accelerator, loop.state
+    when = "as the run began with"
+    if not state.attention:
+        when = "the fastest of those tried"
+        images = config.run.batch_size // accelerator.num_processes
+        sizes = {config.image_size: images * (2 if config.run.caption_column is None else 1)}
+        if config.views.num_local_views:
+            side = config.views.local_image_size
+            sizes[side, side] = images * config.views.num_local_views
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        logger.info("trying which form of attention is the fastest")
+        state.attention = choose_forms(model, sizes, dtype, accelerator)
+    if state.attention:
+        logger.info("attention by grid, %s: %s", when, ", ".join(" ".join(pair) for pair in state.attention.items()))
+        take_forms(model, state.attention)
 
 
 def begin(run: Run) -> None:

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from hf_vicreg.modeling.modeling_bigbird_vit import IMPLEMENTATIONS
+from hf_vicreg.modeling.attention_timing import fastest_forms, use_forms
+from hf_vicreg.modeling.modeling_bigbird_vit import IMPLEMENTATIONS, BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.engine.optim import layer_depths, num_layers
 from hf_vicreg.training.errors import InputError, as_input_error
 
 logger = logging.getLogger(__name__)
 
+AUTO = "auto"  # of `attn_implementation`: `sdpa`, in the form that was the fastest
 ADAPTER = "adapter"  # the folder of what low-rank adapters have learned, beside the whole model
 
 
@@ -41,10 +45,9 @@ def set_up_encoders(
         InputError: An encoder cannot compute its layers again, has no such implementation of attention or fewer
             layers; or `flex_attention`, which has no gradients on a CPU, is asked for without a GPU.
     """
-    if attn_implementation not in IMPLEMENTATIONS:
-        raise InputError(
-            f"`attn_implementation`: expected one of {', '.join(IMPLEMENTATIONS)}, got {attn_implementation!r}."
-        )
+    if attn_implementation not in (AUTO, *IMPLEMENTATIONS):
+        known = ", ".join((AUTO, *IMPLEMENTATIONS))
+        raise InputError(f"`attn_implementation`: expected one of {known}, got {attn_implementation!r}.")
     if attn_implementation == "flex_attention" and not torch.cuda.is_available():
         raise InputError(
             "`attn_implementation`: expected 'sdpa' or 'eager' for training on a CPU, got 'flex_attention', which has "
@@ -55,7 +58,7 @@ def set_up_encoders(
     if freeze_second and model.second_encoder is not None:
         model.second_encoder.requires_grad_(False)
     for encoder in model.encoders:
-        if attn_implementation != "sdpa":  # what every model has by itself, if it can
+        if attn_implementation not in (AUTO, "sdpa"):  # what every model has by itself, if it can
             with as_input_error("attn_implementation"):
                 encoder.set_attn_implementation(attn_implementation)
         if gradient_checkpointing:
@@ -67,6 +70,41 @@ def set_up_encoders(
         if torch_compile:
             logger.info("the encoder is compiled during the first step, which takes a minute or more")
             encoder.compile()
+
+
+def attention_of(asked: str | None, device: torch.device) -> str:
+    """Return the implementation of attention that a run has on a device, where none may be asked for."""
+    return asked or (AUTO if device.type == "cuda" else "sdpa")
+
+
+def choose_forms(
+    model: VicRegForPreTraining, sizes: dict[tuple[int, int], int], dtype: torch.dtype, accelerator: Accelerator
+) -> dict[str, str]:
+    """Return which form of attention is the fastest by grid, `ROWSxCOLUMNS`; the main process tries, all get the same.
+
+    Every process must call. Encoders of other makers have no forms.
+
+    Args:
+        model: On its device.
+        sizes: By (height, width) of the views in pixels, how many go through the encoder at once.
+        dtype: Of autocast, or of the weights.
+        accelerator: Its processes.
+    """
+    found: list[dict[str, str]] = [{}]
+    if accelerator.is_main_process:
+        for encoder in model.encoders:
+            if isinstance(encoder, BigBirdViTModel):
+                forms = fastest_forms(encoder, sizes, dtype)
+                found[0] |= {f"{rows}x{columns}": form for (rows, columns), form in forms.items()}
+    broadcast_object_list(found)
+    return found[0]
+
+
+def take_forms(model: VicRegForPreTraining, forms: dict[str, str]) -> None:
+    """Let the encoders take what `choose_forms` returned; in place."""
+    grids = {(int(rows), int(columns)): form for key, form in forms.items() for rows, columns in [key.split("x")]}
+    for encoder in model.encoders:
+        use_forms(encoder, grids)
 
 
 def _freeze(encoder: PreTrainedModel, count: int) -> None:

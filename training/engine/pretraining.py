@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
 from hf_vicreg.training.engine.average import WeightAverage
 from hf_vicreg.training.engine.checkpoint import RunState
-from hf_vicreg.training.engine.encoders import set_up_encoders
+from hf_vicreg.training.engine.encoders import attention_of, set_up_encoders
 from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.engine.optim import build_optimizer
 from hf_vicreg.training.engine.step import TrainingStep
@@ -116,7 +116,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             model,
             gradient_checkpointing=run.gradient_checkpointing,
             torch_compile=run.torch_compile,
-            attn_implementation=run.attn_implementation,
+            attn_implementation=attention_of(run.attn_implementation, accelerator.device),
             freeze_layers=run.freeze_layers,
             freeze_second=run.freeze_text,
         )

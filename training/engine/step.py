@@ -31,6 +31,7 @@ class RunState:
         scaler: State of the gradient scaler of fp16, empty without one.
         order: How the order of images follows from the seed; a run keeps the one that it began with.
         cursors: Where the lanes through shards stand, by their number; empty where images have an index.
+        attention: The form of attention by grid, `ROWSxCOLUMNS`, where it was chosen by trying; a run keeps it.
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class RunState:
     scaler: dict[str, Any] = field(default_factory=dict)
     order: str = KEYED
     cursors: dict[str, list[int]] = field(default_factory=dict)
+    attention: dict[str, str] = field(default_factory=dict)
 
     def note(self, accuracies: dict[str, dict[str, float]]) -> None:
         """Add accuracies of kinds `knn` and `linear`."""

@@ -14,6 +14,7 @@ from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.objectives.registry import entry_of
 from hf_vicreg.training.objectives.vicreg import VICREG
+from hf_vicreg.training.planner.ladder import LADDER, Size
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import words
 
@@ -42,44 +43,6 @@ class Images:
     height: int
     width: int
     labelled: bool
-
-
-@dataclass(frozen=True)
-class Size:
-    """An encoder of the ladder, with the batch it is trained on and how many images it wants to see.
-
-    Attributes:
-        name: For people.
-        model: Its fields.
-        cells: The image is cut into so many strides a side; overlapping patches of two strides make one row fewer.
-        batch: Images of a step.
-        images_seen: Images to see in all, below which a smaller encoder is the better one. From runs on CIFAR-10
-            (the first rung) and the schedules people publish for the others; an order of magnitude.
-    """
-
-    name: str
-    model: dict[str, Any]
-    cells: int
-    batch: int
-    images_seen: int
-
-
-def _fields(width: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-    }
-
-
-LADDER = (
-    Size("smallest", _fields(128, 3, 4, 384) | {"initializer_range": 0.06}, 8, 256, 0),
-    Size("small", _fields(192, 6, 3, 768), 8, 256, 1_500_000),
-    Size("ViT-Tiny", _fields(192, 12, 3, 768), 16, 512, 5_000_000),
-    Size("ViT-Small", _fields(384, 12, 6, 1536), 16, 1024, 20_000_000),
-    Size("ViT-Base", _fields(768, 12, 12, 3072), 16, 2048, 150_000_000),
-)
 
 
 @dataclass

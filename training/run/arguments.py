@@ -226,7 +226,11 @@ class PretrainArguments:
     )
     mixed_precision: str = _optimisation("auto", "`auto` (bf16 where the device has it), `bf16`, `fp16` or `no`.")
     gradient_checkpointing: bool = _model(False, "Recompute the encoder's layers backward: less memory, more time.")
-    attn_implementation: str = _model("sdpa", "Form of attention: `sdpa`, `eager` or, on GPUs, `flex_attention`.")
+    attn_implementation: str | None = _model(
+        None,
+        "Form of attention: `auto` times those that this device has, `sdpa`, `eager` or, on GPUs, `flex_attention`; "
+        "default: `auto` on a GPU, else `sdpa`.",
+    )
     torch_compile: bool = _model(False, "Compile the encoder, and only it, with torch.compile.")
     dataloader_num_workers: int | None = _run(None, "Loader processes; default: 0 on a CPU, else up to 8.")
     logging_steps: int = _run(10, "Steps between lines of log.jsonl.")

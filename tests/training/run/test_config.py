@@ -194,7 +194,7 @@ def test_switching_encoders_leaves_out_the_recipes_fields_of_the_other(caplog):
     )
     assert config.vicreg.encoder.model_type == "resnet"
     assert config.vicreg.encoder.hidden_sizes == [64, 128]
-    assert config.image_size == (32, 32)  # what the recipe's encoder had is the views' size
+    assert config.image_size == (24, 24)  # what the recipe's encoder had is the views' size
     assert config.views.crop_min_ratio == 0.2  # the rest of the recipe stays
     (line,) = [one for one in caplog.messages if "left out" in one]
     assert "`model.hidden_size`" in line
@@ -206,7 +206,7 @@ def test_switching_to_an_encoder_with_the_same_fields_keeps_those_given_alone():
     config = resolve(NEEDED | {"config": "cifar10_cpu", "model": vit})
     assert config.vicreg.encoder.hidden_size == 96
     assert config.vicreg.encoder.num_hidden_layers == 12  # a ViT's own, not the recipe's 3
-    assert config.vicreg.encoder.image_size == 32
+    assert config.vicreg.encoder.image_size == 24
     given = resolve(NEEDED | {"config": "cifar10_cpu", "model": vit | {"image_size": 48}})
     assert given.image_size == (48, 48)
 
@@ -271,7 +271,7 @@ def test_sizes_that_are_none_are_named(text):
 
 def test_explicit_settings_are_what_was_chosen():
     settings = explicit_settings({"config": "cifar10_cpu", "dataset_name": "digits", "model": {"tile_size": 4}})
-    assert settings["learning_rate"] == 1e-3  # the recipe's
+    assert settings["learning_rate"] == 3e-3  # the recipe's
     assert settings["model"]["tile_size"] == 4
     assert settings["model"]["hidden_size"] == 128
     assert "weight_decay" not in settings
