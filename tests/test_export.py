@@ -45,7 +45,7 @@ def saved(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("format", ["torch", "onnx"])
+@pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
     [

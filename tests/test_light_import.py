@@ -71,6 +71,7 @@ def test_a_model_reaches_a_spawned_process(tmp_path):
     assert finished.stdout == "24\n", finished.stderr
 
 
+@pytest.mark.slow
 def test_transformers_imports_even_if_our_models_do_not():
     code = (
         "import sys, hf_vicreg\n"

@@ -372,6 +372,7 @@ def test_a_run_with_loaders_that_stops_or_fails_leaves_at_once(forks, run_proces
     assert "expected usable images, found 64 drawn in a row" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="needs /proc")
 def test_accelerate_with_one_process_is_stopped_though_it_passes_no_signal_on(
     forks, run_process, undisturbed, tmp_path

@@ -184,6 +184,7 @@ def test_a_model_that_does_not_load_is_not_published(run, capsys):
     assert "error: `RUN`: expected a model that loads with the package, got: " in capsys.readouterr().err
 
 
+@pytest.mark.slow  # test_foreign_folders.py has a dry run with the same checks
 def test_a_dry_run_prints_files_and_card_and_touches_nothing(run, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")  # it needs no account, and offline as the tests are, no network
     before = tree(run)

@@ -78,7 +78,7 @@ def compare(model, backend, inference):
         (BigBirdViTModel, "rope", True, "sdpa"),
         pytest.param(BigBirdViTModel, "absolute", False, "eager", marks=pytest.mark.slow),
         pytest.param(BigBirdViTForImageClassification, "absolute", False, "sdpa", marks=pytest.mark.slow),
-        (BigBirdViTBackbone, "rope", False, "sdpa"),
+        pytest.param(BigBirdViTBackbone, "rope", False, "sdpa", marks=pytest.mark.slow),
     ],
     ids=["encoder-blocks", "encoder-eager-absolute", "classifier-dense-absolute", "backbone-dense"],
 )
@@ -129,7 +129,7 @@ def test_gradient_checkpointing_compiles(fresh_compiler):
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # transformers' recorder
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("position", ["rope", "absolute"])
 @pytest.mark.parametrize("model_class", CLASSES, ids=lambda one: one.__name__)
 def test_exports(model_class, position, strict, fresh_compiler):
@@ -153,7 +153,7 @@ PATHS = {
 @pytest.mark.parametrize(
     ("name", "padded"),
     [
-        pytest.param(name, name != "gathered", marks=[pytest.mark.slow] * (name == "gathered-raster"), id=name)
+        pytest.param(name, name != "gathered", marks=[pytest.mark.slow] * name.startswith("gathered-"), id=name)
         for name in PATHS
     ],
 )

@@ -210,6 +210,7 @@ def test_blocks_work_under_autocast(dropout, monkeypatch):
         assert relative(model(pixel_values).pooler_output.float(), expected) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_compiles_cold_as_one_graph():
     torch._dynamo.reset()

@@ -131,6 +131,7 @@ def test_the_better_half_is_trained_anew_and_the_best_ones_recipe_is_left(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_where_there_are_labels_they_judge(tmp_path, tiny_recipe, capsys):
     given, folder = asked(tmp_path, tiny_recipe, trials=2, search=["learning_rate=1e-4..1e-2"]), tmp_path / "tuning"
     assert tune(given, folder, plan=planned, train=train_here, judge=nothing) == 0

@@ -30,9 +30,11 @@ def command(tmp_path, tiny_recipe, image_folder):
     return build
 
 
-def test_tensorboard_gets_what_the_log_has(command, tmp_path, run_process):
+def test_tensorboard_gets_what_the_log_has(command, tmp_path, run_process, ranks):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    finished = run_process(command("tensorboard", num_train_epochs=2), timeout_s=200)
+    _, *program = command("tensorboard", num_train_epochs=2)
+    program[program.index("run")] = tmp_path / "run"
+    finished = ranks(1, *program)
     assert finished.returncode == 0, finished.stderr
     script = (
         "import json, sys\n"

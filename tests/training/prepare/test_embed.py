@@ -300,7 +300,7 @@ def kill_and_go_on(command, out, run_process, kills, most):
     return finished
 
 
-@pytest.mark.slow  # one that is asked to stop goes on in the default run
+@pytest.mark.slow
 def test_killed_three_times_it_ends_with_the_rows_of_an_undisturbed_run(tmp_path, model, small_shards, run_process):
     folder = images(tmp_path / "images", 400)
     (folder / "00100.png").write_bytes(b"broken")
@@ -331,6 +331,7 @@ def test_killed_five_times_on_20000_images(tmp_path, model, run_process, process
     assert list(rows(out)["id"]) == list(range(20_000))
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_leaves_and_goes_on(tmp_path, model, run_process, small_shards):
     folder, out = images(tmp_path / "images", 300), tmp_path / "out"
     script = tmp_path / "small_shards.py"

@@ -78,7 +78,7 @@ def test_tables_and_their_labels(tmp_path, capsys):
         (["nowhere/at/all"], "`data`: expected a folder of images"),
         (["IMAGES", "--patch_size", "0"], "`patch_size`: expected at least 1, got 0"),
         (["IMAGES", "--json", "nowhere/found.json"], "`--json`: expected a file in a folder that exists"),
-        (["EMPTY"], "`dataset_name`: expected a folder with data files"),
+        (["EMPTY"], "`data`: expected files of images in"),
     ],
     ids=["nowhere", "patch", "json", "empty"],
 )
