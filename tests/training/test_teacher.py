@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertModel, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
@@ -13,6 +14,7 @@ from hf_vicreg.modeling.modeling_vicreg import pooled_features
 from hf_vicreg.modeling.taught import Taught, pooled_error, token_error
 from hf_vicreg.training.engine.two_pass import two_pass_backward
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -185,6 +187,30 @@ def test_a_taught_run_resumes_and_leaves_nothing_of_its_teacher(name, teachers, 
         not torch.equal(tensor, plain.encoder.state_dict()[key]) for key, tensor in whole.encoder.state_dict().items()
     )
     assert pooled_features(AutoModel.from_pretrained(tmp_path / "whole")(torch.zeros(1, 3, 32, 32))).shape == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("precision", "compiled"),
+    [
+        ("bf16", False),
+        pytest.param("no", True, marks=pytest.mark.slow),
+        pytest.param("bf16", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_teacher_works_in_bf16_and_compiled(precision, compiled, teachers, tiny_recipe, image_folder, tmp_path):
+    settings = tiny_recipe | {"data": image_folder(40), "max_steps": 3, "teacher": str(teachers / "vit")}
+    plain = pretrain(out=tmp_path / "plain", **settings, mixed_precision="no")
+    for state in (AcceleratorState, PartialState):  # accelerate keeps one precision a process
+        state._reset_state()
+    other = pretrain(out=tmp_path / "other", **settings, mixed_precision=precision, torch_compile=compiled)
+    losses = [read_log(one.output_dir / LOG_FILE) for one in (plain, other)]
+    assert len(losses[0]) == len(losses[1]) == 3
+    for one, two in zip(*losses, strict=True):
+        assert two["teacher_error"] == pytest.approx(one["teacher_error"], rel=0.05)
+        assert two["loss"] == pytest.approx(one["loss"], rel=0.05)
+    assert not any("teacher" in name for name in load_file(other.output_dir / "model.safetensors"))
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def set_up_encoders(
     With `freeze_layers` the first encoder keeps its embeddings and so many of its layers as they are, with
     `freeze_second` the second one everything.
 
-    Names of weights stay those of encoders that are not compiled. Expander and loss are left alone: they work on the
-    batch of all processes.
+    Names of weights stay those of encoders that are not compiled. Teachers are compiled as well. Expander and loss are
+    left alone: they work on the batch of all processes.
 
     Raises:
         InputError: An encoder cannot compute its layers again, has no such implementation of attention or fewer
@@ -70,6 +70,9 @@ def set_up_encoders(
         if torch_compile:
             logger.info("the encoder is compiled during the first step, which takes a minute or more")
             encoder.compile()
+    if torch_compile:
+        for teacher in (*model.objective.teachers, *getattr(model.objective, "kept", ())):
+            teacher.compile()
 
 
 def attention_of(asked: str | None, device: torch.device) -> str:
