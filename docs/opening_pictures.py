@@ -21,7 +21,6 @@ from hf_vicreg.training.monitor.style import INK, SOFT, new_figure
 
 PICTURE = Path(__file__).parent / "images" / "opening.png"
 GROUND = "#fcfcfa"  # of the picture itself: it stands on light pages and on dark ones
-COLOUR_COUNT = 256  # of the file, which is then a third as large
 SIZE = 256  # side in pixels of what the encoder is shown
 TILE, LOOKING = 4, (5, 9)  # patches a side of a tile; row and column of the one that looks
 CROP, QUERIES, NEAREST = 61, (24, 37, 94), 5  # side of a crop in pixels; which of them look for others
@@ -128,7 +127,7 @@ def _key(axes: Any, handles: list[Any]) -> None:
 def _save(figure: Any) -> None:
     figure.canvas.draw()
     shot = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    shot.quantize(COLOUR_COUNT, dither=Image.Dither.FLOYDSTEINBERG).save(PICTURE, optimize=True)
+    shot.save(PICTURE, optimize=True)  # in all colours: with a palette those of the levels are not the legend's
 
 
 if __name__ == "__main__":
