@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from hf_vicreg.explore.finds import strangeness
 from hf_vicreg.explore.image_set import ImageSet
 from hf_vicreg.explore.vector_index import VectorIndex, build_index
 from hf_vicreg.report.space import maps_of
@@ -21,7 +22,7 @@ from hf_vicreg.training.monitor.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of what is kept; another one is computed anew
+VERSION = 2  # of what is kept; another one is computed anew
 NEIGHBOURS = 10
 MOST_FOR_TSNE = 2000  # images; it takes seconds so far
 MOST_CLUSTERS = 20
@@ -40,6 +41,7 @@ class Analysis:
         cosines: `(images, k)` float32, to these.
         clusters: `(images,)` int16, the largest cluster first.
         central: For each cluster the rows nearest to its centre.
+        strange: `(images,)` float32, of `strangeness`.
     """
 
     index: VectorIndex
@@ -48,6 +50,7 @@ class Analysis:
     cosines: np.ndarray
     clusters: np.ndarray
     central: list[list[int]]
+    strange: np.ndarray
 
 
 def analyse(images: ImageSet) -> Analysis:
@@ -61,7 +64,7 @@ def analyse(images: ImageSet) -> Analysis:
         folder.parent.mkdir(parents=True, exist_ok=True)
         working = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
         try:
-            _compute(images.vectors(), working)
+            _compute(images.embeddings(), working)
             working.chmod(0o755)
             os.rename(working, folder)
         except OSError:
@@ -72,7 +75,8 @@ def analyse(images: ImageSet) -> Analysis:
     return _opened(folder)
 
 
-def _compute(vectors: np.ndarray, folder: Path) -> None:
+def _compute(embeddings: np.ndarray, folder: Path) -> None:
+    vectors = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     logger.info("%d images: index", len(vectors))
     build_index(vectors, folder / INDEX)
     neighbours, cosines = neighbours_of(VectorIndex(folder / INDEX), vectors)
@@ -80,6 +84,7 @@ def _compute(vectors: np.ndarray, folder: Path) -> None:
     clusters, central = clusters_of(vectors)
     maps = {f"map {name}": _whole_numbers(points) for name, points in _maps(vectors).items()}
     tables = {"neighbours": neighbours, "cosines": cosines, "clusters": clusters, "central": central}
+    tables["strange"] = strangeness(embeddings)
     save_file(tables | maps, folder / TABLES)
 
 
@@ -89,7 +94,9 @@ def _opened(folder: Path) -> Analysis:
     maps = {name.removeprefix("map "): tables[name] for name in sorted(tables) if name.startswith("map ")}
     central = [[int(row) for row in rows if row >= 0] for rows in tables["central"]]
     index = VectorIndex(folder / INDEX)
-    return Analysis(index, maps, tables["neighbours"], tables["cosines"], tables["clusters"], central)
+    return Analysis(
+        index, maps, tables["neighbours"], tables["cosines"], tables["clusters"], central, tables["strange"]
+    )
 
 
 def neighbours_of(index: VectorIndex, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

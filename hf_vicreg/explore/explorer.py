@@ -117,8 +117,8 @@ class Explorer:
         return find_copies(table.neighbours, table.cosines, self.images.digests, share)
 
     def outliers(self, count: int = 60) -> list[tuple[int, float]]:
-        """Return the rows of outliers and their mean distance to the nearest, farthest first."""
-        return find_outliers(self.analysis.cosines, count)
+        """Return the rows of outliers and how strange they are, as of `strangeness`, strangest first."""
+        return find_outliers(self.analysis.strange, count)
 
     def clusters(self) -> list[tuple[int, list[int]]]:
         """Return of each cluster how many images it has, and those nearest to its centre; the largest first."""

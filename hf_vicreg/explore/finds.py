@@ -10,6 +10,7 @@ from hf_vicreg.training.images.image_source import NOT_READ
 
 TEMPERATURE = 0.07  # of the weight exp(cosine / temperature) of a link, as of the k-NN
 ROUNDS, SETTLED = 50, 1e-3
+MOST_FITTED, CHUNK = 50_000, 10_000  # rows of a covariance, and of a piece of the distances
 TEST_SHARE = 5  # one of so many labelled images is set apart
 
 
@@ -67,16 +68,38 @@ def find_copies(neighbours: np.ndarray, cosines: np.ndarray, digests: list[bytes
     return Copies(groups, [closest[one] for one in ordered], identical, usual)
 
 
-def find_outliers(cosines: np.ndarray, count: int) -> list[tuple[int, float]]:
-    """Return the images that lie farthest from others: their rows and mean distance to the nearest, farthest first.
+def strangeness(embeddings: np.ndarray) -> np.ndarray:
+    """Return how far each embedding lies from what is usual in the set, `(images,)` float32: 1 is the median.
 
-    Source: Angiulli and Pizzuti 2002, Fast Outlier Detection in High Dimensional Spaces: the sum of the distances to
-    the k nearest, here their mean, of 1 - cosine.
+    It is the Mahalanobis distance from the mean. In directions in which the images hardly differ a small step is
+    strange. An encoder that has never seen the like of an image often puts it
+    among others, so that the distance to its neighbours says little. Source: Lee et al. 2018 (arXiv 1807.03888), here
+    one Gaussian for the set; its covariance is shrunk as Ledoit and Wolf 2004 do.
+
+    Args:
+        embeddings: `(images, features)`, as the encoder gives them.
     """
-    if cosines.shape[1] == 0:
-        return []
-    far = (1 - cosines).mean(1)
-    return [(int(row), float(far[row])) for row in np.argsort(-far, kind="stable")[:count]]
+    from sklearn.covariance import LedoitWolf
+    from threadpoolctl import threadpool_limits
+
+    count = len(embeddings)
+    if count < 3:
+        return np.zeros(count, np.float32)
+    some = embeddings[:: -(-count // MOST_FITTED)].astype(np.float64)
+    with threadpool_limits(1):  # threads that wait for each other on busy cores
+        shape = LedoitWolf().fit(some)
+    found = np.zeros(count, np.float32)
+    for start in range(0, count, CHUNK):
+        rows = slice(start, start + CHUNK)
+        centred = embeddings[rows].astype(np.float64) - shape.location_
+        squares = np.einsum("nd,nd->n", centred @ shape.precision_, centred)
+        found[rows] = np.sqrt(np.maximum(squares, 0))
+    return found / max(float(np.median(found)), np.finfo(np.float32).tiny)
+
+
+def find_outliers(strange: np.ndarray, count: int) -> list[tuple[int, float]]:
+    """Return the rows of the images that are the strangest by `strangeness`, and how strange, strangest first."""
+    return [(int(row), float(strange[row])) for row in np.argsort(-strange, kind="stable")[:count]]
 
 
 def spread_labels(

@@ -76,8 +76,8 @@ class ImageSet:
         """Return the same as text on one line, with nothing in it that steers anything."""
         return one_line(self.file_name(row))
 
-    def vectors(self) -> np.ndarray:
-        """Return the embeddings `(images, features)` float32, each of length 1, read from the folder.
+    def embeddings(self) -> np.ndarray:
+        """Return the embeddings `(images, features)` float32 as the encoder gave them, read from the folder.
 
         Raises:
             InputError: A damaged shard, or an embedding without a direction.
@@ -87,7 +87,7 @@ class ImageSet:
         lengths = np.linalg.norm(values, axis=1, keepdims=True)
         if not np.isfinite(lengths).all() or not lengths.all():
             raise InputError(f"`IMAGES`: expected embeddings with a direction in {self.folder}, found 0 or NaN.")
-        return values / lengths
+        return values
 
 
 def open_set(images: str, model: str | None, data: str | None, arguments: EmbedArguments) -> ImageSet:

@@ -156,7 +156,7 @@ async function outliersPanel(app, body) {
   const found = (await app.ask("outliers?count=60")) || [], rows = found.map(([row]) => row);
   const tools = element("div", "row");
   tools.append(button("Select the first 10", () => app.select(rows.slice(0, 10), true)), button("Show on the map", () => ((app.found = rows), app.map.draw())));
-  body.append(element("p", "hint", "Images that lie far from their 10 nearest, the farthest first; below each its mean distance."), tools, tilesOf(app, found.map(([row, far]) => [row, far.toFixed(3)])));
+  body.append(element("p", "hint", "Images with unusual features, the strangest first; below each how strange it is: 1 is usual."), tools, tilesOf(app, found.map(([row, far]) => [row, far.toFixed(2)])));
 }
 
 function clustersPanel(app, body) {

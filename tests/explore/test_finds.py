@@ -2,9 +2,20 @@
 
 import numpy as np
 import pytest
+from sklearn.covariance import LedoitWolf
 
+from hf_vicreg.explore import finds
 from hf_vicreg.explore.analysis import clusters_of, neighbours_of
-from hf_vicreg.explore.finds import ROUNDS, SETTLED, TEMPERATURE, find_copies, find_outliers, set_apart, spread_labels
+from hf_vicreg.explore.finds import (
+    ROUNDS,
+    SETTLED,
+    TEMPERATURE,
+    find_copies,
+    find_outliers,
+    set_apart,
+    spread_labels,
+    strangeness,
+)
 from hf_vicreg.explore.vector_index import MOST_COMPARED, VectorIndex, build_index
 
 
@@ -69,11 +80,25 @@ def test_copies_are_what_close_pairs_join(vectors, near):
     assert find_copies(*near, digests, 0.0).groups == [[3, 50, 51], [4, 52]]
 
 
-def test_outliers_are_farthest_from_their_neighbours(vectors, near):
-    distances = np.sort(1 - vectors @ vectors.T, 1)[:, 1:11].mean(1)
-    found = find_outliers(near[1], 5)
-    assert [row for row, _ in found] == np.argsort(-distances, kind="stable")[:5].tolist()
-    np.testing.assert_allclose([far for _, far in found], -np.sort(-distances)[:5], atol=1e-6)
+def test_what_is_strange_is_far_by_the_sets_own_covariance(monkeypatch):
+    generator = np.random.default_rng(0)
+    rows = (generator.standard_normal((300, 4)) * [5, 1, 0.5, 0.3] + [7, -3, 0, 1]).astype(np.float32)
+    rows[17] += [0, 0, 0, 4]  # less, but in a direction in which the others hardly differ
+    rows[40] += [12, 0, 0, 0]
+    found = strangeness(rows)
+    fitted = LedoitWolf().fit(rows.astype(np.float64))
+    expected = [
+        float((row - fitted.location_) @ np.linalg.inv(fitted.covariance_) @ (row - fitted.location_)) for row in rows
+    ]
+    np.testing.assert_allclose(found, np.sqrt(expected) / np.median(np.sqrt(expected)), rtol=1e-4)
+    assert np.median(found) == pytest.approx(1)
+    assert find_outliers(found, 3)[0] == (17, found[17])
+    assert [row for row, _ in find_outliers(found, 300)] == np.argsort(-found, kind="stable").tolist()
+    monkeypatch.setattr(finds, "CHUNK", 7)
+    np.testing.assert_allclose(strangeness(rows), found, rtol=1e-6)
+    monkeypatch.setattr(finds, "MOST_FITTED", 100)
+    assert find_outliers(strangeness(rows), 1)[0][0] == 17
+    assert find_outliers(strangeness(rows[:2]), 5) == [(0, 0.0), (1, 0.0)]
 
 
 def test_labels_spread_as_a_dense_matrix_spreads_them(tmp_path):
