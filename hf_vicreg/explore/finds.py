@@ -94,7 +94,8 @@ def strangeness(embeddings: np.ndarray) -> np.ndarray:
         centred = embeddings[rows].astype(np.float64) - shape.location_
         squares = np.einsum("nd,nd->n", centred @ shape.precision_, centred)
         found[rows] = np.sqrt(np.maximum(squares, 0))
-    return found / max(float(np.median(found)), np.finfo(np.float32).tiny)
+    usual = float(np.median(found))
+    return found / usual if usual > 0 else found
 
 
 def find_outliers(strange: np.ndarray, count: int) -> list[tuple[int, float]]:
