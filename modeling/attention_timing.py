@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .bigbird_attention import legal_forms, sdpa_attention
 from .bigbird_blocks import BigBirdViTAttention
+from .bigbird_pattern import BlockPattern
 from .modeling_bigbird_vit import BigBirdViTModel
 
 logger = logging.get_logger(__name__)
@@ -53,8 +54,14 @@ def time_forms(
     config, device = encoder.config, encoder.device
     pattern = encoder.attention_pattern(height, width)
     shape = images, config.num_attention_heads, pattern.num_tokens, config.head_dim
-    generator = torch.Generator().manual_seed(0)  # nobody else's numbers change
-    inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # nobody else's numbers change
+        return _timed(encoder, pattern, shape, dtype, seconds)
+
+
+def _timed(
+    encoder: BigBirdViTModel, pattern: BlockPattern, shape: tuple[int, ...], dtype: torch.dtype, seconds: float
+) -> dict[str, float]:
+    config, device = encoder.config, encoder.device
     found: dict[str, float] = {}
     expected: torch.Tensor | None = None
     dropout = config.attention_probs_dropout_prob
@@ -64,6 +71,8 @@ def time_forms(
         layer = _Layer(pattern.grid, form)
         attend = partial(sdpa_attention, layer, pattern=pattern, scaling=config.head_dim**-0.5, dropout=dropout)
         try:
+            torch.manual_seed(0)
+            inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
             output = _call(attend, inputs).detach()
             if expected is not None and dropout == 0:
                 difference = torch.linalg.vector_norm((output - expected).float())

@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.vicreg_statistics import covariance_form
-from hf_vicreg.training.engine.encoders import AUTO, attention_of, choose_forms, take_forms
+from hf_vicreg.training.engine.encoders import AUTO, attention_of, choose_forms, take_forms, well_formed
 from hf_vicreg.training.engine.loop import TrainingLoop
 from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.engine.resume import checkpoint_to_resume
@@ -220,6 +220,7 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
 def _choose_attention(config: RunConfig, model: VicRegForPreTraining, loop: TrainingLoop) -> None:
     """Take the forms of attention that a run began with, or those that are the fastest here."""
     accelerator, state = loop.accelerator, loop.state
+    state.attention = well_formed(state.attention)
     when = "as the run began with"
     if not state.attention:
         when = "the fastest of those tried"

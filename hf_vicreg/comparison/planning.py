@@ -50,6 +50,8 @@ def plan_comparison(asked: dict[str, Any], folder: str) -> dict[str, Any]:
     settings = {
         name: with_source(one | {"output_dir": str(Path(folder) / name)}) for name, one in asked["settings"].items()
     }
+    if len(settings) > 1:  # one learning rate suits all objectives only with expanders at the same
+        settings = {name: {"expander_lr_scale": 1.0} | one for name, one in settings.items()}
     configs = {name: resolve(one) for name, one in settings.items()}
     # an encoder whose patches may not overlap serves all
     leader = next((name for name, one in settings.items() if entry_of(one).whole_patches), next(iter(settings)))

@@ -123,7 +123,15 @@ def main() -> None:
     import uvicorn
 
     host, port = os.environ.get("HOST", "127.0.0.1"), int(os.environ.get("PORT", "7860"))
-    uvicorn.run(space.application(), host=host, port=port, access_log=False, server_header=False, ws="none")
+    uvicorn.run(
+        space.application(),
+        host=host,
+        port=port,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        limit_concurrency=64,
+    )
 
 
 if __name__ == "__main__":

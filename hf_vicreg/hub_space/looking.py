@@ -87,9 +87,8 @@ class Looking:
         Raises:
             ValueError: As `opened` does.
         """
-        with self.decoders:
-            picture = opened(encoded)
-        return self.look(picture, "your picture")
+        with self.decoders:  # to the end: pictures that wait for their turn take memory
+            return self.look(opened(encoded), "your picture")
 
     def _see(self, picture: Image.Image) -> Seen:
         pixels = self.processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
@@ -146,8 +145,8 @@ def opened(encoded: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"a picture of at most {MAX_PIXELS:,} pixels is needed")
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            if picture.width * picture.height <= MAX_PIXELS:
+                return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # whatever a damaged file brings a decoder to
         raise ValueError(f"no picture that can be read: {', '.join(FORMATS)} are needed") from error
+    raise ValueError(f"a picture of at most {MAX_PIXELS:,} pixels is needed")

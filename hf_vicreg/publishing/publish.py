@@ -120,7 +120,9 @@ def publish(
         bring_up_to_date(staged, remote)
         refuse_secrets(staged.folder, ["README.md"])
         if staged_space is not None:
+            private = private or remote.private  # a private model is not told of by a public Space
             remote_space = read_remote(api, repo, revision=None, private=private, kind="space")
+            staged_space.refuse_another(remote_space)
             staged_space.keep_card(remote_space.card)
             refuse_secrets(staged_space.folder, ["README.md"])
         logger.info("checking that %s loads with and without the package", run)

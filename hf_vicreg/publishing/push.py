@@ -31,6 +31,7 @@ class Remote:
         files: Hash of each file, by name.
         card: Its card, if it has one.
         kind: `model` or `space`.
+        private: Whether others cannot see it.
     """
 
     repo: str
@@ -40,6 +41,7 @@ class Remote:
     files: dict[str, str] = field(default_factory=dict)
     card: str | None = None
     kind: str = "model"
+    private: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool, k
     with as_one_line("read the repository", api.endpoint):
         try:
             info = api.repo_info(repo, repo_type=kind)
+            hidden = bool(info.private)
         except RepositoryNotFoundError:
             return Remote(repo, branch, kind=kind)
         if private and not info.private:
@@ -101,7 +104,7 @@ def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool, k
             with tempfile.TemporaryDirectory() as scratch:
                 path = api.hf_hub_download(repo, "README.md", revision=info.sha, local_dir=scratch, repo_type=kind)
                 card = Path(path).read_text(encoding="utf-8")
-        return Remote(repo, branch, info.sha, has_branch, files, card, kind)
+        return Remote(repo, branch, info.sha, has_branch, files, card, kind, hidden)
 
 
 def bring_up_to_date(staged: Staged, remote: Remote) -> None:

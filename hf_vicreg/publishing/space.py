@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -24,6 +24,9 @@ from hf_vicreg.publishing.drawn_pictures import drawn_pictures
 from hf_vicreg.publishing.secret_scan import refuse_secrets
 from hf_vicreg.publishing.staging import Staged
 from hf_vicreg.training.errors import InputError
+
+if TYPE_CHECKING:
+    from hf_vicreg.publishing.push import Remote
 
 MOST_PICTURES, SIDE = 48, 256  # of the user's; larger side in pixels
 APP = "hub_space"
@@ -71,8 +74,23 @@ class StagedSpace:
 
     def keep_card(self, published: str | None) -> None:
         """Take the card of the Space on the Hub, which people may have edited, once it is one of this model."""
-        if published is not None and f"- {self.repo}\n" in published:
-            (self.folder / "README.md").write_text(published, encoding="utf-8")
+        if self._is_named_in(published):
+            (self.folder / "README.md").write_text(published or "", encoding="utf-8")
+
+    def refuse_another(self, remote: "Remote") -> None:
+        """Refuse to take the place of an app that is not of this model.
+
+        Raises:
+            InputError: The Space has files, and a card that does not name the model.
+        """
+        if set(remote.files) - {"README.md", ".gitattributes"} and not self._is_named_in(remote.card):
+            raise InputError(
+                f"`space`: expected no Space {remote.repo}, or one whose card names the model, it has another app; "
+                "name the model below `models:` in its card, or publish under another name."
+            )
+
+    def _is_named_in(self, card: str | None) -> bool:
+        return f"- {self.repo}" in (line.strip() for line in (card or "").splitlines())
 
 
 def stage_space(staged: Staged, into: Path, *, images: Path | None, endpoint: str) -> StagedSpace:

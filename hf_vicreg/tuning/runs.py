@@ -85,6 +85,8 @@ def tune(
             folder.mkdir(parents=True, exist_ok=True)
             write(folder / BASE, yaml.safe_dump(record["plan"]["recipe"], sort_keys=False))
             _store(folder, record)
+    for one in record["rounds"][-1:]:  # what failed in the round that is not over is tried again
+        one["figures"] = {number: found for number, found in one["figures"].items() if found}
     for level in range(len(counts)):
         if level == len(record["rounds"]):
             members = list(range(counts[0])) if not level else best_of(_scores(record, -1), counts[level])
@@ -184,7 +186,9 @@ def _round(folder: Path, record: dict[str, Any], level: int, train: Train, judge
         if not isinstance(figures, dict) or not figures:
             record["failed"][run.name] = code or figures or 1
             logger.warning("%s failed with exit code %s; the others go on", run.name, record["failed"][run.name])
-        elif is_new:
+        else:
+            record["failed"].pop(run.name, None)
+        if is_new and isinstance(figures, dict) and figures:
             results, measured = finished(run), record["measured"]
             found = {"trials": 1, "steps": results["steps"], "training_seconds": results["training_seconds"]}
             record["measured"] = {key: measured[key] + value for key, value in (found | {"seconds": taken}).items()}

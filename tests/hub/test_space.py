@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTMode
 from hf_vicreg.cli import main
 from hf_vicreg.publishing.drawn_pictures import drawn_pictures
 from hf_vicreg.publishing.publish import publish
+from hf_vicreg.publishing.push import Remote
 from hf_vicreg.publishing.space import CHOSEN, DRAWN, stage_space
 from hf_vicreg.publishing.staging import stage
 from hf_vicreg.training.errors import InputError
@@ -164,9 +166,20 @@ def test_a_card_on_the_hub_is_kept_once_it_names_the_model(space):
     own = space.card
     space.keep_card("---\nsdk: docker\n---\n# what the Hub writes at first")
     assert space.card == own
-    space.keep_card(own + "\nmy words\n")
-    assert space.card == own + "\nmy words\n"
+    edited = (own + "\nmy words\n").replace("\n", "\r\n")
+    space.keep_card(edited)
+    assert "my words" in space.card
     space.keep_card(own)
+
+
+def test_an_app_of_something_else_is_not_replaced(space):
+    files = {"README.md": "1", ".gitattributes": "2"}
+    other = "---\nsdk: gradio\n---\n# mine"
+    space.refuse_another(Remote(space.repo, "main", "head", True, files, other, "space"))  # there is no app
+    named = Remote(space.repo, "main", "head", True, files | {"app.py": "3"}, space.card, "space")
+    space.refuse_another(named)
+    with pytest.raises(InputError, match=r"`space`: expected no Space .* it has another app"):
+        space.refuse_another(replace(named, card=other))
 
 
 def test_features_and_attention_are_the_models(port, model):

@@ -52,9 +52,11 @@ def test_each_form_that_is_legal_is_timed_and_the_fastest_taken_by_grid():
         "gathered",
     }
     state = torch.get_rng_state()
-    forms = fastest_forms(model, SIZES, torch.float32)
-    assert forms.keys() == {(9, 13), (5, 5)}
-    assert torch.equal(torch.get_rng_state(), state)
+    for one in (model, encoder(attention_probs_dropout_prob=0.1)):  # which draws
+        torch.set_rng_state(state)
+        forms = fastest_forms(one, SIZES, torch.float32)
+        assert forms.keys() == {(9, 13), (5, 5)}
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_form_that_fails_or_gives_other_numbers_is_left_out(monkeypatch, caplog):

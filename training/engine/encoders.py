@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,12 @@ def choose_forms(
                 found[0] |= {f"{rows}x{columns}": form for (rows, columns), form in forms.items()}
     broadcast_object_list(found)
     return found[0]
+
+
+def well_formed(forms: dict[str, str]) -> dict[str, str]:
+    """Return forms as `choose_forms` does, none if a file has something else for them."""
+    fine = all(re.fullmatch(r"\d+x\d+", grid) and isinstance(form, str) for grid, form in forms.items())
+    return forms if fine else {}
 
 
 def take_forms(model: VicRegForPreTraining, forms: dict[str, str]) -> None:

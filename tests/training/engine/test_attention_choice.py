@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_vicreg import pretrain
-from hf_vicreg.training.engine.encoders import AUTO, attention_of
+from hf_vicreg.training.engine.encoders import AUTO, attention_of, well_formed
 
 SMALL = {"patch_size": 4, "tile_size": 2}
 
@@ -22,6 +22,12 @@ def test_a_gpu_tries_by_itself_and_a_cpu_where_asked():
     assert attention_of(None, torch.device("cuda")) == AUTO
     assert attention_of(None, torch.device("cpu")) == "sdpa"
     assert attention_of("eager", torch.device("cuda")) == "eager"
+
+
+@pytest.mark.parametrize("found", [{"axb": "dense"}, {"8": "dense"}, {"8x8": 3}], ids=["words", "side", "number"])
+def test_what_is_no_choice_is_chosen_anew(found):
+    assert well_formed(found) == {}
+    assert well_formed({"8x8": "dense"}) == {"8x8": "dense"}
 
 
 def test_a_run_keeps_the_forms_it_began_with(tmp_path, tiny_recipe, image_folder, caplog):

@@ -38,7 +38,7 @@ def test_the_wrapper_takes_every_implementation():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("flash_attention_2", "expected one of eager, sdpa, flex_attention, got 'flash_attention_2'"),
+        ("flash_attention_2", "expected one of auto, eager, sdpa, flex_attention, got 'flash_attention_2'"),
         ("flex_attention", "expected 'sdpa' or 'eager' for training on a CPU, got 'flex_attention'"),
     ],
 )
