@@ -22,7 +22,7 @@ from hf_vicreg.model_cards.escaping import code, one_line, prose, python_string
 from hf_vicreg.publishing.checks import TIMEOUT_S, clean_environment, import_path
 from hf_vicreg.publishing.drawn_pictures import drawn_pictures
 from hf_vicreg.publishing.secret_scan import refuse_secrets
-from hf_vicreg.publishing.staging import Staged
+from hf_vicreg.publishing.staging import Staged, StagedFiles
 from hf_vicreg.training.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ CHOSEN = "Pictures that were chosen for this page by whoever published the model
 
 
 @dataclass(frozen=True)
-class StagedSpace:
+class StagedSpace(StagedFiles):
     """A Space ready to be published.
 
     Attributes:
@@ -56,16 +56,6 @@ class StagedSpace:
     def generated(self) -> re.Pattern[str]:
         """Names of a repository that publishing may take away."""
         return GENERATED
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Size of each file in bytes."""
-        return {name: (self.folder / name).stat().st_size for name in self.names}
-
-    @property
-    def card(self) -> str:
-        """Its card as it will be published."""
-        return (self.folder / "README.md").read_text(encoding="utf-8")
 
     def pin(self, commit: str) -> None:
         """Let the app load the model of this commit."""

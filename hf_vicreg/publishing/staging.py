@@ -41,8 +41,25 @@ GENERATED = re.compile(
 )
 
 
+class StagedFiles:
+    """What a staged model and a staged Space are both asked for; `folder` and `names` are theirs."""
+
+    folder: Path
+    names: list[str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each file in bytes."""
+        return {name: (self.folder / name).stat().st_size for name in self.names}
+
+    @property
+    def card(self) -> str:
+        """The card as it will be published."""
+        return (self.folder / "README.md").read_text(encoding="utf-8")
+
+
 @dataclass(frozen=True)
-class Staged:
+class Staged(StagedFiles):
     """A folder ready to be published.
 
     Attributes:
@@ -61,16 +78,6 @@ class Staged:
     def generated(self) -> re.Pattern[str]:
         """Names of a repository that publishing may take away."""
         return GENERATED
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Size of each file in bytes."""
-        return {name: (self.folder / name).stat().st_size for name in self.names}
-
-    @property
-    def card(self) -> str:
-        """The card as it will be published."""
-        return (self.folder / "README.md").read_text(encoding="utf-8")
 
 
 def stage(
