@@ -6,6 +6,8 @@ to work in and `log`, the start of file names that the rank and `out` or `err` f
 codes. Each process has the environment that `torchrun` gives; the first one that fails ends the others.
 """
 
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -14,8 +16,10 @@ import socket
 import sys
 import traceback
 
-import hf_vicreg.training.pretrain  # noqa: F401  for all of them
-
+gc.disable()  # what is imported stays: to look through it for garbage takes a fifth of the time
+importlib.import_module("hf_vicreg.training.pretrain")  # for all of them
+gc.freeze()
+gc.enable()
 for name in ("matplotlib", "matplotlib.figure"):  # no curves, as without it: to draw them takes long
     sys.modules[name] = None  # type: ignore[assignment]
 

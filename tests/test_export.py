@@ -113,10 +113,9 @@ def test_an_onnx_program_from_the_command_line_runs_here_as_well(saved, tmp_path
 
 
 def test_eight_bits_cost_something_and_it_is_said(saved, tmp_path):
-    whole = export(saved("masked"), tmp_path / "whole.onnx", format="onnx")
     small = export(saved("masked"), tmp_path / "small.onnx", format="onnx", int8=True)
-    assert whole.difference < small.difference < 1
-    assert 0.9 < small.cosine < whole.cosine
+    assert TOLERANCE < small.difference < 1  # a program of all bits is not written with more than that
+    assert 0.9 < small.cosine < 1 - 1e-6
 
 
 def test_a_program_that_gives_something_else_is_not_written(saved, tmp_path, monkeypatch):

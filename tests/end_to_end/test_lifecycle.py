@@ -42,11 +42,11 @@ class Forks:
         )
         self.children = []
 
-    def start(self, out, world_size=1, wrong=None, **changes):
+    def start(self, out, world_size=1, wrong=None, images=None, **changes):
         """Start a run in `out`, which may be the folder of an earlier one; returns its process ids."""
         recipe = yaml.safe_load((self.folder / "recipe.yaml").read_text()) | changes
         (self.folder / "changed.yaml").write_text(yaml.safe_dump(recipe))
-        flags = ["--config", self.folder / "changed.yaml", "--train_dir", self.folder / "images"]
+        flags = ["--config", self.folder / "changed.yaml", "--train_dir", images or self.folder / "images"]
         flags += ["--output_dir", out, "--resume_from_checkpoint", "latest"]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -196,7 +196,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(
     assert_same_end(out, whole)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_means_checkpoint_and_exit_code_75(name, forks, undisturbed, tmp_path):
     out = tmp_path / "stopped"
     settings = {"checkpointing_steps": 1000}
@@ -355,21 +355,18 @@ def test_an_image_that_disappears_is_replaced_and_counted(forks, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_run_with_loaders_that_stops_or_fails_leaves_at_once(forks, run_process, tmp_path):
+def test_a_run_with_loaders_that_stops_or_fails_leaves_at_once(forks, tmp_path):
     assert forks.run(tmp_path / "s", max_time=0, dataloader_num_workers=2) == [75], forks.said()
-    run = [sys.executable, "-m", MODULE, "--config", forks.folder / "recipe.yaml", "--dataloader_num_workers", 2]
     images = tmp_path / "images"
     images.mkdir()
     for index in range(16):  # one that is readable, or the run would not begin, and is not there later
         shutil.copy(forks.folder / "images" / f"{index:04d}.png", images)
-    flags = ["--train_dir", images, "--output_dir", tmp_path / "f", "--max_steps", 100_000]
-    process = run_process.start([*run, *flags])
+    forks.start(tmp_path / "f", images=images, max_steps=100_000, dataloader_num_workers=2)
     wait_for((tmp_path / "f" / "log.jsonl").exists, "step")
     for path in images.iterdir():
         path.unlink()
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 2, said
-    assert "expected usable images, found 64 drawn in a row" in said
+    assert forks.finish() == [2], forks.said()
+    assert "expected usable images, found 64 drawn in a row" in forks.said()
 
 
 @pytest.mark.slow

@@ -4,22 +4,26 @@ An order is a line of JSON on standard input: `flags`, `world_size`, `port`, `lo
 follows) and what shall go wrong. The process ids are answered at once, the exit codes at the end, each a line of JSON.
 """
 
+import gc
+import importlib
 import json
 import os
 import sys
 import time
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensor
-
-from hf_vicreg.training.pretrain import main
-
+gc.disable()  # what is imported stays: to look through it for garbage takes a fifth of the time
+main = importlib.import_module("hf_vicreg.training.pretrain").main
+gc.freeze()
+gc.enable()
 for name in ("matplotlib", "matplotlib.figure"):  # no curves, as without it: to draw them takes long
     sys.modules[name] = None  # type: ignore[assignment]
 
 
 def go_wrong(rank, kind, rank_wanted, step_wanted, seconds=0):
     """At a step, make the loss or a gradient of one rank NaN, or let the rank sleep."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+
     steps = 0
 
     def hook(module, inputs, output):

@@ -8,9 +8,13 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from loopback_hub import ACCOUNTS
 from safetensors.torch import load, load_file
 
+from hf_vicreg.training import command
+
 MODULE = "hf_vicreg.training.pretrain"
+TOKEN, _, READER = ACCOUNTS
 
 
 @pytest.fixture
@@ -57,34 +61,33 @@ def test_checkpoints_are_pushed_one_at_a_time_and_then_the_finished_run(hub, tra
     assert token.decode() not in finished.stdout + finished.stderr
 
 
-@pytest.mark.parametrize(
-    ("repo", "token", "message"),
-    [
-        pytest.param(
-            "writer/x", "", "`push_to_hub`: expected a token with write access, got none", marks=pytest.mark.slow
-        ),
-        pytest.param("writer/x", "hf_wrong", "`push_to_hub`: the token is not accepted", marks=pytest.mark.slow),
-        ("writer/x", "hf_reader_token_of_the_tests", "`push_to_hub`: expected a token with write access, this one"),
-        pytest.param(
-            "nobody/x",
-            None,
-            r"`hub_model_id`: expected one of the token's owners ['writer', 'lab'], got 'nobody'",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "writer",
-            None,
-            "`hub_model_id`: expected OWNER/NAME with --push_to_hub, got 'writer'",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_a_push_that_cannot_succeed_is_told_before_training(repo, token, message, hub, training):
-    finished, out = training("--hub_model_id", repo, **({} if token is None else {"HF_TOKEN": token}))
-    assert finished.returncode == 2
-    (error,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+REFUSED = {
+    "no token": ("writer/x", None, "`push_to_hub`: expected a token with write access, got none"),
+    "wrong token": ("writer/x", "hf_wrong", "`push_to_hub`: the token is not accepted"),
+    "reader": ("writer/x", READER, "`push_to_hub`: expected a token with write access, this one may only read"),
+    "owner": ("nobody/x", TOKEN, "`hub_model_id`: expected one of the token's owners ['writer', 'lab'], got 'nobody'"),
+    "no owner": ("writer", TOKEN, "`hub_model_id`: expected OWNER/NAME with --push_to_hub, got 'writer'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_push_that_cannot_succeed_is_told_before_training(name, hub, tmp_path, tiny_recipe, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    repo, token, message = REFUSED[name]
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # both are read from the environment, but at the import
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe))
+    where = ["--config", tmp_path / "tiny.yaml", "--dataset_name", "digits", "--output_dir", tmp_path / "run"]
+    flags = [str(one) for one in [*where, "--max_train_samples", 96, "--push_to_hub", "--hub_model_id", repo]]
+    assert command.main(flags) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in error
-    assert not out.exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -216,9 +216,11 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
-    [("dense-registers", "blocks-ragged"), pytest.param(("dense-absolute", "blocks"), marks=pytest.mark.slow)],
+    # the default run has test_export.py, which goes on from here
+    [("dense-registers", "blocks-ragged"), ("dense-absolute", "blocks")],
     ids="-and-".join,
 )
 def test_exported_programs_run_where_this_package_is_not(names, tmp_path):
