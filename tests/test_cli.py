@@ -8,7 +8,7 @@ import pytest
 import yaml
 from transformers import ViTConfig
 
-from hf_vicreg import BigBirdViTConfig, VicRegConfig
+from hf_vicreg import BigBirdViTConfig, VicRegConfig, __version__
 from hf_vicreg.cli import main
 
 
@@ -25,12 +25,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_installed_command_prints_costs(folder):
-    command = [str(Path(sys.executable).parent / "hf-vicreg"), "inspect", "cost", str(folder / "encoder")]
+def test_the_command_is_installed():
+    command = [str(Path(sys.executable).parent / "hf-vicreg"), "--version"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert finished.returncode == 0, finished.stderr
-    assert "512x512 pixels: 32x32 patches, 1,025 tokens" in finished.stdout
-    assert "density 0.151" in finished.stdout
+    assert (finished.returncode, finished.stdout.strip(), finished.stderr) == (0, __version__, "")
+
+
+def test_costs_are_printed(folder, capsys):
+    assert main(["inspect", "cost", str(folder / "encoder")]) == 0
+    printed = capsys.readouterr().out
+    assert "512x512 pixels: 32x32 patches, 1,025 tokens" in printed
+    assert "density 0.151" in printed
 
 
 def test_pretrain_is_the_trainer(tmp_path, capsys, caplog, tiny_recipe):

@@ -1,9 +1,5 @@
 """Classifier and backbone: what they return, in which order, and what they refuse."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -312,7 +308,7 @@ def test_bad_configurations_are_named(changes, message):
         tiny_config(position_embedding_type="absolute", **changes)
 
 
-def test_fresh_process_loads_the_same_features(tmp_path):
+def test_another_process_loads_the_same_features(tmp_path, ranks):
     # every class, both positions, from a local folder through the Auto classes, bit for bit
     torch.save(torch.randn(2, 3, 56, 104), tmp_path / "pixels.pt")
     pixel_values = torch.load(tmp_path / "pixels.pt")
@@ -330,8 +326,11 @@ def test_fresh_process_loads_the_same_features(tmp_path):
     wrapper.save_pretrained(tmp_path / "VicRegForPreTraining")
     features["VicRegForPreTraining"] = wrapper(torch.stack([pixel_values] * 2, 1)).representations.detach()
     torch.save(features, tmp_path / "features.pt")
-    code = (
-        "import torch, hf_vicreg\n"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, torch, hf_vicreg\n"
+        "os.chdir(sys.argv[1])\n"
+        "torch.set_num_threads(int(sys.argv[2]))\n"
         "from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining\n"
         "pixels, features = torch.load('pixels.pt'), torch.load('features.pt')\n"
         "for name, expected in features.items():\n"
@@ -347,9 +346,7 @@ def test_fresh_process_loads_the_same_features(tmp_path):
         "    assert torch.equal(found, expected), name\n"
         "print(len(features))\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", code]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment)
+    finished = ranks(1, program, tmp_path, torch.get_num_threads())
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.split() == ["7"]
 
