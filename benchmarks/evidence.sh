@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Repeats what is behind a figure of README, of a card or of docs/experiments.md. docs/reproducing.md says what each name
+# takes, what it gives, and how far the figure moves.
+#
+#     benchmarks/evidence.sh NAME [more flags of its command]
+#
+# What is made lies in $OUT, runs/evidence unless set; committed results stay as they are. Some names need images, a
+# local `datasets` folder or a Hub id each: CIFAR10, BCCD, NUCLEI, EMOJI.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+OUT=${OUT:-runs/evidence}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+name=${1:-}
+[ $# -eq 0 ] || shift
+
+images() {
+    [ -n "${!1:-}" ] && return
+    echo "error: \`$1\`: expected in the environment where its images are, a local datasets folder or a Hub id, found none" >&2
+    exit 2
+}
+pretrain() { "$PYTHON" -m hf_vicreg.cli pretrain "$@"; }
+
+case "$name" in
+digits) pretrain digits --config digits --output_dir "$OUT/digits" "$@" ;;
+cifar10_cpu)
+    images CIFAR10
+    pretrain "$CIFAR10" --config cifar10_cpu --output_dir "$OUT/cifar10_cpu" "$@" ;;
+attention) "$PYTHON" -m benchmarks.attention --out "$OUT/attention.json" --plot "$OUT/attention.png" "$@" ;;
+vicreg_loss) "$PYTHON" -m benchmarks.vicreg_loss --repeats 3 --out "$OUT/vicreg_loss.json" --plot "$OUT/vicreg_loss.png" "$@" ;;
+throughput) "$PYTHON" -m benchmarks.throughput --threads 2 --out "$OUT/throughput.json" "$@" ;;
+masked) "$PYTHON" -m benchmarks.masked --batch_size 1 --repeats 5 --out "$OUT/masked.json" "$@" ;;
+checkpoints) "$PYTHON" -m benchmarks.checkpoints --steps 82 --out "$OUT/checkpoints.json" "$@" ;;
+many_images) "$PYTHON" -m benchmarks.many_images --out "$OUT/many_images.json" "$@" ;;
+vector_index) "$PYTHON" -m benchmarks.vector_index --output "$OUT/vector_index.json" "$@" ;;
+explorer) "$PYTHON" -m benchmarks.explorer --output "$OUT/explorer.json" "$@" ;;
+planned_memory) "$PYTHON" -m benchmarks.planned_memory "$@" ;;
+ablations)
+    images CIFAR10
+    "$PYTHON" -m benchmarks.ablations --dataset_name "$CIFAR10" --out "$OUT/ablations.json" "$@" ;;
+sparse_against_dense)
+    images BCCD
+    "$PYTHON" -m benchmarks.sparse_against_dense --dataset_name "$BCCD" --output_dir "$OUT/sparse_against_dense" \
+        --steps 20 --out "$OUT/sparse_against_dense.json" "$@" ;;
+planted)
+    images CIFAR10 && images EMOJI && images NUCLEI
+    "$PYTHON" -m benchmarks.planted "$CIFAR10" --odd "$EMOJI" "$NUCLEI" --draws 10 --out "$OUT/planted.json" "$@" ;;
+objectives)
+    images CIFAR10
+    "$PYTHON" -m hf_vicreg.cli compare "$CIFAR10" --config benchmarks/objectives.yaml --time_budget 4m --seeds 3 \
+        --objectives vicreg,vicregl,simclr,barlow_twins,sigreg,byol,mae,simmim --output_dir "$OUT/objectives" "$@" ;;
+*)
+    echo "error: \`NAME\`: expected one of $(grep -oE '^[a-z0-9_]+\)' "$0" | tr -d ')' | paste -sd ' '), got '$name'" >&2
+    exit 2 ;;
+esac

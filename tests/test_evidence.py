@@ -1,0 +1,78 @@
+"""What is quoted, where it comes from, what repeats it: README's tables, committed results, `benchmarks/evidence.sh`."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.readme_tables import PLACE, README, TABLES, with_tables
+from hf_vicreg.training.run.settings import explicit_settings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT = REPOSITORY / "benchmarks" / "evidence.sh"
+PAGE = (REPOSITORY / "docs" / "reproducing.md").read_text()
+ROWS = re.findall(r"^\| `(\w+)` \|.*\| `([\w/.]+)` \| *(\w*) *\|$", PAGE, re.MULTILINE)
+NAMES = re.findall(r"^(\w+)\)", SCRIPT.read_text(), re.MULTILINE)
+
+
+def test_tables_of_readme_are_those_of_the_results():
+    text = README.read_text()
+    assert [found[2] for found in PLACE.finditer(text)] == list(TABLES)
+    assert with_tables(text) == text
+    assert with_tables(text.replace("**0.5", "**0.6")) == text  # a figure changed by hand is changed back
+
+
+def test_the_page_names_what_can_be_repeated_and_every_result():
+    assert sorted(name for name, _, _ in ROWS) == sorted(NAMES)
+    named = {REPOSITORY / path for _, path, _ in ROWS}
+    assert all(path.exists() for path in named)
+    results = {path for path in (REPOSITORY / "benchmarks" / "results").iterdir() if path.suffix in ("", ".json")}
+    results |= {path.parent for path in (REPOSITORY / "model_cards").glob("*/results.json")}
+    assert results - named <= {REPOSITORY / "benchmarks" / "results" / "cifar10_cpu_search.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("digit", "error: `NAME`: expected one of digits cifar10_cpu "), ("ablations", "error: `CIFAR10`: expected ")],
+)
+def test_what_is_missing_is_told_in_a_line(name, message):
+    environment = {key: value for key, value in os.environ.items() if key != "CIFAR10"}
+    found = subprocess.run([SCRIPT, name], capture_output=True, text=True, timeout=60, env=environment)
+    assert found.returncode == 2
+    (line,) = found.stderr.splitlines()
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize("name", [one for one in NAMES if one != "planned_memory"])
+def test_every_command_has_known_flags(name, tmp_path):
+    """With a stand-in for Python that writes its arguments down, which each program's own parser reads."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    images = {one: str(tmp_path) for one in ("CIFAR10", "BCCD", "NUCLEI", "EMOJI")}
+    environment = os.environ | images | {"PYTHON": str(stand_in), "OUT": str(tmp_path / "out")}
+    found = subprocess.run([SCRIPT, name], capture_output=True, text=True, timeout=60, env=environment, check=True)
+    dash, module, *flags = found.stdout.splitlines()
+    assert dash == "-m"
+    if module == "hf_vicreg.cli":
+        if flags[0] == "pretrain":
+            from hf_vicreg.training.run.flags import parse_flags
+
+            given = parse_flags(flags[1:])
+            assert explicit_settings(given)["output_dir"] == str(tmp_path / "out" / name)
+        else:
+            from hf_vicreg.cli import build_parser
+
+            assert build_parser().parse_args(flags).images == str(tmp_path)
+    else:
+        text = (REPOSITORY / f"{module.replace('.', '/')}.py").read_text()
+        assert all(f'"{flag}"' in text or 'f"--{one}"' in text for flag in flags if flag.startswith("--"))
+
+
+def test_objectives_are_compared_on_one_recipe():
+    recipe = yaml.safe_load((REPOSITORY / "benchmarks" / "objectives.yaml").read_text())
+    assert recipe["learning_rate"] == 1e-3
+    assert not {"vicreg", "simclr"} & recipe.keys()  # nothing is set for one of them alone
