@@ -1,4 +1,4 @@
-"""What is quoted, where it comes from, what repeats it: README's tables, committed results, `benchmarks/evidence.sh`."""
+"""What is quoted, what it comes from and what repeats it: README's tables, committed results, the script."""
 
 import os
 import re
