@@ -25,7 +25,7 @@ from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_enc
 from hf_vicreg.training.evaluation.features import pixels_of
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.launch.distributed import set_threads
-from hf_vicreg.training.prepare.arguments import embed_arguments
+from hf_vicreg.training.prepare.arguments import EmbedArguments, embed_arguments
 from hf_vicreg.training.prepare.embed import IMAGES_A_SHARD, load_images
 from hf_vicreg.training.prepare.embedding_batches import embedded_batches, form_of
 from hf_vicreg.training.prepare.embedding_shards import ShardRows, write_shard
@@ -63,7 +63,7 @@ def seconds_of_embed(
     source: ImageSource, encoder: VisionEncoder, folder: Path, batch_size: int, workers: int
 ) -> float:
     """Return seconds from images to shards."""
-    form = form_of(encoder, "float32", patch_tokens=False)
+    form = form_of(encoder, EmbedArguments())
     shards = [
         range(start, min(start + IMAGES_A_SHARD, len(source))) for start in range(0, len(source), IMAGES_A_SHARD)
     ]

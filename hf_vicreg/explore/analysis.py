@@ -22,7 +22,7 @@ from hf_vicreg.training.monitor.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of what is kept; another one is computed anew
+VERSION = 3  # of what is kept; another one is computed anew
 NEIGHBOURS = 10
 MOST_FOR_TSNE = 2000  # images; it takes seconds so far
 MOST_CLUSTERS = 20
@@ -64,7 +64,7 @@ def analyse(images: ImageSet) -> Analysis:
         folder.parent.mkdir(parents=True, exist_ok=True)
         working = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
         try:
-            _compute(images.embeddings(), working)
+            _compute(images.embeddings(), images.inner_layers(), working)
             working.chmod(0o755)
             os.rename(working, folder)
         except OSError:
@@ -75,7 +75,7 @@ def analyse(images: ImageSet) -> Analysis:
     return _opened(folder)
 
 
-def _compute(embeddings: np.ndarray, folder: Path) -> None:
+def _compute(embeddings: np.ndarray, inner: list[np.ndarray], folder: Path) -> None:
     vectors = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     logger.info("%d images: index", len(vectors))
     build_index(vectors, folder / INDEX)
@@ -84,7 +84,7 @@ def _compute(embeddings: np.ndarray, folder: Path) -> None:
     clusters, central = clusters_of(vectors)
     maps = {f"map {name}": _whole_numbers(points) for name, points in _maps(vectors).items()}
     tables = {"neighbours": neighbours, "cosines": cosines, "clusters": clusters, "central": central}
-    tables["strange"] = strangeness(embeddings)
+    tables["strange"] = strangeness(*inner or [embeddings])
     save_file(tables | maps, folder / TABLES)
 
 

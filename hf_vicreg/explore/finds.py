@@ -68,17 +68,25 @@ def find_copies(neighbours: np.ndarray, cosines: np.ndarray, digests: list[bytes
     return Copies(groups, [closest[one] for one in ordered], identical, usual)
 
 
-def strangeness(embeddings: np.ndarray) -> np.ndarray:
-    """Return how far each embedding lies from what is usual in the set, `(images,)` float32: 1 is the median.
+def strangeness(*layers: np.ndarray) -> np.ndarray:
+    """Return how far each image lies from what is usual in the set, `(images,)` float32: about 1 is usual.
 
-    It is the Mahalanobis distance from the mean. In directions in which the images hardly differ a small step is
-    strange. An encoder that has never seen the like of an image often puts it
-    among others, so that the distance to its neighbours says little. Source: Lee et al. 2018 (arXiv 1807.03888), here
-    one Gaussian for the set; its covariance is shrunk as Ledoit and Wolf 2004 do.
+    It is the Mahalanobis distance from the mean, in units of the set's median, and its mean over several layers of
+    the encoder. In directions in which the images hardly differ a small step is strange. An encoder that has never
+    seen the like of an image often puts it among others, so that the distance to its neighbours says little; and what
+    is odd about an image may be gone from the last layer, which has learned to ignore much. Source: Lee et al. 2018
+    (arXiv 1807.03888), here one Gaussian for the set; its covariance is shrunk as Ledoit and Wolf 2004 do.
 
     Args:
-        embeddings: `(images, features)`, as the encoder gives them.
+        layers: `(images, features)` each, as the encoder gives them.
     """
+    total = np.zeros(len(layers[0]), np.float32)
+    for one in layers:
+        total += _distance(one)
+    return total / len(layers)
+
+
+def _distance(embeddings: np.ndarray) -> np.ndarray:
     from sklearn.covariance import LedoitWolf
     from threadpoolctl import threadpool_limits
 

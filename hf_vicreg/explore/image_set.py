@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class ImageSet:
     def key(self) -> str:
         """A hash of the embeddings: of model, preprocessing, type and the bytes of every image."""
         wanted = {name: self.record[name] for name in ("dtype", "size")} | same_model(self.record["model"])
+        wanted |= {"inner_layers": self.record.get("inner_layers")}
         digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode())
         for one in (self.ids.tobytes(), *self.digests):
             digest.update(one)
@@ -89,6 +90,21 @@ class ImageSet:
             raise InputError(f"`IMAGES`: expected embeddings with a direction in {self.folder}, found 0 or NaN.")
         return values
 
+    def inner_layers(self) -> list[np.ndarray]:
+        """Return the mean tokens of two inner layers, `(images, features)` float32 each; none where not stored.
+
+        Raises:
+            InputError: A damaged shard, or something else than numbers of that size.
+        """
+        sizes = self.record.get("inner_layers")
+        if not sizes:
+            return []
+        values = _columns(self.folder, ["inner_layers"])["inner_layers"].combine_chunks().flatten().to_numpy()
+        whole = isinstance(sizes, list) and all(isinstance(one, int) for one in sizes)
+        if not whole or values.size != sum(sizes) * len(self) or not np.isfinite(values).all():
+            raise InputError(f"`IMAGES`: expected whole features of inner layers in {self.folder}; embed again.")
+        return np.split(values.reshape(len(self), -1), np.cumsum(sizes)[:-1], axis=1)
+
 
 def open_set(images: str, model: str | None, data: str | None, arguments: EmbedArguments) -> ImageSet:
     """Return the images that a call names, embedded now unless they are embedded already.
@@ -105,7 +121,7 @@ def open_set(images: str, model: str | None, data: str | None, arguments: EmbedA
     if not (Path(images) / EMBEDDING_FILE).is_file():
         check_images(images, model, data)
         assert model is not None
-        done = embed_images(images, model, None, arguments)
+        done = embed_images(images, model, None, replace(arguments, inner_layers=True))
         encoder = load_vision_encoder(model)
         source = source_for(encoder.processor, load_images(images, arguments, encoder.processor))
         return _read_set(done.folder, source, encoder)

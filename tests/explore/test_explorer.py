@@ -16,6 +16,7 @@ from hf_vicreg import BigBirdViTImageProcessor
 from hf_vicreg.cli import main
 from hf_vicreg.explore import explorer as module
 from hf_vicreg.explore.explorer import Explorer, open_explorer
+from hf_vicreg.explore.finds import strangeness
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FinetuneArguments
 from hf_vicreg.training.evaluation.encoder import load_vision_encoder, source_for
@@ -28,7 +29,7 @@ from .conftest import BROKEN_LINE, COPIES, COUNT, smooth, write_encoder
 
 @pytest.fixture(scope="module")
 def embeddings(made_once, images, encoder):
-    arguments = embed_arguments({"num_workers": 0})
+    arguments = embed_arguments({"num_workers": 0, "inner_layers": True})
     return made_once("explored_embeddings", lambda path: embed_images(str(images), str(encoder), path, arguments))
 
 
@@ -83,6 +84,20 @@ def test_a_folder_of_embeddings_is_explored_with_or_without_images(explorer, emb
         bare.near_image((images / "odd.png").read_bytes(), 2)
     shown = open_explorer(embeddings, data=str(images))
     assert shown.picture(0, 96)[:2] == b"\xff\xd8"
+
+
+def test_odd_ones_go_by_inner_layers_where_they_are_stored(explorer, images, encoder, tmp_path):
+    inner = explorer.images.inner_layers()
+    assert [one.shape for one in inner] == [(len(explorer), explorer.images.embeddings().shape[1])] * 2
+    np.testing.assert_array_equal(explorer.analysis.strange, strangeness(*inner))
+    embed_images(str(images), str(encoder), tmp_path / "out", embed_arguments({"num_workers": 0}))
+    bare = open_explorer(tmp_path / "out")
+    assert bare.images.inner_layers() == []
+    np.testing.assert_array_equal(bare.analysis.strange, strangeness(bare.images.embeddings()))
+    record = json.loads((tmp_path / "out" / "embedding.json").read_text()) | {"inner_layers": ["16", 16]}
+    (tmp_path / "out" / "embedding.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="`IMAGES`: expected whole"):
+        open_explorer(tmp_path / "out")
 
 
 def test_an_encoder_of_five_channels_takes_no_photograph(embeddings, images, tmp_path):

@@ -101,6 +101,14 @@ def test_what_is_strange_is_far_by_the_sets_own_covariance(monkeypatch):
     assert find_outliers(strangeness(rows[:2]), 5) == [(0, 0.0), (1, 0.0)]
 
 
+def test_what_is_strange_in_several_layers_is_their_mean():
+    generator = np.random.default_rng(0)
+    first, second = (generator.standard_normal((50, size)).astype(np.float32) for size in (4, 7))
+    expected = (strangeness(first) + strangeness(second)) / 2
+    np.testing.assert_allclose(strangeness(first, second), expected, rtol=1e-6)
+    np.testing.assert_array_equal(strangeness(first), strangeness(first, first))
+
+
 def test_labels_spread_as_a_dense_matrix_spreads_them(tmp_path):
     vectors = directions(80, 3, clouds=1)  # one cloud: labels meet
     rows, cosines = neighbours_of(indexed(vectors, tmp_path / "index"), vectors)

@@ -63,13 +63,27 @@ class VisionEncoder:
         return self.feature_of(self.outputs(pixel_values))
 
     @torch.no_grad()
-    def outputs(self, pixel_values: torch.Tensor) -> ModelOutput:
-        """Return what the model makes of `pixel_values` `(batch, channels, height, width)`, on its device."""
-        return self.model(pixel_values=pixel_values.to(self.model.device, non_blocking=True))
+    def outputs(self, pixel_values: torch.Tensor, **also: bool) -> ModelOutput:
+        """Return what the model makes of `pixel_values` `(batch, channels, height, width)`, on its device.
+
+        Args:
+            pixel_values: Of images.
+            also: Such as `output_hidden_states`.
+        """
+        return self.model(pixel_values=pixel_values.to(self.model.device, non_blocking=True), **also)
 
     def feature_of(self, outputs: ModelOutput) -> torch.Tensor:
         """Return the features `(batch, features)` among the model's outputs."""
         return outputs.last_hidden_state[:, 0] if self.feature == FIRST_TOKEN else pooled_features(outputs)
+
+    def inner_features(self, outputs: ModelOutput) -> list[torch.Tensor]:
+        """Return the mean tokens `(batch, features)` after a third and two thirds of the layers; none without states.
+
+        Of feature maps it is the mean over their places.
+        """
+        states = getattr(outputs, "hidden_states", None) or ()
+        places = [max(1, round((len(states) - 1) * share / 3)) for share in (1, 2)] if len(states) > 1 else []
+        return [states[one].flatten(2).mean(2) if states[one].ndim == 4 else states[one].mean(1) for one in places]
 
     def patch_tokens(self, outputs: ModelOutput, height: int, width: int) -> torch.Tensor:
         """Return the tokens of the patches `(batch, rows, columns, hidden_size)`, in raster order.
@@ -108,8 +122,8 @@ class DualImages(VisionEncoder):
     """The images' side of a model of images and texts: features are embeddings that texts are compared with."""
 
     @torch.no_grad()
-    def outputs(self, pixel_values: torch.Tensor) -> ModelOutput:
-        """Return as `VisionEncoder.outputs`, the embedding as the pooled output."""
+    def outputs(self, pixel_values: torch.Tensor, **also: bool) -> ModelOutput:
+        """Return as `VisionEncoder.outputs`, the embedding as the pooled output; it gives no hidden states."""
         return self.model.get_image_features(pixel_values.to(self.model.device, non_blocking=True))
 
 

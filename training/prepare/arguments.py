@@ -25,6 +25,9 @@ class EmbedArguments:
     label_column_name: str | None = flag(None, "Column of labels; default: `label` if there is one.")
     dtype: Literal["float32", "float16"] = flag("float32", "Of the stored embeddings; they are computed in float32.")
     patch_tokens: bool = flag(False, "Store the token of each patch as well, in float16.")
+    inner_layers: bool = flag(
+        False, "Store the mean tokens of two inner layers as well: `hf-vicreg explore` finds odd images by them."
+    )
     batch_size: int = flag(64, "Images encoded at once.")
     num_workers: int | None = flag(
         None,

@@ -28,13 +28,7 @@ from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.prepare.arguments import EmbedArguments, embed_arguments
 from hf_vicreg.training.prepare.embedding_batches import Form, embedded_batches, form_of
-from hf_vicreg.training.prepare.embedding_shards import (
-    ShardRows,
-    digests_of,
-    embedded_ids,
-    first_changed,
-    write_shard,
-)
+from hf_vicreg.training.prepare.embedding_shards import ShardRows, digests_of, embedded_ids, first_changed, write_shard
 from hf_vicreg.training.prepare.store import WRITING, remove_unfinished, write_whole
 from hf_vicreg.training.run.places import BUILT_IN, EMBEDDING_FILE, data_setting
 from hf_vicreg.training.run.run_folder import read_record, refuse_others
@@ -72,7 +66,8 @@ def embed(
 
     `id` is an image's place among all, `height` and `width` are those of its file in pixels, `embedding` is a list of
     fixed length. With labels there is a column `label`, with `patch_tokens=True` a column of that name, (rows,
-    columns, hidden_size) in float16. An image that cannot be read has no row and is named in `unusable.jsonl`.
+    columns, hidden_size) in float16, with `inner_layers=True` one of the mean tokens of two inner layers. An image
+    that cannot be read has no row and is named in `unusable.jsonl`.
 
     Args:
         images: A folder of image files, a parquet file, a local `datasets` folder, a Hub id, or `"digits"`.
@@ -98,7 +93,7 @@ def embed_images(images: str, model: str, out: Path | None, arguments: EmbedArgu
     accelerator = build_accelerator("no", device=arguments.device, patience_s=PATIENCE_S)
     encoder = load_vision_encoder(model, accelerator.device)
     source = source_for(encoder.processor, load_images(images, arguments, encoder.processor))
-    form = form_of(encoder, arguments.dtype, patch_tokens=arguments.patch_tokens)
+    form = form_of(encoder, arguments)
     record = _record(source, encoder, form, arguments)
     folder = run_on_main(lambda: out or _cache_folder(source, record), accelerator)
     missing = run_on_main(lambda: _open_folder(folder, source, record), accelerator)
@@ -153,6 +148,7 @@ def _record(source: ImageSource, encoder: VisionEncoder, form: Form, arguments: 
         "dtype": form.dtype,
         "size": form.size,
         "patch_tokens": form.tokens,
+        "inner_layers": form.inner or None,
         "images_a_shard": IMAGES_A_SHARD,
     }
     return json.loads(json.dumps(record))

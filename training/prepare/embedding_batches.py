@@ -18,6 +18,7 @@ from hf_vicreg.training.images.channels.channel_source import ChannelSource
 from hf_vicreg.training.images.decoding import MAX_PIXELS, UnusableImage, decode
 from hf_vicreg.training.images.image_source import NOT_READ, ImageSource, digest_of
 from hf_vicreg.training.launch.signals import end_workers, outlive_signals
+from hf_vicreg.training.prepare.arguments import EmbedArguments
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Form:
         dtype: `float32` or `float16`, of the embedding.
         size: Numbers of an embedding.
         tokens: (rows, columns, hidden_size) of its patch tokens, or None where they are not asked for.
+        inner: Numbers of each of its `inner_features`; none where they are not asked for, or the model has none.
     """
 
     dtype: str
     size: int
     tokens: tuple[int, ...] | None
+    inner: tuple[int, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -44,6 +47,7 @@ class Batch(NamedTuple):
         sizes: Their (height, width) in pixels, before anything was done to them.
         values: `(batch_size, ...)`, filled up with copies; None without a readable image.
         tokens: `(batch_size, rows, columns, hidden_size)` float16, where they are asked for.
+        inner: `(batch_size, sum of Form.inner)` float32, the same.
     """
 
     digests: list[bytes]
@@ -51,18 +55,21 @@ class Batch(NamedTuple):
     sizes: list[tuple[int, int]]
     values: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
+    inner: torch.Tensor | None = None
 
 
-def form_of(encoder: VisionEncoder, dtype: str, *, patch_tokens: bool) -> Form:
+def form_of(encoder: VisionEncoder, arguments: EmbedArguments) -> Form:
     """Return what an image becomes, found out with a grey one.
 
     Raises:
         InputError: The model has no token for each patch, and they are asked for.
     """
     pixels = encoder.processor([plain_image(encoder.processor)], return_tensors="pt")["pixel_values"]
-    outputs = encoder.outputs(pixels)
-    tokens = tuple(encoder.patch_tokens(outputs, *pixels.shape[-2:]).shape[1:]) if patch_tokens else None
-    return Form(dtype, encoder.feature_of(outputs).shape[1], tokens)
+    outputs = encoder.outputs(pixels, output_hidden_states=arguments.inner_layers)
+    tokens = tuple(encoder.patch_tokens(outputs, *pixels.shape[-2:]).shape[1:]) if arguments.patch_tokens else None
+    inner = encoder.inner_features(outputs) if arguments.inner_layers else []
+    size = encoder.feature_of(outputs).shape[1]
+    return Form(arguments.dtype, size, tokens, tuple(one.shape[1] for one in inner))
 
 
 @torch.no_grad()
@@ -70,11 +77,13 @@ def _encoded(batch: Batch, encoder: VisionEncoder, form: Form) -> Batch:
     """Return the batch with embeddings in float32 and tokens, still on the model's device."""
     if batch.values is None:
         return batch
-    outputs = encoder.outputs(batch.values)
-    tokens = None
+    outputs = encoder.outputs(batch.values, output_hidden_states=bool(form.inner))
+    tokens = inner = None
+    if form.inner:
+        inner = torch.cat(encoder.inner_features(outputs), 1).float()
     if form.tokens is not None:
         tokens = encoder.patch_tokens(outputs, *batch.values.shape[-2:]).half().contiguous()
-    return batch._replace(values=encoder.feature_of(outputs).float().contiguous(), tokens=tokens)
+    return batch._replace(values=encoder.feature_of(outputs).float().contiguous(), tokens=tokens, inner=inner)
 
 
 class _Batches(Dataset):
@@ -179,5 +188,6 @@ def _as_it_is(batch: Any) -> Any:
 def _on_cpu(batch: Batch) -> Batch:
     """Return the batch without the copies that filled it up."""
     count = len(batch.indices)
-    values, tokens = (None if one is None else one[:count].cpu() for one in (batch.values, batch.tokens))
-    return batch._replace(values=values, tokens=tokens)
+    found = (batch.values, batch.tokens, batch.inner)
+    values, tokens, inner = (None if one is None else one[:count].cpu() for one in found)
+    return batch._replace(values=values, tokens=tokens, inner=inner)

@@ -30,6 +30,7 @@ class ShardRows:
         self.sizes: list[tuple[int, int]] = []
         self.embeddings = np.empty((num_images, form.size), form.dtype)
         self.tokens = None if form.tokens is None else np.empty((num_images, *form.tokens), "float16")
+        self.inner = np.empty((num_images, sum(form.inner)), "float32") if form.inner else None
 
     def add(self, batch: Batch) -> None:
         """Add the rows of a batch.
@@ -62,6 +63,9 @@ class ShardRows:
             if not np.isfinite(tokens).all():
                 raise InputError("`patch_tokens`: expected tokens within the range of float16; leave them out.")
             self.tokens[place] = tokens
+        if self.inner is not None:
+            assert batch.inner is not None
+            self.inner[place] = batch.inner.numpy()
         self.ids += batch.indices
         self.sizes += batch.sizes
 
@@ -83,6 +87,8 @@ class ShardRows:
             columns["label"] = pyarrow.array([self.source.labels[index] for index in self.ids], "int64")
         if self.tokens is not None:
             columns["patch_tokens"] = _nested(self.tokens[:count], schema.field("patch_tokens").type)
+        if self.inner is not None:
+            columns["inner_layers"] = _nested(self.inner[:count], schema.field("inner_layers").type)
         return pyarrow.table(columns, schema=schema.with_metadata(schema.metadata | digests))
 
 
@@ -102,6 +108,8 @@ def _features(source: ImageSource, form: Form) -> Any:
     if form.tokens is not None:
         rows, grid_columns, size = form.tokens
         columns["patch_tokens"] = List(List(List(Value("float16"), length=size), length=grid_columns), length=rows)
+    if form.inner:
+        columns["inner_layers"] = List(Value("float32"), length=sum(form.inner))
     return Features(columns)
 
 

@@ -443,6 +443,25 @@ def test_bad_flags_are_refused_and_nothing_is_made(tmp_path, model, flags, messa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
+def test_inner_layers_are_the_mean_hidden_states_at_a_third_and_two_thirds(tmp_path, kind):
+    folder, model = images(tmp_path / "images", 3), save_model(tmp_path / "model", kind)
+    found = hf_vicreg.embed(folder, model, tmp_path / "out", inner_layers=True, num_workers=0).with_format("torch")
+    source, encoder = load_sources(train_dir=str(folder))[0], load_vision_encoder(str(model))
+    for index, row in enumerate(found):
+        pixels = encoder.processor(source.read(index), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            states = encoder.model(pixel_values=pixels, output_hidden_states=True).hidden_states
+        layers = len(states) - 1
+        chosen = [states[max(1, round(layers / 3))][0], states[max(1, round(2 * layers / 3))][0]]
+        means = [one.mean(0) if one.ndim == 2 else one.mean((1, 2)) for one in chosen]
+        torch.testing.assert_close(row["inner_layers"], torch.cat(means), rtol=1e-4, atol=1e-5)
+    record = json.loads((tmp_path / "out" / "embedding.json").read_text())
+    assert record["inner_layers"] == [len(one) for one in means]
+    with pytest.raises(InputError, match="`inner_layers` None in"):
+        hf_vicreg.embed(folder, model, tmp_path / "out", num_workers=0)
+
+
 def test_no_images_no_readable_ones_and_no_patch_tokens(tmp_path, model):
     with pytest.raises(InputError, match="`data`: expected a folder of images"):
         hf_vicreg.embed(tmp_path / "nowhere", model, tmp_path / "out")
