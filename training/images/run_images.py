@@ -26,7 +26,7 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
         name = run.dataset_name
         assert name is not None
         if is_shards(name):
-            return load_shards(name).at_least(*smallest_side(config)), None, None
+            return load_shards(name, run.image_column_name or "").at_least(*smallest_side(config)), None, None
         stream = load_stream(name, run.dataset_config_name, run.train_split, run.image_column_name)
         return stream.at_least(*smallest_side(config)), None, None
     if run.caption_column is not None:

@@ -146,7 +146,7 @@ class PretrainArguments:
     )
     dataset_name: str | None = _data(
         None,
-        "Hub id, local `datasets` folder, `digits` (built in), or tars: `shards/{000..123}.tar`, of any store.",
+        "Hub id, local `datasets` folder, `digits` (built in), or shards: `shards/{000..123}.tar`, of any store.",
     )
     dataset_config_name: str | None = _data(None, "Configuration of the Hub dataset.")
     train_dir: str | None = _data(None, "Folder of image files, searched recursively; no labels are needed.")

@@ -124,7 +124,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
 def check_shards(run: PretrainArguments) -> None:
     """Raise InputError for shards that are not streamed, or whose address holds what nobody should read."""
     if run.train_dir and is_shards(run.train_dir):
-        raise InputError("`train_dir`: expected a folder of images, got tars; name them by --dataset_name.")
+        raise InputError("`train_dir`: expected a folder of images, got shards; name them by --dataset_name.")
     if run.dataset_name is None or not is_shards(run.dataset_name):
         return
     if re.search(r"://[^/]*@|[?#]", run.dataset_name):  # it would stand in the recipe, the log and the card
@@ -134,9 +134,11 @@ def check_shards(run: PretrainArguments) -> None:
         )
     if not run.streaming:
         raise InputError("`streaming`: expected it with shards, which are read as they come; add --streaming.")
-    for name in ("image_column_name", "label_column_name", "dataset_config_name", "caption_column"):
+    if run.image_column_name is not None and run.dataset_name.lower().endswith(".tar"):
+        raise InputError("`image_column_name`: expected none with tars, which have no columns; leave it out.")
+    for name in ("label_column_name", "dataset_config_name", "caption_column"):
         if getattr(run, name) is not None:
-            raise InputError(f"`{name}`: expected none with shards, which have no columns; leave it out.")
+            raise InputError(f"`{name}`: expected none with shards, of which only images are read; leave it out.")
 
 
 def check_warm_start(run: PretrainArguments) -> None:

@@ -16,7 +16,7 @@ NUM_LISTED = 3
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BUILT_IN = "digits"
 EMBEDDING_FILE = "embedding.json"  # in a folder of embeddings
-SHARD_SUFFIX = ".tar"
+SHARD_SUFFIXES = (".tar", ".parquet")
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TIFF = {".tif", ".tiff"}
 HELD_OUT = {"dev", "eval", "evaluation", "test", "testing", "val", "valid", "validation"}
@@ -24,8 +24,8 @@ SCIENCE_SUFFIXES = {".dcm", ".jp2", ".npy", ".zarr"}  # read by channels; an OME
 
 
 def is_shards(name: str) -> bool:
-    """Return whether a name is that of tars of images: a file, an address or a pattern of them."""
-    return re.split(r"[?#]", name)[0].lower().endswith(SHARD_SUFFIX) and not os.path.isdir(name)
+    """Return whether a name is that of shards of images, tars or parquet: a file, an address or a pattern of them."""
+    return re.split(r"[?#]", name)[0].lower().endswith(SHARD_SUFFIXES) and not os.path.isdir(name)
 
 
 def data_setting(data: str, given: dict[str, Any], field: str = "data", *, held_out: bool = False) -> dict[str, str]:

@@ -257,8 +257,8 @@ def test_tars_are_named_as_other_images_are(tmp_path):
     settings = {"output_dir": "out", "dataset_name": pattern, "max_steps": 5}
     for changes, message in (
         ({}, "`streaming`: expected it with shards"),
-        ({"dataset_name": None, "train_dir": pattern}, "`train_dir`: expected a folder of images, got tars"),
-        ({"streaming": True, "image_column_name": "image"}, "`image_column_name`: expected none with shards"),
+        ({"dataset_name": None, "train_dir": pattern}, "`train_dir`: expected a folder of images, got shards"),
+        ({"streaming": True, "image_column_name": "image"}, "`image_column_name`: expected none with tars"),
         ({"streaming": True, "max_steps": None}, "`max_steps`: expected a number of steps"),
     ):
         with pytest.raises(InputError, match=message):

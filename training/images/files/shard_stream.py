@@ -78,18 +78,22 @@ class ShardStream(ImageStream):
             )
 
 
-def load_shards(pattern: str) -> ShardStream:
+def load_shards(pattern: str, column: str = "") -> ShardStream:
     """Return a stream over the shards that a pattern names.
+
+    Args:
+        pattern: As of `list_shards`.
+        column: Of images in tables, as of `parquet_members`.
 
     Raises:
         InputError: None, none with an image among the first of them, or missing credentials.
     """
     shards = list_shards(pattern)
-    stream = ShardStream(pattern.rsplit("/", 1)[-1], shards, "")
+    stream = ShardStream(pattern.rsplit("/", 1)[-1], shards, column)
     reason = "no image in them"
     for index in range(min(TRIED_FIRST, len(shards))):
         try:
-            next(members(shards[index]))
+            next(members(shards[index], column=column))
         except StopIteration:
             continue
         except ShardLost as error:
@@ -108,7 +112,7 @@ class Lane:
         stream: The shards.
         key: Another one, another order.
         turn: Which shard of all epochs' shards, one epoch after the other; a lane takes every `num_lanes`-th.
-        offset: Byte of the shard at which the images begin that are read ahead.
+        offset: Where in the shard the images begin that are read ahead, as of `Member`.
         first: How many of the shard's images lie before these.
         length: How many these are; 0 where nobody knows yet.
         given: How many of them were given.
@@ -160,7 +164,7 @@ class Lane:
     def _blocks(self, shard: int, ahead: int) -> Iterator[list[Member]]:
         """Yield the images that are read ahead together; the first are as many as they were before a checkpoint."""
         found: list[Member] = []
-        reading = members(self.stream.rows[shard], self.offset)
+        reading = members(self.stream.rows[shard], self.offset, self.stream.column)
         while True:
             wanted = self.length or ahead
             try:

@@ -1,4 +1,4 @@
-"""Tars of images, on a disk or in a store: their list, and each read once from front to back.
+"""Shards of images, on a disk or in a store: their list, and each tar read once from front to back.
 
 A fault of the network is not the end of a shard: what could not be read is asked for again, from the byte where it
 failed. A shard that stays silent, or whose next header is no header, is given up with a reason.
@@ -43,7 +43,7 @@ class Member:
     """An encoded image of a shard.
 
     Attributes:
-        offset: Byte of the shard at which it begins, to read on from.
+        offset: Where it begins, to read on from: a byte of a tar, a row of a table.
         content: The file's bytes.
     """
 
@@ -55,8 +55,8 @@ def list_shards(pattern: str) -> list[str]:
     """Return the shards that a pattern names, in its order.
 
     Args:
-        pattern: A path or an address that ends in `.tar`. `{000..123}` and `{a,b}` stand for each of several words,
-            `*` for what is found there.
+        pattern: A path or an address that ends in `.tar` or `.parquet`. `{000..123}` and `{a,b}` stand for each of
+            several words, `*` for what is found there.
 
     Raises:
         InputError: A pattern that names none, a store that cannot be asked, or too many.
@@ -218,13 +218,26 @@ class _Header(tarfile.TarInfo):
             raise ShardLost("damaged", f"a header is broken ({error})") from error
 
 
-def members(name: str, start: int = 0) -> Iterator[Member]:
-    """Yield the images of a shard from a byte on, where one of them begins.
+def members(name: str, start: int = 0, column: str = "") -> Iterator[Member]:
+    """Yield the images of a shard from one of them on.
+
+    Args:
+        name: Path or address.
+        start: The `offset` of an image.
+        column: Of images in a table, as of `parquet_members`.
 
     Raises:
         ShardLost: The rest cannot be read.
         InputError: Credentials are missing, or a library.
     """
+    if name.lower().endswith(".tar"):
+        return _tar_members(name, start)
+    from hf_vicreg.training.images.files.parquet_shards import parquet_members
+
+    return parquet_members(name, start, column)
+
+
+def _tar_members(name: str, start: int) -> Iterator[Member]:
     file = ShardFile(name, start)
     try:
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:  # type: ignore[call-overload]
