@@ -42,6 +42,12 @@ sparse_against_dense)
     images BCCD
     "$PYTHON" -m benchmarks.sparse_against_dense --dataset_name "$BCCD" --output_dir "$OUT/sparse_against_dense" \
         --steps 20 --out "$OUT/sparse_against_dense.json" "$@" ;;
+emoji)
+    images EMOJI
+    "$PYTHON" -m benchmarks.emoji "$EMOJI" "$OUT/emoji_images"
+    pretrain "$OUT/emoji_images" --config benchmarks/emoji.yaml --output_dir "$OUT/emoji" "$@"
+    "$PYTHON" -m hf_vicreg.cli evaluate image-text "$OUT/emoji" --dataset_name "$OUT/emoji_images" --caption_column caption
+    "$PYTHON" -m benchmarks.emoji "$EMOJI" "$OUT/emoji_images" --model "$OUT/emoji" ;;
 planted)
     images CIFAR10 && images EMOJI && images NUCLEI
     "$PYTHON" -m benchmarks.planted "$CIFAR10" --odd "$EMOJI" "$NUCLEI" --draws 10 --out "$OUT/planted.json" "$@" ;;
