@@ -17,6 +17,7 @@ from hf_vicreg.training.export import export_run, export_snapshot
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.unusable import write_unusable
 from hf_vicreg.training.launch.distributed import run_on_main
+from hf_vicreg.training.launch.sharding import is_sharded, unsharded
 from hf_vicreg.training.monitor.curves import CURVES_FILE, draw_curves, with_ends
 from hf_vicreg.training.monitor.doctor import health_of
 from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
@@ -55,6 +56,11 @@ def finish(run: Run) -> dict[str, Any]:
         InputError: The disk is full.
     """
     state = run.loop.state
+    if is_sharded(run.model):
+        run.model = run.probe.model = unsharded(run.model)
+        if run.loop.step.average is not None:
+            run.loop.step.average.gather()
+            run.probe.averages = run.encoders
     with room_in(run.folder):
         _merge(run)
     if run.probe.possible:

@@ -154,21 +154,22 @@ def newest_step(out):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "kills", "workers", "steps"),
+    ("world_size", "kills", "workers", "steps", "sharded"),
     [
-        pytest.param(1, 3, 0, STEPS, id="3-kills"),
-        pytest.param(1, 20, 0, 160, id="20-kills", marks=pytest.mark.slow),
-        pytest.param(1, 20, 2, 160, id="20-kills-2-workers", marks=pytest.mark.slow),
-        pytest.param(2, 1, 0, STEPS, id="2-processes-1-kill", marks=pytest.mark.distributed),
-        pytest.param(2, 5, 0, 80, id="2-processes-5-kills", marks=[pytest.mark.distributed, pytest.mark.slow]),
+        pytest.param(1, 3, 0, STEPS, False, id="3-kills"),
+        pytest.param(1, 20, 0, 160, False, id="20-kills", marks=pytest.mark.slow),
+        pytest.param(1, 20, 2, 160, False, id="20-kills-2-workers", marks=pytest.mark.slow),
+        pytest.param(2, 5, 0, 80, False, id="2-processes-5-kills", marks=[pytest.mark.distributed, pytest.mark.slow]),
+        pytest.param(2, 1, 0, STEPS, False, id="2-processes-1-kill", marks=pytest.mark.distributed),
+        pytest.param(2, 20, 0, 80, True, id="sharded-20-kills", marks=[pytest.mark.distributed, pytest.mark.slow]),
     ],
 )
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_killed_at_any_moment_it_ends_with_the_same_weights(
-    world_size, kills, workers, steps, forks, undisturbed, tmp_path
+    world_size, kills, workers, steps, sharded, forks, undisturbed, tmp_path
 ):
-    settings = {"max_steps": steps, "dataloader_num_workers": workers}
-    out, whole = tmp_path / "killed", undisturbed(world_size, max_steps=steps)
+    settings = {"max_steps": steps, "dataloader_num_workers": workers, "shard_weights": sharded}
+    out, whole = tmp_path / "killed", undisturbed(world_size, max_steps=steps, shard_weights=sharded)
     moments = random.Random(kills)
     while_writing = 0
     for kill in range(kills):

@@ -23,6 +23,7 @@ from hf_vicreg.training.engine.average import AVERAGE_FILE, WeightAverage
 from hf_vicreg.training.engine.step import RunState
 from hf_vicreg.training.errors import InputError, room_in
 from hf_vicreg.training.images.order import ORDERS, SHUFFLED
+from hf_vicreg.training.launch.sharding import gathered, placed_like
 
 logger = logging.getLogger(__name__)
 
@@ -32,44 +33,55 @@ WRITING, REMOVING = ".writing_", ".removing_"  # before the name of a checkpoint
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
+def copied(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None = None,
+    *,
+    keep: bool = True,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return whole copies of what a checkpoint holds, by file; training may go on, they are of this moment.
+
+    Of weights that are shared out over the processes every one must call; those that do not `keep` get none.
+
+    Args:
+        model: The unwrapped model.
+        optimizer: Its optimiser; tensors and numbers of its state are stored.
+        average: Of the weights, if there is one.
+        keep: Whether this process writes them.
+    """
+    held = {FILES[0]: _flat_model(model), FILES[1]: _flat_optimizer(optimizer)}
+    if average is not None:
+        held[AVERAGE_FILE] = average.tensors()
+    return {name: gathered(tensors, keep=keep) for name, tensors in held.items()}
+
+
 def checkpoint_writer(
     folder: Path,
     state: RunState,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    files: dict[str, dict[str, torch.Tensor]],
     rng_states: dict[str, torch.Tensor],
     keep: int,
     keep_every_steps: int | None = None,
-    average: WeightAverage | None = None,
 ) -> Callable[[], Path]:
-    """Copy what a checkpoint holds, and return what writes it, prunes older ones and returns the checkpoint's folder.
-
-    Training may go on in between: the copy is of the moment of this call. Called on one process.
+    """Return what writes a checkpoint, prunes older ones and returns the checkpoint's folder; on one process.
 
     Args:
         folder: The run's `checkpoints` folder.
-        state: Where the run stands.
-        model: The unwrapped model.
-        optimizer: Its optimiser; tensors and numbers of its state are stored.
+        state: Where the run stands, as of this call.
+        files: Of `copied`.
         rng_states: Generator states of all processes, as `local_rng_states` names them.
         keep: How many checkpoints to keep, this one included.
         keep_every_steps: Checkpoints whose step is a multiple of it are kept for good, and not counted.
-        average: Of the weights, if there is one.
 
     Raises:
         InputError: By what is returned: the disk is full; older checkpoints are left as they were.
         OSError: By what is returned: it is not writable; the same holds.
     """
-    held = (_flat_model(model), _flat_optimizer(optimizer), rng_states)
-    files = dict(zip(FILES[:3], held, strict=True))
-    if average is not None:
-        files[AVERAGE_FILE] = average.tensors()
-    copies = {
-        name: {key: one.to("cpu", copy=True).contiguous() for key, one in tensors.items()}
-        for name, tensors in files.items()
-    }
+    states = {name: one.cpu() for name, one in rng_states.items()}
     told = json.dumps(asdict(state), indent=1)
-    return partial(_write_whole, folder, f"{PREFIX}{state.step:08d}", copies, told, keep, keep_every_steps)
+    name = f"{PREFIX}{state.step:08d}"
+    return partial(_write_whole, folder, name, files | {FILES[2]: states}, told, keep, keep_every_steps)
 
 
 def _write_whole(
@@ -229,7 +241,10 @@ def load_tensors(path: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
 
     A process that the checkpoint has no generator state for (there are more processes now) keeps its own.
     """
-    model.load_state_dict(load_file(path / "model.safetensors"), strict=True)
+    own = model.state_dict()
+    found = load_file(path / "model.safetensors")
+    placed = {name: placed_like(one, own[name]) if name in own else one for name, one in found.items()}
+    model.load_state_dict(placed, strict=True)
     _load_flat_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
     rng_states = load_file(path / "rng.safetensors")
     if f"{rank}.cpu" in rng_states:
@@ -257,6 +272,10 @@ def _load_flat_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, torch
     for key, value in flat.items():
         index, name = key.split(".", 1)
         entries.setdefault(int(index), {})[name] = value
+    held = [one for group in optimizer.param_groups for one in group["params"]]
+    for place, parameter in enumerate(held):
+        own = entries.get(place, {})
+        own.update({key: placed_like(one, parameter) for key, one in own.items() if one.shape == parameter.shape})
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -17,7 +17,7 @@ from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.engine.encoders import attention_of, set_up_encoders
 from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.engine.optim import build_optimizer
-from hf_vicreg.training.engine.step import TrainingStep
+from hf_vicreg.training.engine.step import TrainingStep, short
 from hf_vicreg.training.engine.two_pass import average_gradients, refuse_batch_norm, share_buffers, two_pass_backward
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.colour import finish_batch, placed_batch
@@ -28,6 +28,7 @@ from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream, stream_batches
 from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.launch.distributed import gather_sets
+from hf_vicreg.training.launch.sharding import shard_weights, whole
 from hf_vicreg.training.launch.signals import StopRequest, outlive_signals
 from hf_vicreg.training.monitor.health import measure_health
 from hf_vicreg.training.run.config import RunConfig
@@ -120,6 +121,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             freeze_layers=run.freeze_layers,
             freeze_second=run.freeze_text,
         )
+        if run.shard_weights and accelerator.num_processes > 1:
+            shard_weights(model, model.branches, accelerator.device)
         betas = (run.adam_beta1, run.adam_beta2)
         rates = run.layer_decay, run.expander_lr_scale
         optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas, *rates)
@@ -182,7 +185,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         known = set(encoders)
         others = [one.grad for one in self.model.parameters() if one not in known and one.grad is not None]
         grad_norm = torch.nn.utils.clip_grad_norm_(encoders, max_norm)
-        return grad_norm, torch.nn.utils.get_total_norm(others)
+        return whole(grad_norm), whole(torch.nn.utils.get_total_norm(others))
 
     def shrink(self, reason: str, step: int) -> None:
         """Let half as many images at once through the encoder from now on.
@@ -293,8 +296,3 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             if not self.accelerator.is_main_process:
                 logger.error(message)  # the others do not see this process's share
             raise InputError(message)
-
-
-def short(part: str) -> str:
-    """Return the name of a part of the loss for the line of progress: five letters of each word."""
-    return "_".join(word[:5] for word in part.split("_"))

@@ -14,6 +14,7 @@ from hf_vicreg.training.engine.average import WeightAverage
 from hf_vicreg.training.engine.checkpoint import (
     RunState,
     checkpoint_writer,
+    copied,
     find_checkpoint,
     load_state,
     load_tensors,
@@ -22,6 +23,7 @@ from hf_vicreg.training.engine.checkpoint import (
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.launch.background import Background
 from hf_vicreg.training.launch.distributed import run_on_main
+from hf_vicreg.training.launch.sharding import is_sharded
 from hf_vicreg.training.objectives.registry import entries_of
 from hf_vicreg.training.run.arguments import PretrainArguments, ViewsConfig
 from hf_vicreg.training.run.section_flags import MODEL, VICREG
@@ -44,6 +46,7 @@ RESUMABLE_CHANGES = {
     "max_skipped_steps",
     "gradient_checkpointing",
     "torch_compile",
+    "shard_weights",
     "attn_implementation",
     "knn_every_epochs",
     "linear_probe",
@@ -181,9 +184,15 @@ def checkpoint_together(
     if accelerator.num_processes > 1:
         states = {key: one for share in gather_object([states]) for key, one in share.items()}
 
+    held = None
+    if is_sharded(model):  # gathered by all, kept by one
+        run_on_main(background.wait, accelerator)
+        held = copied(model, optimizer, average, keep=accelerator.is_main_process)
+
     def write() -> None:
         background.wait()  # two copies at a time would take more memory
-        background.start(checkpoint_writer(folder, state, model, optimizer, states, keep, keep_every_steps, average))
+        files = copied(model, optimizer, average) if held is None else held
+        background.start(checkpoint_writer(folder, state, files, states, keep, keep_every_steps))
         if wait:
             background.wait()
 

@@ -150,3 +150,8 @@ def learning_rates(optimizer: torch.optim.Optimizer, learning_rate: float) -> No
     """Set every group's learning rate to its `scale`, 1 without one, times the given one."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("scale", 1.0)
+
+
+def short(part: str) -> str:
+    """Return the name of a part of the loss for the line of progress: five letters of each word."""
+    return "_".join(word[:5] for word in part.split("_"))

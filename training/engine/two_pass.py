@@ -20,7 +20,9 @@ import torch.distributed as dist
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput, has_batch_norm
 from hf_vicreg.training.engine.step import DeviceFull
+from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.launch.distributed import host_group, restore_rng, rng_states
+from hf_vicreg.training.launch.sharding import is_sharded
 
 Result = TypeVar("Result")
 
@@ -48,7 +50,7 @@ def two_pass_backward(
         raise ValueError("`pieces`: expected at least one, got none.")
     if len(pieces) > 1:
         refuse_batch_norm(model)
-    device = next(model.parameters()).device
+    device, sharded = next(model.parameters()).device, is_sharded(model)
     states: list[list[torch.Tensor]] = []
 
     def encode() -> list[list[torch.Tensor]]:
@@ -77,26 +79,32 @@ def two_pass_backward(
                 torch.autograd.backward([one for one, _ in seen], [gradient for _, gradient in seen])
             start = end
 
-    encoded = _together(encode)
+    encoded = _together(encode, sharded)
     leaves = [torch.cat(parts).detach().requires_grad_() for parts in zip(*encoded, strict=True)]
     outputs = model.loss_of(leaves)
     assert outputs.loss is not None
     backward(outputs.loss)
-    _together(carry_on)
+    _together(carry_on, sharded)
     return outputs
 
 
-def _together(action: Callable[[], Result]) -> Result:
+def _together(action: Callable[[], Result], sharded: bool) -> Result:
     """Return what an action of this process alone returns, when those of all processes went well.
 
     Raises:
         DeviceFull: One of them had no memory left.
+        InputError: This one had none, and weights are shared out: the others wait for it in the middle of theirs.
     """
     result, failure = None, None
     try:
         result = action()
     except torch.OutOfMemoryError as error:
         failure = str(error)
+        if sharded:
+            raise InputError(
+                "`batch_size`: expected a step to fit into the device's memory, it does not: "
+                f"{' '.join(failure.split())[:200]}; lower it, and keep the loss's by --statistics_batch_size."
+            ) from error
     failed = failure is not None
     if dist.is_initialized() and dist.get_world_size() > 1:
         flag = torch.tensor(int(failed))
@@ -119,7 +127,8 @@ def refuse_batch_norm(model: VicRegForPreTraining) -> None:
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over all processes; every one must call."""
-    gradients = [one.grad for one in parameters if one.grad is not None]
+    # those that are shared out have been averaged where they were made
+    gradients = [one.grad for one in parameters if one.grad is not None and not is_sharded(one)]
     for work in [dist.all_reduce(one, async_op=True) for one in gradients]:
         work.wait()
     for one in gradients:

@@ -13,6 +13,7 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.features import encoded_batches, model_encoder
 from hf_vicreg.training.evaluation.neighbours import knn_accuracy
 from hf_vicreg.training.images.sources import ImageSource
+from hf_vicreg.training.launch.sharding import unsharded
 from hf_vicreg.training.monitor.progress import Progress
 
 PIXELS_SIDE = 32
@@ -63,7 +64,8 @@ class OnlineProbe:
         measured = list(zip(names, self.averages or own, strict=False))
         if self.averages:
             measured += zip([f"raw_{one}" for one in names], own, strict=False)
-        for key, encoder in measured:
+        for key, one in measured:
+            encoder = unsharded(one)
             said = f"the {key.replace('_', ', ')} encoder" if name else ""
             for kind, value in self._accuracies(model_encoder(encoder), said).items():
                 found.setdefault(kind, {})[key] = value

@@ -75,8 +75,8 @@ def build_accelerator(
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         found = accelerator.distributed_type.value
         raise InputError(
-            f"`distributed_type`: expected NO, MULTI_CPU or MULTI_GPU, got {found}, where no process has "
-            "all weights; choose one of training/launch."
+            f"`distributed_type`: expected NO, MULTI_CPU or MULTI_GPU, got {found}; choose one of training/launch, "
+            "and add --shard_weights where no process can have all weights."
         )
     threads = set_threads(local)
     logger.info(

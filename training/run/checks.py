@@ -111,6 +111,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
     check_warm_start(run)
     check_captions(run)
     check_shards(run)
+    check_shared_weights(run)
     if run.streaming:
         if run.dataset_name in (None, "digits"):
             raise InputError("`streaming`: expected a dataset to stream; name a Hub id or a folder of parquet shards.")
@@ -139,6 +140,32 @@ def check_shards(run: PretrainArguments) -> None:
     for name in ("label_column_name", "dataset_config_name", "caption_column"):
         if getattr(run, name) is not None:
             raise InputError(f"`{name}`: expected none with shards, of which only images are read; leave it out.")
+
+
+def check_shared_weights(run: PretrainArguments) -> None:
+    """Raise InputError for what cannot be had while weights are shared out over the processes."""
+    if not run.shard_weights:
+        return
+    beside = {
+        "torch_compile": "false",
+        "freeze_layers": "0",
+        "expander_warmup_ratio": "0",
+        "lora_rank": "0",
+        "teacher": "none",
+        "caption_column": "none",
+    }
+    for name, wanted in beside.items():
+        if getattr(run, name):
+            raise InputError(
+                f"`{name}`: expected {wanted} with --shard_weights, got {getattr(run, name)!r}; leave one of them out."
+            )
+    for name, wanted in (("optim", "adamw"), ("hub_strategy", "end")):
+        if getattr(run, name) != wanted:
+            raise InputError(
+                f"`{name}`: expected {wanted!r} with --shard_weights, got {getattr(run, name)!r}; leave one out."
+            )
+    if run.mixed_precision == "fp16":
+        raise InputError("`mixed_precision`: expected 'bf16' or 'no' with --shard_weights, got 'fp16'.")
 
 
 def check_warm_start(run: PretrainArguments) -> None:

@@ -9,6 +9,7 @@ import torch
 from hf_vicreg.training.engine.checkpoint import (
     RunState,
     checkpoint_writer,
+    copied,
     find_checkpoint,
     find_damage,
     list_checkpoints,
@@ -34,7 +35,7 @@ def trained(steps=3):
 def save(folder, step, keep=2):
     model, optimizer = trained()
     return checkpoint_writer(
-        folder, RunState(step=step, recipe={"a": 1}), model, optimizer, local_rng_states(0), keep
+        folder, RunState(step=step, recipe={"a": 1}), copied(model, optimizer), local_rng_states(0), keep
     )()
 
 
@@ -42,7 +43,7 @@ def test_everything_comes_back(tmp_path):
     path = save(tmp_path, 7)
     model, optimizer = trained()
     expected = torch.rand(3)
-    checkpoint_writer(tmp_path, RunState(step=8), model, optimizer, local_rng_states(0), 2)()
+    checkpoint_writer(tmp_path, RunState(step=8), copied(model, optimizer), local_rng_states(0), 2)()
     following = torch.rand(3)
 
     other, other_optimizer = trained(steps=1)
@@ -64,7 +65,7 @@ def test_what_is_written_is_of_the_moment_of_the_copy(tmp_path):
     model, optimizer = trained()
     before = {name: one.clone() for name, one in model.state_dict().items()}
     moments = [one.clone() for entry in optimizer.state.values() for one in (entry["exp_avg"], entry["exp_avg_sq"])]
-    write = checkpoint_writer(tmp_path, RunState(step=3), model, optimizer, local_rng_states(0), 2)
+    write = checkpoint_writer(tmp_path, RunState(step=3), copied(model, optimizer), local_rng_states(0), 2)
     model(torch.randn(8, 4)).square().sum().backward()
     optimizer.step()
     path = write()
@@ -139,7 +140,9 @@ def test_every_nth_is_kept_for_good(tmp_path):
     model, optimizer = trained(1)
     for step in range(5, 65, 5):
         state = RunState(step=step)
-        checkpoint_writer(tmp_path, state, model, optimizer, local_rng_states(0), keep=2, keep_every_steps=20)()
+        checkpoint_writer(
+            tmp_path, state, copied(model, optimizer), local_rng_states(0), keep=2, keep_every_steps=20
+        )()
     assert [int(path.name.removeprefix("step_")) for path in list_checkpoints(tmp_path)] == [20, 40, 55, 60]
 
 
@@ -169,7 +172,7 @@ def test_the_scale_of_fp16_comes_back(tmp_path):
         scaler.step(optimizer)
         scaler.update()
     path = checkpoint_writer(
-        tmp_path, RunState(step=1, scaler=scaler.state_dict()), model, optimizer, local_rng_states(0), 1
+        tmp_path, RunState(step=1, scaler=scaler.state_dict()), copied(model, optimizer), local_rng_states(0), 1
     )()
     other = torch.amp.GradScaler("cpu")
     other.load_state_dict(load_state(path).scaler)
@@ -182,7 +185,7 @@ def test_failing_to_write_leaves_older_ones(tmp_path):
     model, optimizer = trained()
     state = RunState(step=2, recipe={"not json": {1, 2}})
     with pytest.raises(TypeError):
-        checkpoint_writer(tmp_path, state, model, optimizer, local_rng_states(0), 1)()
+        checkpoint_writer(tmp_path, state, copied(model, optimizer), local_rng_states(0), 1)()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert find_damage(tmp_path / "step_00000001") is None
 

@@ -8,7 +8,7 @@ import pytest
 
 from hf_vicreg import pretrain
 from hf_vicreg.cli import main
-from hf_vicreg.training.engine.pretraining import short
+from hf_vicreg.training.engine.step import short
 from hf_vicreg.training.monitor.doctor import FIGURES, health_table
 from hf_vicreg.training.objectives.registry import ENTRIES, entry_of
 

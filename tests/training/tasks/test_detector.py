@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, ViTConfig
 
 from hf_vicreg import BigBirdViTBackbone, BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel, VicRegConfig
-from hf_vicreg.training.engine.checkpoint import RunState, checkpoint_writer, load_tensors
+from hf_vicreg.training.engine.checkpoint import RunState, checkpoint_writer, copied, load_tensors
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.tasks.arguments import DetectionArguments
 from hf_vicreg.training.tasks.detection.coco_map import mean_average_precision
@@ -134,7 +134,7 @@ def test_a_checkpoint_keeps_weights_with_several_names(encoder, flags, tmp_path)
     optimizer = torch.optim.AdamW(detector.parameters())
     detector(**batch()).loss.backward()
     optimizer.step()
-    path = checkpoint_writer(tmp_path / "checkpoints", RunState(step=1), detector, optimizer, {}, 1)()
+    path = checkpoint_writer(tmp_path / "checkpoints", RunState(step=1), copied(detector, optimizer), {}, 1)()
     other = build_detector(encoder, NAMES, DetectionArguments(**vars(flags) | {"seed": 1}))
     load_tensors(path, other, torch.optim.AdamW(other.parameters()), 0)
     expected = detector.state_dict()
