@@ -19,6 +19,7 @@ from hf_vicreg.training.evaluation.arguments import (
 )
 from hf_vicreg.training.prepare.arguments import EmbedArguments, embed_arguments
 from hf_vicreg.training.run.flags import add_fields
+from hf_vicreg.training.tasks.arguments import DenseArguments
 
 DATA = "--dataset_name my_labelled_images"
 EVALUATIONS = {
@@ -35,6 +36,11 @@ EVALUATIONS["image-text"] = (
     ImageTextArguments,
     "recall between images and captions, and zero-shot accuracy",
     "hf-vicreg evaluate image-text runs/captions --dataset_name my_captions --caption_column caption",
+)
+EVALUATIONS["dense"] = (
+    DenseArguments,
+    "masks by patch tokens, k-NN and linear, without fine-tuning",
+    "hf-vicreg evaluate dense runs/mine --dataset_name my_masks --image_height 64 --image_width 64",
 )
 EMBED_EXAMPLE = "hf-vicreg embed my_images runs/mine embeddings"
 PAINT_EXAMPLE = "hf-vicreg paint photo.png runs/mae --mask 40,40,120,120 --output painted.png"
@@ -185,6 +191,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     from hf_vicreg.training.evaluation.evaluate import evaluate_knn, evaluate_linear, evaluate_retrieval
     from hf_vicreg.training.image_text.evaluate import evaluate_image_text
     from hf_vicreg.training.tasks.classification.few_labels import evaluate_few_labels
+    from hf_vicreg.training.tasks.segmentation.dense import evaluate_dense
 
     runs: dict[str, Callable[[str, Any], dict[str, Any]]] = {
         "knn": evaluate_knn,
@@ -192,6 +199,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         "retrieval": evaluate_retrieval,
         "few-labels": evaluate_few_labels,
         "image-text": evaluate_image_text,
+        "dense": evaluate_dense,
     }
     with place_for("output_dir", parsed.output_dir or parsed.model):
         runs[parsed.what](parsed.model, arguments_of(parsed))

@@ -15,6 +15,7 @@ COMMANDS = {
     "retrieval": "evaluate retrieval",
     "few_labels": "evaluate few-labels",
     "image_text": "evaluate image-text",
+    "dense": "evaluate dense",
     "finetune_classification": "finetune classification",
     "finetune_detection": "finetune detection",
     "finetune_segmentation": "finetune segmentation",

@@ -52,17 +52,57 @@ def linear_probe(
         InputError: scikit-learn is not installed, or one class only.
     """
     require_sklearn()
-    x, y, x_test = features.double().numpy(), labels.numpy(), test_features.double().numpy()
-    if len(np.unique(y)) < 2:
+    if len(labels.unique()) < 2:
         raise InputError(
             "`label_column_name`: expected at least 2 classes among the readable training images, found one."
         )
+    probe = fit_linear_probe(features, labels, held_out_ratio=held_out_ratio, seed=seed)
+    predictions = torch.from_numpy(probe.model.predict(probe.standardised(test_features)))
+    return LinearProbe(predictions, probe.strength, probe.held_out, probe.model.converged)
+
+
+@dataclass(frozen=True)
+class FittedProbe:
+    """A linear probe to predict with.
+
+    Attributes:
+        model: The regression.
+        mean: Of the training features.
+        deviation: The same.
+        strength: The chosen C.
+        held_out: As of `LinearProbe`.
+        classes: How many there are, of which the training images need not have all.
+    """
+
+    model: "_Regression"
+    mean: np.ndarray
+    deviation: np.ndarray
+    strength: float
+    held_out: dict[float, float]
+    classes: int
+
+    def standardised(self, features: torch.Tensor) -> np.ndarray:
+        """Return features as the regression takes them."""
+        return (features.double().numpy() - self.mean) / self.deviation
+
+    def probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        """Return `(images, classes)` float64 of features `(images, size)`; of a class never seen it is 0."""
+        found = self.model.model.predict_proba(self.standardised(features))
+        whole = torch.zeros(len(features), self.classes, dtype=torch.float64)
+        whole[:, torch.from_numpy(self.model.model.classes_)] = torch.from_numpy(found)
+        return whole
+
+
+def fit_linear_probe(
+    features: torch.Tensor, labels: torch.Tensor, *, held_out_ratio: float, seed: int, classes: int = 0
+) -> FittedProbe:
+    """Fit as `linear_probe` does, of at least two classes."""
+    x, y = features.double().numpy(), labels.numpy()
     strength, held_out = _choose(x, y, held_out_ratio, seed)
     mean, deviation = _moments(x)
     model = _Regression(strength)
     model.fit((x - mean) / deviation, y)
-    predictions = torch.from_numpy(model.predict((x_test - mean) / deviation))
-    return LinearProbe(predictions, strength, held_out, model.converged)
+    return FittedProbe(model, mean, deviation, strength, held_out, classes or int(y.max()) + 1)
 
 
 def require_sklearn() -> None:

@@ -65,6 +65,34 @@ def knn_predictions(
     return {k: torch.cat(parts) for k, parts in found.items()}
 
 
+def votes_of(
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
+    queries: torch.Tensor,
+    *,
+    neighbours: int,
+    temperature: float,
+    classes: int,
+) -> torch.Tensor:
+    """Return the share of the votes of weighted k-NN that each class has, `(queries, classes)` float64.
+
+    Args:
+        bank: `(images, features)`.
+        bank_labels: `(images,)` int64.
+        queries: `(queries, features)`.
+        neighbours: k, at most the size of the bank.
+        temperature: Of the weights.
+        classes: How many there are.
+    """
+    found = []
+    for similarity, nearest in nearest_in_bank(bank, queries, neighbours):
+        weights = (((similarity - similarity[:, :1]) / temperature).exp() * VOTE).round().long()
+        votes = torch.zeros(len(nearest), classes, dtype=torch.int64, device=bank.device)
+        votes.scatter_add_(1, bank_labels[nearest], weights)
+        found.append(votes.double() / votes.sum(1, keepdim=True))
+    return torch.cat(found)
+
+
 def nearest_in_bank(
     bank: torch.Tensor, queries: torch.Tensor, count: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -93,6 +93,33 @@ class SegmentationArguments(TaskArguments):
 
 
 @dataclass
+class DenseArguments:
+    """Patch tokens on images with masks, without fine-tuning."""
+
+    dataset_name: str = flag("", "Hub id, local `datasets` folder, or folder of images with a metadata file.")
+    dataset_config_name: str | None = flag(None, "Configuration of the Hub dataset.")
+    train_split: str = flag("train", "Split with the known masks.")
+    test_split: str | None = flag(None, "Split to test on; default: `test` or `validation`.")
+    image_column_name: str | None = flag(None, "Column of images; default: the only image column.")
+    mask_column_name: str = flag("mask", "Column of masks, images with a class index (255: unknown) a pixel.")
+    class_names: str | None = flag(
+        None, "Names of the classes from 0 on, with commas between; default: numbers, as many as training masks show."
+    )
+    instances: bool = flag(False, "Masks number objects from 1 on (0: none): background, interior and border.")
+    max_train_samples: int | None = flag(None, "Use the first so many training images.")
+    max_test_samples: int | None = flag(None, "Use the first so many test images.")
+    image_height: int = flag(256, "Height in pixels of what the model sees at once; larger images go by windows.")
+    image_width: int = flag(256, "The same for the width.")
+    neighbours: int = flag(20, "k of the k-NN.")
+    bank_size: int = flag(5_000, "About so many patches of training images are learned from.")
+    held_out_ratio: float = flag(0.2, "Share of these on which the C of the linear probe is chosen.")
+    seed: int = flag(0, "Seed of everything drawn.")
+    output_dir: str | None = flag(
+        None, "Folder for results.json; default: MODEL if it is the folder of a run, else ./NAME-evaluation."
+    )
+
+
+@dataclass
 class CaptioningArguments(TaskArguments):
     """A captioner: a text decoder over the encoder."""
 

@@ -15,7 +15,7 @@ from hf_vicreg.training.images.order import MAX_SUBSTITUTES
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_splits
 from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.run.arguments import ViewsConfig
-from hf_vicreg.training.tasks.arguments import CaptioningArguments, LabelArguments, TaskArguments
+from hf_vicreg.training.tasks.arguments import CaptioningArguments, DenseArguments, LabelArguments, TaskArguments
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class AnnotatedImages:
 
 
 def load_annotated(
-    arguments: TaskArguments, column: str, field: str
+    arguments: TaskArguments | DenseArguments, column: str, field: str
 ) -> tuple[tuple[AnnotatedImages, Any], tuple[AnnotatedImages, Any]]:
     """Return the training and the test split, each with the `datasets` feature of its annotations.
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.order import MAX_SUBSTITUTES
-from hf_vicreg.training.tasks.arguments import SegmentationArguments
+from hf_vicreg.training.tasks.arguments import DenseArguments, SegmentationArguments
 from hf_vicreg.training.tasks.data import AnnotatedImages, first_readable, load_annotated
 from hf_vicreg.training.tasks.segmentation.masks import (
     INSTANCE_CLASSES,
@@ -26,7 +26,9 @@ from hf_vicreg.training.tasks.segmentation.masks import (
 logger = logging.getLogger(__name__)
 
 
-def load_segmentation(arguments: SegmentationArguments) -> tuple[AnnotatedImages, AnnotatedImages, list[str]]:
+def load_segmentation(
+    arguments: SegmentationArguments | DenseArguments,
+) -> tuple[AnnotatedImages, AnnotatedImages, list[str]]:
     """Return the training and the test split, annotated with encoded masks, and the names of the classes.
 
     Raises:
@@ -59,7 +61,7 @@ def load_segmentation(arguments: SegmentationArguments) -> tuple[AnnotatedImages
     return train, test, names
 
 
-def _named(arguments: SegmentationArguments) -> list[str]:
+def _named(arguments: SegmentationArguments | DenseArguments) -> list[str]:
     if arguments.class_names is None:
         return []
     names = [name.strip() for name in arguments.class_names.split(",")]
