@@ -46,8 +46,8 @@ emoji)
     images EMOJI
     "$PYTHON" -m benchmarks.emoji "$EMOJI" "$OUT/emoji_images"
     pretrain "$OUT/emoji_images" --config benchmarks/emoji.yaml --output_dir "$OUT/emoji" "$@"
-    "$PYTHON" -m hf_vicreg.cli evaluate image-text "$OUT/emoji" --dataset_name "$OUT/emoji_images" --caption_column caption
-    "$PYTHON" -m benchmarks.emoji "$EMOJI" "$OUT/emoji_images" --model "$OUT/emoji" ;;
+    "$PYTHON" -m hf_vicreg.cli evaluate image-text "$OUT/emoji" --dataset_name "$EMOJI" --image_column_name image \
+        --caption_column caption --second_image_column_name other_image ;;
 planted)
     images CIFAR10 && images EMOJI && images NUCLEI
     "$PYTHON" -m benchmarks.planted "$CIFAR10" --odd "$EMOJI" "$NUCLEI" --draws 10 --out "$OUT/planted.json" "$@" ;;
