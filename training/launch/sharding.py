@@ -47,11 +47,26 @@ def shard_weights(model: nn.Module, modules: Sequence[nn.Module], device: torch.
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in modules:
         module.to(device)
-        layers = set(getattr(module, "_no_split_modules", None) or ())
-        for one in list(module.modules()):
-            if one is not module and type(one).__name__ in layers:
-                fully_shard(one, mesh=mesh)
-        fully_shard(module, mesh=mesh)
+        for one in units_of(module):
+            fully_shard(one, mesh=mesh)
+
+
+def units_of(module: nn.Module) -> list[nn.Module]:
+    """Return what is gathered one after the other, without what has come before: a model's layers, then the rest."""
+    layers = set(getattr(module, "_no_split_modules", None) or ())
+    return [*(one for one in module.modules() if one is not module and type(one).__name__ in layers), module]
+
+
+def largest_unit(modules: Sequence[nn.Module]) -> int:
+    """Return the bytes of the weights of the largest of the modules' units."""
+    largest = 0
+    seen: set[int] = set()
+    for module in modules:
+        for unit in units_of(module):
+            own = {id(one): one.nbytes for one in unit.parameters() if id(one) not in seen}
+            seen |= own.keys()
+            largest = max(largest, sum(own.values()))
+    return largest
 
 
 def is_sharded(found: torch.Tensor | nn.Module) -> bool:

@@ -18,6 +18,7 @@ from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, has_batch_n
 from hf_vicreg.training.engine.encoders import add_adapters, set_up_encoders
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import load_config
+from hf_vicreg.training.launch.sharding import largest_unit
 from hf_vicreg.training.planner.machine import Machine, resident_memory
 from hf_vicreg.training.run.config import RunConfig
 
@@ -63,13 +64,16 @@ class StepMemory:
         return self.weights + int(kept + large * self.inputs / pieces)
 
 
-def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None = None) -> StepMemory:
+def step_memory(
+    config: RunConfig, images: int, *, autocast: torch.dtype | None = None, processes: int = 1
+) -> StepMemory:
     """Return the memory of a step over so many images of one process.
 
     Args:
         config: The run's; encoders, expander and views.
         images: That go through the encoder at once in this process.
         autocast: Precision of the forward pass, None for full.
+        processes: That weights may be shared out over.
     """
     height, width = config.image_size
     local, side = config.views.num_local_views, config.views.local_image_size
@@ -115,6 +119,8 @@ def step_memory(config: RunConfig, images: int, *, autocast: torch.dtype | None 
         weights += _bytes_of(config.run.teacher)
     if config.run.ema_decay:
         weights += sum(one.nbytes for encoder in model.encoders for one in encoder.parameters())
+    if config.run.shard_weights and processes > 1:  # and a unit's weights and gradients as a whole, while it computes
+        weights = weights // processes + 2 * largest_unit(model.branches)
     return StepMemory(
         weights=weights,
         encoder=encoder_bytes,
@@ -185,7 +191,8 @@ def fit_memory(config: RunConfig, machine: Machine) -> tuple[RunConfig, int]:
     share = run.batch_size // machine.num_processes
     halved = machine.device == "cuda" and run.mixed_precision != "no"
     whole = config.step_size // machine.num_processes
-    memory = step_memory(config, share, autocast=torch.bfloat16 if halved else None)
+    autocast = torch.bfloat16 if halved else None
+    memory = step_memory(config, share, autocast=autocast, processes=machine.num_processes)
     if whole > share:  # the expander sees the batch of the loss
         memory = replace(memory, expander=memory.expander * whole // share)
     for pieces in (one for one in range(1, share + 1) if share % one == 0):

@@ -51,6 +51,12 @@ def test_weights_are_counted_with_gradients_and_moments(tiny_recipe):
     numbers = sum(one.numel() for one in VicRegForPreTraining(config.vicreg).parameters())
     assert step_memory(config, 4).weights == 16 * numbers
     assert step_memory(_config(tiny_recipe, optim="lars"), 4).weights == 12 * numbers
+    # shared out by four, with weights and gradients of the expander, the largest part, as a whole
+    wide = tiny_recipe | {"vicreg": {"expander_sizes": [256, 256]}}
+    model = VicRegForPreTraining(_config(wide).vicreg)
+    numbers, expander = (sum(one.numel() for one in part.parameters()) for part in (model, model.expander))
+    assert step_memory(_config(wide, shard_weights=True), 4, processes=4).weights == 4 * numbers + 8 * expander
+    assert step_memory(_config(wide, shard_weights=True), 4).weights == 16 * numbers
 
 
 def test_captions_are_no_longer_than_their_encoder_takes(tiny_recipe):
