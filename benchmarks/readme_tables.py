@@ -1,4 +1,4 @@
-"""The tables of README, from the results that are committed.
+"""The tables of README and of docs/scaling.md, from the results that are committed.
 
     python -m benchmarks.readme_tables
 
@@ -15,6 +15,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "scaling.md")
 PLACE = re.compile(
     r"(<!-- table: (\w+), made by benchmarks/readme_tables.py -->\n\n)(.*?)(\n\n<!-- table ends -->)", re.DOTALL
 )
@@ -72,7 +73,36 @@ def loss() -> str:
     return _table(("N", "D", "speed", "extra memory, lightly and ours"), rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"encoders": encoders, "attention": attention, "loss": loss}
+def measured() -> str:
+    """Return the share of its speed that a process keeps beside others, on CPU cores."""
+    found = _results("scaling")["measured"]
+    rows = [
+        (str(one["processes"]), f"{one['images_a_second']:.0f}", f"{one['efficiency']:.2f}", _words(one["turns"]))
+        for one in found
+    ]
+    return _table(("processes", "images/s of all", "efficiency", "of each turn"), rows)
+
+
+def modelled() -> str:
+    """Return the efficiency that the model gives, by encoder, GPUs and network."""
+    found = {(one["encoder"], one["gpus"], one["network"]): one for one in _results("scaling")["model"]}
+    networks = list(dict.fromkeys(one for _, _, one in found))
+    rows = []
+    for encoder, gpus in dict.fromkeys(key[:2] for key in found):
+        own = [found.get((encoder, gpus, one)) for one in networks]
+        cells = ["" if one is None else f"{one['efficiency']:.2f}" for one in own]
+        steps = next(one for one in own if one is not None)
+        rows.append((encoder, str(gpus), f"{steps['compute_ms']:.0f} ms", *cells))
+    return _table(("encoder", "GPUs", "a step computes", *networks), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "encoders": encoders,
+    "attention": attention,
+    "loss": loss,
+    "measured": measured,
+    "modelled": modelled,
+}
 
 
 def with_tables(text: str) -> str:
@@ -80,8 +110,16 @@ def with_tables(text: str) -> str:
     return PLACE.sub(lambda found: found[1] + TABLES[found[2]]() + found[4], text)
 
 
+def _results(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def _words(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{one:.2f}" for one in numbers)
+
+
 def _rows(name: str, *keys: str) -> dict[tuple[Any, ...], dict[str, Any]]:
-    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    rows = _results(name)["rows"]
     return {tuple(row[key] for key in keys): row for row in rows if "processes" not in row}
 
 
@@ -91,4 +129,5 @@ def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
