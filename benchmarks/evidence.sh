@@ -34,6 +34,7 @@ checkpoints) "$PYTHON" -m benchmarks.checkpoints --steps 82 --out "$OUT/checkpoi
 many_images) "$PYTHON" -m benchmarks.many_images --out "$OUT/many_images.json" "$@" ;;
 vector_index) "$PYTHON" -m benchmarks.vector_index --output "$OUT/vector_index.json" "$@" ;;
 explorer) "$PYTHON" -m benchmarks.explorer --output "$OUT/explorer.json" "$@" ;;
+scaling) "$PYTHON" -m benchmarks.scaling --out "$OUT/scaling.json" "$@" ;;
 planned_memory) "$PYTHON" -m benchmarks.planned_memory "$@" ;;
 ablations)
     images CIFAR10
@@ -51,6 +52,17 @@ emoji)
 planted)
     images CIFAR10 && images EMOJI && images NUCLEI
     "$PYTHON" -m benchmarks.planted "$CIFAR10" --odd "$EMOJI" "$NUCLEI" --draws 10 --out "$OUT/planted.json" "$@" ;;
+nuclei)
+    images NUCLEI
+    pretrain "$NUCLEI" --image_column_name image --config benchmarks/nuclei.yaml --output_dir "$OUT/nuclei" "$@"
+    for seed in 0 1 2; do
+        for start in "" --from_scratch; do
+            "$PYTHON" -m hf_vicreg.cli finetune segmentation "$OUT/nuclei" --dataset_name "$NUCLEI" --image_column_name image \
+                --mask_column_name instances --instances --image_height 128 --image_width 128 --quarter_turns \
+                --batch_size 8 --max_steps 100 --max_test_samples 60 --seed "$seed" $start \
+                --output_dir "$OUT/nuclei_segmenter$start-seed$seed"
+        done
+    done ;;
 objectives)
     images CIFAR10
     "$PYTHON" -m hf_vicreg.cli compare "$CIFAR10" --config benchmarks/objectives.yaml --time_budget 4m --seeds 3 \
