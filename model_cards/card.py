@@ -180,10 +180,21 @@ def metadata(facts: CardFacts) -> ModelCardData:
             *["sparse-attention"] * facts.is_sparse,
         ],
         datasets=[dataset] if dataset else None,
+        base_model=(base := base_model(facts)),
+        base_model_relation="finetune" if base else None,
         metrics=["accuracy"] if measured else None,
         model_name=one_line(facts.name) if measured else None,
         eval_results=measured or None,
     )
+
+
+def base_model(facts: CardFacts) -> str | None:
+    """Return the Hub id of the model whose weights this one began with; None: of none, or of a folder on a disk."""
+    found = facts.results.get("evaluations") or []
+    tuned = [one.get("details") or {} for one in found if one.get("task") == "finetune_classification"]
+    started = [facts.multitask.get("details") or {}] if facts.multitask else tuned if facts.is_classifier else []
+    name = started[-1].get("pretrained_model") if started else facts.recipe.get("model_name_or_path")
+    return name if isinstance(name, str) and HUB_ID.fullmatch(name) else None  # paths are stored whole, or as one word
 
 
 def _pipeline(facts: CardFacts) -> str:

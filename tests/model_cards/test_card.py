@@ -258,3 +258,22 @@ def test_a_committed_card_is_what_its_evidence_gives(folder):
         has_second_encoder="second_trained" in results.get("knn_accuracy", {}),
     )
     assert card == model_card(facts)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [("facebook/dinov2-small", "facebook/dinov2-small"), ("/home/me/runs/first", None), ("first", None), (None, None)],
+)
+def test_metadata_name_the_model_of_the_hub_it_began_with(source, named):
+    encoder = card_of(recipe=RECIPE | {"model_name_or_path": source})
+    tuned = EVALUATION | {"details": EVALUATION["details"] | {"pretrained_model": source}}
+    classifier = card_of(
+        recipe={},
+        config=CONFIG | {"architectures": ["BigBirdViTForImageClassification"], "id2label": {"0": "a", "1": "b"}},
+        results={"encoder_parameters": 7, "evaluations": [tuned]},
+    )
+    several = EVALUATION | {"task": "finetune_multitask", "details": {"pretrained_model": source, "tasks": {}}}
+    for card in (encoder, classifier, card_of(recipe={}, results={"evaluations": [several]})):
+        data = ModelCard(card).data
+        assert data.base_model == named
+        assert data.to_dict().get("base_model_relation") == (named and "finetune")
