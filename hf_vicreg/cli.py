@@ -341,9 +341,10 @@ def _configuration(arguments: argparse.Namespace):
 
     import hf_vicreg
     from hf_vicreg.attention_cost import check_size
+    from hf_vicreg.model_cards.shipped import located
 
     with blamed_on("MODEL", f"expected a model's folder or Hub id, got {arguments.model!r}"):
-        config = AutoConfig.from_pretrained(arguments.model)
+        config = AutoConfig.from_pretrained(located(arguments.model))
     config = config.encoder if isinstance(config, hf_vicreg.VicRegConfig) else config
     if not isinstance(config, hf_vicreg.BigBirdViTConfig):
         raise InputError(f"`MODEL`: expected a model of type 'bigbird_vit', got {config.model_type!r}.")

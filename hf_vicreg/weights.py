@@ -1,19 +1,12 @@
 """Pretrained encoders that come with the package, each with its card and the evidence behind it."""
 
 import difflib
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hf_vicreg.model_cards.shipped import FOLDER, names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FOLDER = Path(__file__).resolve().parent / "model_cards"
-WEIGHTS = "model.safetensors"
-
-
-def names() -> list[str]:
-    """Return the names that `load` knows."""
-    return sorted(path.parent.name for path in FOLDER.glob(f"*/{WEIGHTS}"))
 
 
 def load(name: str) -> "PreTrainedModel":

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from transformers import BertConfig, BertModel
 
+import hf_vicreg
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
+from hf_vicreg.training.evaluation.encoder import load_vision_encoder, weights_digest
 
 COMMANDS = [
     ("evaluate", "knn"),
@@ -60,6 +62,10 @@ def workplace(tmp_path_factory):
 def _at_work(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(workplace / "hf_home"))
+
+
+def contents(folder):
+    return [one for one in sorted(folder.rglob("*")) if "hf_home" not in one.parts]
 
 
 def example(verb, what, capsys):
@@ -147,8 +153,20 @@ KNN = ["evaluate", "knn"]
     ],
     ids=["no-model", "text", "no-data", "no-folder", "neighbours", "column", "labels", "methods", "text-classifier"],
 )
-def test_bad_input_gets_one_line(arguments, message, workplace, capsys):
+def test_bad_input_gets_one_line_and_leaves_nothing(arguments, message, workplace, capsys):
+    before = contents(workplace)
     assert main(arguments) == 2
     (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
     assert message in line
-    assert not (workplace / "o").exists()
+    assert contents(workplace) == before
+
+
+def test_an_encoder_of_the_package_is_called_by_its_name_unless_a_folder_is(workplace, capsys, monkeypatch):
+    assert main([*KNN, "digits", "--dataset_name", "my_labelled_images", "--neighbours", "3"]) == 0
+    (stored,) = json.loads((workplace / "digits-evaluation" / "results.json").read_text())["evaluations"]
+    assert stored["model"]["name"] == "digits"
+    assert stored["model"]["weights"] == weights_digest(hf_vicreg.load("digits"))
+    assert main(["inspect", "cost", "digits"]) == 0
+    monkeypatch.chdir(workplace / "my_labelled_images")
+    (workplace / "my_labelled_images" / "digits").symlink_to(workplace / "runs" / "mine")
+    assert load_vision_encoder("digits").model.config.hidden_size == 32

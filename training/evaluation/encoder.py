@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
+from hf_vicreg.model_cards.shipped import located
 from hf_vicreg.modeling.encoder_outputs import patch_grid
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, pooled_features
@@ -203,7 +204,7 @@ def load_weights(model_class: Any, name: str, **config_fields: Any) -> tuple[Pre
     with quiet_transformers():
         try:
             return model_class.from_pretrained(
-                name,
+                located(name),
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -238,7 +239,7 @@ def load_config(name: str, field: str = "MODEL") -> PreTrainedConfig:
     if absent:  # not asked of the Hub
         raise InputError(f"`{field}`: expected the folder or Hub id of a vision model, got {name!r}{absent}")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(located(name), trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise no_model(name, error, field) from error
     for one in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
@@ -261,7 +262,7 @@ def load_processor(name: str, config: PreTrainedConfig, field: str = "MODEL") ->
         InputError: One that cannot be read.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(located(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         if (Path(name) / "preprocessor_config.json").exists():
             reason = " ".join(str(error).split())[:200]

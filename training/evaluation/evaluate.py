@@ -90,6 +90,7 @@ class Evaluation:
     def picture(self, name: str) -> Path:
         """Return where to draw a picture, and note it."""
         self.pictures.append(name)
+        self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / name
 
     def store(self, task: str, metrics: dict[str, float], details: dict[str, Any]) -> dict[str, Any]:
@@ -132,15 +133,18 @@ def start_evaluation(model: str, arguments: EvaluationArguments) -> Evaluation:
 
 
 def results_folder(model: str, output_dir: str | None) -> Path:
-    """Return the folder for results, made and writable.
+    """Return the folder for results, which can be made; it is, with the first of them, so that an error leaves none.
 
     Raises:
         InputError: It cannot be made, or holds results that are not ours.
     """
     own = any((Path(model) / name).exists() for name in (FILE, "recipe.yaml"))
     folder = Path(output_dir or (model if own else f"{Path(model).resolve().name}-evaluation"))
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for one in new:
+            one.rmdir()
     except OSError as error:
         raise InputError(f"`output_dir`: expected a folder to write to, cannot make {folder}: {error}.") from error
     read_results(folder)

@@ -112,13 +112,14 @@ def add_evaluation(folder: Path, record: dict[str, Any]) -> None:
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write a folder's results, whole, or what was there stays.
+    """Write a folder's results, whole, or what was there stays; the folder is made if there is none.
 
     Raises:
         OSError: No room, or a folder that is not writable.
     """
     path = folder / FILE
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
         temporary.replace(path)
