@@ -3,14 +3,16 @@
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers import BaseImageProcessor
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.encoder import source_for
 from hf_vicreg.training.images.order import MAX_SUBSTITUTES
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_splits
 from hf_vicreg.training.images.views import ViewSampler
@@ -38,6 +40,11 @@ class AnnotatedImages:
 
     def __len__(self) -> int:
         return len(self.source)
+
+
+def read_for(processor: BaseImageProcessor, images: AnnotatedImages) -> AnnotatedImages:
+    """Return images read as an image processor takes them: with all their channels, where it takes such."""
+    return replace(images, source=source_for(processor, images.source))
 
 
 def load_annotated(
@@ -141,7 +148,7 @@ class TargetViews(Dataset):
         self.sampler = ViewSampler.of_views(views, image_size)[0]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | None:
-        """Return `crop` `(3, height, width)` uint8, `colours` and `labels`, the image's target.
+        """Return `crop` `(channels, height, width)`, `colours` and `labels`, the image's target.
 
         An unreadable image is replaced by another one with its target; None when too many are.
         """

@@ -66,6 +66,26 @@ class Raster:
         return Raster.of(np.stack(planes, axis=-1))
 
 
+def resized(
+    pixels: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """Return a part of an image at another size, resampled bilinearly as Pillow does: a channel at a time if not RGB.
+
+    Args:
+        pixels: `(height, width, channels)` of any depth.
+        size: (width, height) in pixels.
+        box: (left, top, right, bottom) of the part, in pixels; default: all.
+
+    Returns:
+        uint8 of uint8, float32 of anything else.
+    """
+    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=box))
+    planes = np.moveaxis(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32), -1, 0)
+    pictures = [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes]
+    return np.stack([np.asarray(one.resize(size, Image.Resampling.BILINEAR, box=box)) for one in pictures], axis=-1)
+
+
 def as_picture(image: Any, low: Any = None, high: Any = None) -> Image.Image:
     """Return an image for people to look at: of a `Raster` three channels, from `low` to `high` or its extremes."""
     if not isinstance(image, Raster):

@@ -16,6 +16,7 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import load_config, public_name, weights_digest
 from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.results import FILE, describe_data
+from hf_vicreg.training.images.channels.raster import arrays_of
 from hf_vicreg.training.launch.distributed import build_accelerator
 from hf_vicreg.training.tasks.arguments import CaptioningArguments, check_task, settings_of
 from hf_vicreg.training.tasks.captioning.data import (
@@ -28,7 +29,7 @@ from hf_vicreg.training.tasks.captioning.data import (
     padded,
 )
 from hf_vicreg.training.tasks.captioning.model import build_captioner, build_tokenizer, learning_rate_scale
-from hf_vicreg.training.tasks.data import AnnotatedImages
+from hf_vicreg.training.tasks.data import AnnotatedImages, read_for
 from hf_vicreg.training.tasks.prepared import PreparedTask
 from hf_vicreg.training.tasks.training import ModelLossStep, fine_tune, save_tuned, tuned_record, tuning_loop
 
@@ -117,6 +118,7 @@ def prepare_captioning(
     train, test = load_captioning(arguments)
     tokenizer = build_tokenizer(train.annotations, arguments.vocab_size)
     model, processor = build_captioner(model_name, tokenizer, arguments)
+    train, test = read_for(processor, train), read_for(processor, test)
     tester = Tester(model, processor, tokenizer, test, accelerator, arguments)
     task = PreparedTask(
         model,
@@ -170,8 +172,8 @@ class Tester:
             kept = [index for index, image in read if image is not None]
             if not kept:
                 continue
-            images = [image for _, image in read if image is not None]
-            pixels = self.processor(images, return_tensors="pt")["pixel_values"].to(self.accelerator.device)
+            images, axes = arrays_of([image for _, image in read if image is not None])
+            pixels = self.processor(images, return_tensors="pt", **axes)["pixel_values"].to(self.accelerator.device)
             written = self.tokenizer.batch_decode(
                 self.model.generate(pixels, do_sample=False), skip_special_tokens=True
             )

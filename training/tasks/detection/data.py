@@ -12,6 +12,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.channels.channel_source import ChannelSource
 from hf_vicreg.training.images.order import MAX_SUBSTITUTES
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.tasks.arguments import DetectionArguments
@@ -186,6 +187,9 @@ def _parsed(images: AnnotatedImages, feature: Any, names: list[str], *, strict: 
 def image_size(source: ImageSource, index: int) -> tuple[int, int] | None:
     """Return (height, width) of an image, upright, from its header; None if it is corrupt."""
     try:
+        if isinstance(source, ChannelSource):
+            header = source.header(index)
+            return header.height, header.width
         with Image.open(BytesIO(source.read_bytes(index))) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)

@@ -22,6 +22,7 @@ from transformers import (
 
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.training.engine.encoders import add_adapters
+from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import load_processor
 from hf_vicreg.training.tasks.arguments import DetectionArguments
 from hf_vicreg.training.tasks.backbone import canvas_size, pretrained_backbone
@@ -48,9 +49,17 @@ def build_detector(
         arguments: Sizes of the new part.
 
     Raises:
-        InputError: No model there, none of this architecture, or weights of the encoder missing.
+        InputError: No model there, none of this architecture, one of other images than 8-bit RGB, or weights of the
+            encoder missing.
     """
     backbone = pretrained_backbone(name, arguments)
+    low = getattr(load_processor(name, backbone.config), "channel_low", None)
+    if backbone.config.num_channels != 3 or low is not None:
+        raise InputError(
+            f"`MODEL`: expected an encoder of 8-bit RGB images, which is all that a detector's image processor reads, "
+            f"got {name} of {backbone.config.num_channels} channels with ranges of their own; for objects on such "
+            "images use finetune segmentation --instances."
+        )
     detector = DeformableDetrForObjectDetection(
         DeformableDetrConfig(
             backbone_config=backbone.config,

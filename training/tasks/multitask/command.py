@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
-from hf_vicreg.training.errors import InputError, room_in
+from hf_vicreg.training.errors import room_in
 from hf_vicreg.training.evaluation.encoder import load_processor, public_name, quiet_transformers
 from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.results import FILE, describe_data
@@ -70,11 +70,6 @@ def finetune_multitask(path: str, arguments: MultitaskArguments) -> dict[str, An
     accelerator = build_accelerator(arguments.mixed_precision, find_unused_parameters=True)
     with of_task("model"):
         encoder = pretrained_encoder(BigBirdViTModel, model_name, seed=arguments.seed)
-    if encoder.config.num_channels != 3:
-        raise InputError(
-            f"`model`: expected an encoder of 3 channels, {model_name} has {encoder.config.num_channels}; fine-tune "
-            "it for one task at a time."
-        )
     processor = load_processor(model_name, encoder.config, "model")
     # those left out by `only` are read as well: shares of a step are of all
     tasks = {task.name: prepare(model_name, task, accelerator) for task in listed}

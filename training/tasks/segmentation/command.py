@@ -7,7 +7,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from hf_vicreg.training.evaluation.encoder import public_name, weights_digest
+from hf_vicreg.training.evaluation.encoder import (
+    load_config,
+    load_processor,
+    public_name,
+    source_for,
+    weights_digest,
+)
 from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.results import FILE, describe_data
 from hf_vicreg.training.launch.distributed import build_accelerator
@@ -96,7 +102,8 @@ def prepare_segmentation(
     """
     if arguments.instances:
         check_extra()
-    train, test, class_names = load_segmentation(arguments)
+    reader = load_processor(model_name, load_config(model_name))
+    train, test, class_names = load_segmentation(arguments, partial(source_for, reader))
     model = build_segmenter(model_name, class_names, arguments)
     size = (arguments.image_height, arguments.image_width)
     processor = build_segmenter_processor(model_name, model.config.backbone_config, *size)

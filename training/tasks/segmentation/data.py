@@ -2,15 +2,17 @@
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.channels.raster import resized
+from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.order import MAX_SUBSTITUTES
 from hf_vicreg.training.tasks.arguments import DenseArguments, SegmentationArguments
 from hf_vicreg.training.tasks.data import AnnotatedImages, first_readable, load_annotated
@@ -28,8 +30,13 @@ logger = logging.getLogger(__name__)
 
 def load_segmentation(
     arguments: SegmentationArguments | DenseArguments,
+    as_read: Callable[[ImageSource], ImageSource] = lambda source: source,
 ) -> tuple[AnnotatedImages, AnnotatedImages, list[str]]:
     """Return the training and the test split, annotated with encoded masks, and the names of the classes.
+
+    Args:
+        arguments: Which data.
+        as_read: Gives the images the channels that a model takes; default: they are RGB.
 
     Raises:
         InputError: A column that is none of images, names that are none, no class but one, and what `checked_highest`
@@ -40,6 +47,7 @@ def load_segmentation(
     column = arguments.mask_column_name
     named = _named(arguments)
     (train, feature), (test, test_feature) = load_annotated(arguments, column, "mask_column_name")
+    train, test = (replace(one, source=as_read(one.source)) for one in (train, test))
     for images, kind in ((train, feature), (test, test_feature)):
         if not isinstance(kind, datasets.Image):
             raise InputError(
@@ -92,9 +100,11 @@ class CropSampler:
         self.flip_probability, self.quarter_turns = flip_probability, quarter_turns
 
     def __call__(
-        self, image: Image.Image, mask: np.ndarray, rng: random.Random
+        self, image: Any, mask: np.ndarray, rng: random.Random
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-        """Return pixels `(3, height, width)` uint8, the mask `(height, width)` int32, and their (height, width).
+        """Return pixels `(channels, height, width)`, the mask `(height, width)` int32, and their (height, width).
+
+        Pixels of 8 bits are uint8, of other depths float32.
 
         Pixels are resampled bilinearly, the mask takes the nearest pixel. Beyond what is returned as their size is no
         image: pixels are 0, the mask is `OUTSIDE`.
@@ -109,13 +119,14 @@ class CropSampler:
         crop = [min(length, side / scale) for side, length in zip(out, own, strict=True)]
         top, left = (rng.uniform(0, length - side) for side, length in zip(crop, own, strict=True))
         box = (left, top, left + crop[1], top + crop[0])
-        view = np.asarray(Image.fromarray(pixels).resize((out[1], out[0]), Image.Resampling.BILINEAR, box=box))
+        view = resized(pixels, (out[1], out[0]), box)
         rows, columns = nearest(top, crop[0], out[0], own[0]), nearest(left, crop[1], out[1], own[1])
         labels = mask[rows[:, None], columns]
         if rng.random() < self.flip_probability:
             view, labels = view[:, ::-1], labels[:, ::-1]
-        canvas = torch.zeros(3, *self.canvas, dtype=torch.uint8)
-        canvas[:, : out[0], : out[1]] = torch.from_numpy(view.copy()).permute(2, 0, 1)
+        shown = torch.from_numpy(view.copy()).permute(2, 0, 1)
+        canvas = torch.zeros(len(shown), *self.canvas, dtype=shown.dtype)
+        canvas[:, : out[0], : out[1]] = shown
         numbers = torch.full(self.canvas, OUTSIDE, dtype=torch.int32)
         numbers[: out[0], : out[1]] = torch.from_numpy(labels.copy())
         return canvas, numbers, (out[0], out[1])
@@ -146,7 +157,7 @@ class SegmentationViews(Dataset):
 
 
 def collate(samples: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Return `pixels` `(batch, 3, height, width)`, `classes` and `sizes`; None if a sample is missing."""
+    """Return `pixels` `(batch, channels, height, width)`, `classes` and `sizes`; None if a sample is missing."""
     found = [sample for sample in samples if sample is not None]
     if len(found) < len(samples):
         return None

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from hf_vicreg.training.errors import InputError, as_input_error
-from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder
+from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder, source_for
 from hf_vicreg.training.evaluation.evaluate import results_folder
 from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.linear import fit_linear_probe, require_sklearn
 from hf_vicreg.training.evaluation.neighbours import TEMPERATURE, votes_of
 from hf_vicreg.training.evaluation.results import FILE, add_evaluation, describe_data, evaluation_record
+from hf_vicreg.training.images.channels.raster import arrays_of
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.tasks.arguments import DenseArguments
 from hf_vicreg.training.tasks.data import AnnotatedImages
@@ -74,11 +75,11 @@ def evaluate_dense(model: str, arguments: DenseArguments) -> dict[str, Any]:
     if arguments.instances:
         check_extra()
     folder = results_folder(model, arguments.output_dir)
-    train, test, names = load_segmentation(arguments)
     encoder = load_vision_encoder(model)
+    train, test, names = load_segmentation(arguments, partial(source_for, encoder.processor))
     window = (arguments.image_height, arguments.image_width)
     with as_input_error("image_height"):
-        outputs = encoder.outputs(torch.zeros(1, 3, *window))
+        outputs = encoder.outputs(torch.zeros(1, getattr(encoder.model.config, "num_channels", 3), *window))
     rows, columns, _ = encoder.patch_tokens(outputs, *window).shape[1:]
     ways: dict[str, Describe] = {
         "pixels": lambda pixels: pixels_of_patches(pixels, rows, columns),
@@ -223,12 +224,13 @@ def summary_of(counts: np.ndarray, names: list[str]) -> dict[str, float]:
 def _read(
     images: AnnotatedImages, encoder: VisionEncoder, index: int, *, instances: bool
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return normalised pixels `(3, height, width)` at the image's own size, and its classes; None if unreadable."""
+    """Return normalised pixels `(channels, height, width)` at their own size and their classes; None if unreadable."""
     image = images.source.read(index)
     if image is None:
         return None
     flags = dict.fromkeys(("do_resize", "do_center_crop"), False)
-    pixels = encoder.processor(image, return_tensors="pt", **flags)["pixel_values"][0]
+    images_given, axes = arrays_of([image])
+    pixels = encoder.processor(images_given, return_tensors="pt", **flags, **axes)["pixel_values"][0]
     mask = torch.from_numpy(read_mask(images.annotations[index]))
     return pixels, classes_of(mask, instances=instances)
 

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import (
     BaseImageProcessor,
     PreTrainedModel,
@@ -19,6 +18,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from hf_vicreg.modeling.channel_pixels import scaled
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.training.engine.encoders import add_adapters
 from hf_vicreg.training.errors import InputError
@@ -50,12 +50,10 @@ def build_segmenter(
         arguments: Sizes of the new part.
 
     Raises:
-        InputError: No model there, none of this architecture, one of other channels, or weights missing.
+        InputError: No model there, none of this architecture, or weights missing.
     """
     backbone = pretrained_backbone(name, arguments)
     config = backbone.config
-    if config.num_channels != 3:
-        raise InputError(f"`MODEL`: expected an encoder of 3 channels, {name} has {config.num_channels}.")
     layers = config.num_hidden_layers
     config.set_output_features_output_indices(
         out_features=None, out_indices=sorted({-(-layers * part // NUM_MAPS) for part in range(1, NUM_MAPS + 1)})
@@ -86,12 +84,26 @@ def learning_rate_scale(parameter: str, encoder_ratio: float) -> float:
 def build_segmenter_processor(name: str, config: BigBirdViTConfig, height: int, width: int) -> BaseImageProcessor:
     """Return a processor of the window's size, a whole number of patches, with the encoder's mean and deviation.
 
-    transformers' own pipeline squashes an image into one window with it; `find_classes` takes as many as it needs.
+    transformers' own pipeline squashes an image into one window with it; `find_classes` takes as many as it needs. An
+    encoder of channels other than 8-bit RGB keeps its own processor, which knows their ranges.
+
+    Raises:
+        InputError: A processor of other channels than the encoder.
     """
     height, width = canvas_size(config, height, width)
-    pretrained = load_processor(name, config).to_dict()
+    own = load_processor(name, config)
+    pretrained, size = own.to_dict(), {"height": height, "width": width}
+    low = pretrained.get("channel_low")
+    channels = 3 if low is None else len(low)
+    if channels != config.num_channels:
+        raise InputError(
+            f"`MODEL`: expected an image processor of {config.num_channels} channels beside the encoder, that of "
+            f"{name} has {channels}; name the folder that a run left."
+        )
+    if low is not None:
+        return type(own).from_dict(pretrained | {"size": size, "do_center_crop": False})
     return SegformerImageProcessor(
-        size={"height": height, "width": width},
+        size=size,
         image_mean=list(pretrained["image_mean"]),
         image_std=list(pretrained["image_std"]),
         do_reduce_labels=False,
@@ -99,12 +111,25 @@ def build_segmenter_processor(name: str, config: BigBirdViTConfig, height: int, 
 
 
 def normalised(processor: BaseImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
-    """Return uint8 pixels `(..., 3, height, width)` as the model takes them."""
+    """Return pixels `(..., channels, height, width)`, uint8 if RGB, as the model takes them."""
     mean, std = (
         torch.tensor(values, device=pixels.device)[:, None, None]
         for values in (processor.image_mean, processor.image_std)
     )
-    return (pixels.to(torch.float32) / 255 - mean) / std
+    low = getattr(processor, "channel_low", None)
+    shares = pixels.to(torch.float32) / 255 if low is None else scaled(pixels, low, processor.channel_high)
+    return (shares - mean) / std
+
+
+def ranges_of(processor: BaseImageProcessor) -> tuple[Any, Any]:
+    """Return the values of each channel that become 0 and 1; None and None of RGB."""
+    return getattr(processor, "channel_low", None), getattr(processor, "channel_high", None)
+
+
+def pixels_of(image: Any) -> torch.Tensor:
+    """Return the pixels `(channels, height, width)` of a picture or a `Raster`, uint8 or float32."""
+    pixels = np.array(image)
+    return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)).permute(2, 0, 1)
 
 
 def model_inputs(processor: BaseImageProcessor, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -117,17 +142,17 @@ def model_inputs(processor: BaseImageProcessor, batch: dict[str, Any], device: t
 
 @torch.no_grad()
 def find_classes(
-    segmenter: PreTrainedModel, processor: BaseImageProcessor, image: Image.Image, batch_size: int = 8
+    segmenter: PreTrainedModel, processor: BaseImageProcessor, image: Any, batch_size: int = 8
 ) -> torch.Tensor:
     """Return the most likely class of each pixel, `(height, width)` int64 on the CPU, by windows at the image's scale.
 
     Args:
         segmenter: Set to evaluation mode.
         processor: Its image processor.
-        image: RGB, of any size.
+        image: A picture, or a `Raster` of the processor's channels; of any size.
         batch_size: Windows at once.
     """
-    pixels = normalised(processor, pil_to_tensor(image).to(segmenter.device))
+    pixels = normalised(processor, pixels_of(image).to(segmenter.device))
     window = (processor.size["height"], processor.size["width"])
     segmenter.eval()
     return windowed_logits(partial(_logits, segmenter), pixels, window, batch_size).argmax(0).cpu()

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from hf_vicreg.training.evaluation.encoder import VisionEncoder
 from hf_vicreg.training.tasks.segmentation.masks import IGNORED
 
-# of windows `(n, 3, height, width)` patches `(n, rows, columns, size)`; of patches `(n, size)` scores `(n, classes)`
+# of windows `(n, channels, height, width)` patches `(n, rows, columns, size)`, or of patches `(n, size)` scores
+# `(n, classes)`
 Describe = Callable[[torch.Tensor], torch.Tensor]
 
 

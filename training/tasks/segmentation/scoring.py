@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.channels.raster import as_picture
 from hf_vicreg.training.tasks.arguments import SegmentationArguments
 from hf_vicreg.training.tasks.data import AnnotatedImages
 from hf_vicreg.training.tasks.segmentation.mask_drawing import draw_mask, draw_objects
@@ -21,7 +22,7 @@ from hf_vicreg.training.tasks.segmentation.measures import (
     confusion,
     object_counts,
 )
-from hf_vicreg.training.tasks.segmentation.model import find_classes
+from hf_vicreg.training.tasks.segmentation.model import find_classes, ranges_of
 
 NUM_DRAWN = 4
 
@@ -94,7 +95,7 @@ class Tester:
         counts = object_counts(mask, objects_of(found)) if instances else (0, 0, 0)
         return confusion(truth, found, len(self.class_names)), counts
 
-    def find(self, image: Image.Image) -> np.ndarray:
+    def find(self, image: Any) -> np.ndarray:
         """Return the class of each pixel."""
         size = self.arguments.per_device_eval_batch_size
         return find_classes(self.model, self.processor, image, size).numpy()
@@ -106,10 +107,12 @@ class Tester:
             image = self.images.source.read(index)
             if image is not None and len(rows) < NUM_DRAWN:
                 masks = [read_mask(self.images.annotations[index]), self.find(image)]
+                picture = as_picture(image, *ranges_of(self.processor))
                 if self.arguments.instances:
-                    rows.append([image, draw_objects(image, masks[0]), draw_objects(image, objects_of(masks[1]))])
+                    drawn = [draw_objects(picture, masks[0]), draw_objects(picture, objects_of(masks[1]))]
                 else:
-                    rows.append([image, *(draw_mask(image, mask) for mask in masks)])
+                    drawn = [draw_mask(picture, mask) for mask in masks]
+                rows.append([picture, *drawn])
         canvas = Image.new("RGB", (max(3 * row[0].width for row in rows), sum(row[0].height for row in rows)), "white")
         top = 0
         for row in rows:

@@ -1,0 +1,194 @@
+"""Tasks on images of other channels and depths than 8-bit RGB: trained, evaluated, written, loaded again."""
+
+import json
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import yaml
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    VisionEncoderDecoderModel,
+)
+
+from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
+from hf_vicreg.cli import main
+from hf_vicreg.training.images.channels.raster import Raster, resized
+from hf_vicreg.training.tasks.segmentation.model import find_classes
+
+SMALL = ["--image_height", "32", "--image_width", "32", "--decoder_hidden_size", "32", "--batch_size", "2"]
+LOW, HIGH = 100.0, 4000.0
+
+
+def save(path, pixels):
+    if pixels.shape[2] == 1:
+        Image.fromarray(pixels[:, :, 0]).save(path)
+    else:
+        tifffile.imwrite(path, pixels.transpose(2, 0, 1), photometric="minisblack")
+
+
+@pytest.fixture(params=[(5, "tif", np.uint16)], ids=["5x16"])
+def channels(request, tmp_path, monkeypatch):
+    """The number of channels; in the folder an encoder of them and images of bright squares with masks."""
+    count, suffix, dtype = request.param
+    torch.manual_seed(0)
+    config = BigBirdViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=4,
+        tile_size=1, num_channels=count,
+    )  # fmt: skip
+    BigBirdViTModel(config).save_pretrained(tmp_path / "run")
+    BigBirdViTImageProcessor(
+        size={"height": 32, "width": 32},
+        channel_low=[LOW] * count,
+        channel_high=[HIGH] * count,
+        image_mean=[0.3] * count,
+        image_std=[0.2] * count,
+        do_rescale=False,
+    ).save_pretrained(tmp_path / "run")
+    rng = np.random.default_rng(0)
+    for split, images in (("train", 4), ("test", 2)):
+        (tmp_path / "data" / split / "masks").mkdir(parents=True)
+        rows = []
+        for number in range(images):
+            pixels, mask = rng.integers(200, 600, (40, 52, count)), np.zeros((40, 52), np.uint8)
+            top, left = rng.integers(2, 20), rng.integers(2, 30)
+            pixels[top : top + 15, left : left + 14] += 3000
+            mask[top : top + 15, left : left + 14] = 1
+            save(tmp_path / "data" / split / f"{number}.{suffix}", pixels.astype(dtype))
+            Image.fromarray(mask).save(tmp_path / "data" / split / "masks" / f"{number}.png")
+            said = {"text": ["left", "right"][number % 2], "brightness": float(number), "kind": ["a", "b"][number % 2]}
+            rows.append({"file_name": f"{number}.{suffix}", "mask_file_name": f"masks/{number}.png"} | said)
+        (tmp_path / "data" / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    return count, suffix
+
+
+@pytest.mark.parametrize(
+    ("channels", "more"),
+    [
+        ((1, "png", np.uint16), []),
+        ((5, "tif", np.uint16), ["--quarter_turns"]),
+        ((2, "tif", np.float32), []),
+    ],
+    indirect=["channels"],
+    ids=["1x16", "5x16", "2x32"],
+)
+def test_a_segmenter_of_any_channels_trains_and_finds_the_same_when_loaded(channels, more, tmp_path, capsys):
+    count, suffix = channels
+    data = ["--dataset_name", "data", "--max_steps", "3", "--output_dir", "out"]
+    assert main(["finetune", "segmentation", "run", *SMALL, *data, *more]) == 0
+    (record,) = json.loads((tmp_path / "out" / "results.json").read_text())["evaluations"]
+    assert record["details"]["unreadable_test_images"] == 0
+    assert np.sum(record["details"]["confusion"]) == 2 * 40 * 52
+    with Image.open(tmp_path / "out" / "segments.png") as picture:
+        assert picture.size == (3 * 52, 2 * 40)
+        assert np.ptp(np.asarray(picture)[:40, :52]) > 200  # stretched over the range of the channels
+    processor = AutoImageProcessor.from_pretrained("out")
+    model = AutoModelForSemanticSegmentation.from_pretrained("out").eval()
+    assert list(processor.channel_low) == [LOW] * count
+    file = tmp_path / "data" / "test" / f"0.{suffix}"
+    assert main(["segment", "out", str(file), "--output", "found"]) == 0
+    with (
+        Image.open(tmp_path / "found" / "0_mask.png") as mask,
+        Image.open(tmp_path / "found" / "0_overlay.png") as over,
+    ):
+        found = np.asarray(mask)
+        assert over.size == (52, 40)
+    values = tifffile.imread(file) if suffix == "tif" else np.asarray(Image.open(file))[None]
+    raster = Raster.of(np.ascontiguousarray(values.transpose(1, 2, 0)))
+    assert np.array_equal(find_classes(model, processor, raster), found)
+    # one window by the formula: values as shares of the range, then mean and deviation
+    window = ((values[:, :32, :32].astype(np.float64) - LOW) / (HIGH - LOW)).clip(0, 1)
+    pixels = torch.from_numpy((window - 0.3) / 0.2).float()[None]
+    with torch.no_grad():
+        logits = torch.nn.functional.interpolate(model(pixels).logits, (32, 32), mode="bilinear")[0]
+    ours = find_classes(model, processor, Raster.of(np.ascontiguousarray(values[:, :32, :32].transpose(1, 2, 0))))
+    sure = (logits[0] - logits[1]).abs() > 1e-4
+    assert (logits.argmax(0) == ours)[sure].all()
+    theirs = processor(str(file), return_tensors="pt", do_resize=False)["pixel_values"][0]
+    torch.testing.assert_close(theirs[:, :32, :32], pixels[0], atol=1e-6, rtol=0)
+    # a folder, and a form that pictures do not have
+    (tmp_path / "more").mkdir()
+    np.save(tmp_path / "more" / "as_array.npy", values)
+    assert main(["segment", "out", "more", "--output", "of_folder"]) == 0
+    with Image.open(tmp_path / "of_folder" / "as_array_mask.png") as mask:
+        assert np.array_equal(np.asarray(mask), found)
+    capsys.readouterr()
+
+
+def test_tokens_of_any_channels_are_measured_by_masks(channels, tmp_path, capsys):
+    flags = ["--dataset_name", "data", "--image_height", "32", "--image_width", "32", "--bank_size", "200"]
+    assert main(["evaluate", "dense", "run", *flags]) == 0
+    metrics = json.loads((tmp_path / "run-evaluation" / "results.json").read_text())["evaluations"][0]["metrics"]
+    assert metrics["pixels_knn_mean_iou"] > 0.5  # the squares are bright
+    capsys.readouterr()
+
+
+def test_captions_numbers_and_masks_on_one_encoder_of_any_channels(channels, tmp_path, capsys):
+    count, suffix = channels
+    captions = {"decoder_hidden_size": 32, "decoder_layers": 1, "vocab_size": 260, "max_target_length": 4}
+    masks = {"decoder_hidden_size": 32, "image_height": 32, "image_width": 32}
+    tasks = [
+        {"name": "says", "kind": "captioning"} | captions,
+        {"name": "light", "kind": "regression", "label_column_name": "brightness"},
+        {"name": "kinds", "kind": "classification", "label_column_name": "kind"},
+        {"name": "masks", "kind": "segmentation"} | masks,
+    ]
+    told = {"model": "run", "tasks": [one | {"dataset_name": "data", "image_column_name": "image"} for one in tasks]}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(told))
+    flags = ["--output_dir", "several", "--batch_size", "8", "--max_steps", "2"]
+    assert main(["finetune", "multitask", "tasks.yaml", *flags]) == 0
+    file = str(tmp_path / "data" / "test" / f"0.{suffix}")
+    processor = AutoImageProcessor.from_pretrained("several/heads/says")
+    pixels = processor(file, return_tensors="pt")["pixel_values"]
+    assert pixels.shape[1] == count
+    assert VisionEncoderDecoderModel.from_pretrained("several/heads/says").generate(pixels).shape[0] == 1
+    light = AutoModelForImageClassification.from_pretrained("several/heads/light")
+    assert light(pixels).logits.isfinite().all()
+
+    flags = ["--dataset_name", "data", "--image_column_name", "image", "--output_dir", "captioner", "--max_steps", "2"]
+    assert main(["finetune", "captioning", "run", *flags, "--decoder_hidden_size", "32", "--decoder_layers", "1"]) == 0
+    (record,) = json.loads((tmp_path / "captioner" / "results.json").read_text())["evaluations"]
+    assert record["details"]["unreadable_test_images"] == 0
+    capsys.readouterr()
+
+
+def test_a_detector_of_other_images_is_refused_by_name(channels, tmp_path, capsys):
+    rows = (tmp_path / "data" / "train" / "metadata.jsonl").read_text().splitlines()
+    boxes = {"objects": {"bbox": [[2, 2, 9, 9]], "category": ["a"]}}
+    for split, some in (("train", rows), ("test", rows[:2])):
+        lines = [json.dumps(json.loads(one) | boxes) for one in some]
+        (tmp_path / "data" / split / "metadata.jsonl").write_text("\n".join(lines))
+    flags = ["--dataset_name", "data", "--image_column_name", "image", "--output_dir", "boxes"]
+    assert main(["finetune", "detection", "run", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "`MODEL`: expected an encoder of 8-bit RGB images" in error
+    assert "finetune segmentation --instances" in error
+    assert not (tmp_path / "boxes").exists()
+
+
+def test_an_image_processor_of_other_channels_gets_one_line(channels, tmp_path, capsys):
+    (tmp_path / "run" / "preprocessor_config.json").unlink()
+    flags = ["--dataset_name", "data", "--max_steps", "3", "--output_dir", "out"]
+    assert main(["finetune", "segmentation", "run", *SMALL, *flags]) == 2
+    assert "`MODEL`: expected an image processor of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("box", [None, (3.25, 1.5, 17.0, 20.75)])
+def test_channels_are_resized_as_pillow_resizes_each(box):
+    pixels = np.random.default_rng(0).integers(0, 60000, (24, 20, 5)).astype(np.uint16)
+    found = resized(pixels, (13, 9), box)
+    assert found.dtype == np.float32
+    for channel in range(5):
+        plane = Image.fromarray(pixels[:, :, channel].astype(np.float32))
+        own = np.asarray(plane.resize((13, 9), Image.Resampling.BILINEAR, box=box))
+        assert np.array_equal(found[:, :, channel], own)
+    photo = pixels[:, :, :3].astype(np.uint8)
+    picture = np.asarray(Image.fromarray(photo).resize((13, 9), Image.Resampling.BILINEAR, box=box))
+    assert np.array_equal(resized(photo, (13, 9), box), picture)
+    assert np.abs(resized(photo[:, :, :2], (13, 9), box).astype(int) - picture[:, :, :2]).max() <= 1
