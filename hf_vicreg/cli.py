@@ -158,7 +158,10 @@ def build_parser() -> argparse.ArgumentParser:
     prepare = verbs.add_parser("prepare", help="store images resized, as parquet shards that load faster")
     prepare.add_argument("source", metavar="SOURCE", help="folder of images, local `datasets` folder or Hub id")
     prepare.add_argument("out", metavar="OUT", help="new or empty folder, or an interrupted call's to go on in")
-    prepare.add_argument("--size", type=int, default=256, help="largest short side in pixels (default: 256)")
+    prepare.add_argument("--size", type=int, help="largest short side in pixels (default: 256)")
+    prepare.add_argument("--num_channels", type=int, help="keep so many channels, all pixels in their own depth")
+    prepare.add_argument("--window", type=int, help="cut larger images into windows of so many pixels a side")
+    prepare.add_argument("--pages", choices=("channels", "images"), help="what the pages of a file are")
     prepare.add_argument("--num_proc", type=int, help="processes; default: the cores at hand")
     prepare.add_argument("--dataset_config_name", help="configuration of the Hub dataset")
     prepare.add_argument("--train_split", default="train", help="split that becomes `train` (default: train)")
@@ -326,13 +329,17 @@ def _prepare(arguments: argparse.Namespace) -> None:
             arguments.out,
             size=arguments.size,
             num_proc=arguments.num_proc,
+            num_channels=arguments.num_channels,
+            window=arguments.window,
+            pages=arguments.pages,
             **{name: getattr(arguments, name) for name in columns},
         )
     for split, images in done.images.items():
         skipped = done.skipped[split]
         named = ": " + ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "") if skipped else ""
         print(f"{split}: {images:,} images stored, {len(skipped):,} unreadable skipped{named}")
-    print(f"\nTo train on them: --dataset_name {arguments.out}")
+    channels = f" --model.num_channels {arguments.num_channels}" if arguments.num_channels not in (None, 3) else ""
+    print(f"\nTo train on them: --dataset_name {arguments.out}{channels}")
 
 
 def _configuration(arguments: argparse.Namespace):

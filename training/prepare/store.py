@@ -1,4 +1,4 @@
-"""A set of images, resized once and stored as parquet shards: `hf-vicreg prepare SOURCE OUT`.
+"""A set of images, resized or cut into windows once, as parquet shards: `hf-vicreg prepare SOURCE OUT`.
 
 Reading and shrinking large originals is most of what a loader does; done once, it is not done in every epoch. The
 result is a local `datasets` folder (`--dataset_name OUT`). A shard covers a fixed range of the source's images and is
@@ -19,13 +19,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from hf_vicreg.training.errors import InputError, blamed_on
+from hf_vicreg.training.images.channels.channel_source import ChannelSource
 from hf_vicreg.training.images.sources import ImageSource, load_sources
 from hf_vicreg.training.monitor.progress import Progress
+from hf_vicreg.training.prepare.channel_store import EncodedChannels, channel_images
 from hf_vicreg.training.run.places import is_image_folder
 
 logger = logging.getLogger(__name__)
 
-IMAGES_A_SHARD = 2000
+IMAGES_A_SHARD, CHANNELS_A_SHARD = 2000, 200  # the latter are larger, and not shrunk
+SIZE = 256  # pixels
 IMAGES_A_BATCH = 16  # between processes
 JPEG_QUALITY = 90
 # Formats whose bytes are stored as they are when the image is small enough; others may be large for their pixels.
@@ -48,16 +51,30 @@ class Prepared:
 
 
 def prepare(
-    source: str | os.PathLike, out: str | os.PathLike, *, size: int = 256, num_proc: int | None = None, **columns: Any
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    size: int | None = None,
+    num_proc: int | None = None,
+    num_channels: int | None = None,
+    window: int | None = None,
+    pages: str | None = None,
+    **columns: Any,
 ) -> Prepared:
     """Store a set of images with a short side of at most `size` pixels, and its labels if it has some.
+
+    With `num_channels` or `window` images of a folder are stored in their own depth, without loss and at their own
+    size, larger ones by windows that hold something.
 
     Args:
         source: A folder of image files, a local `datasets` folder or a Hub id.
         out: New or empty folder, or one that an interrupted call with the same arguments left.
-        size: Longest allowed short side in pixels. Smaller images keep their own size, and their bytes if they are
-            JPEG, PNG or WebP.
+        size: Longest allowed short side in pixels (default: 256). Smaller images keep their own size, and their bytes
+            if they are JPEG, PNG or WebP.
         num_proc: Processes that resize; default: as many as this one may use cores.
+        num_channels: Of every image (3 where only `window` is given).
+        window: Side in pixels of the windows that larger images are cut into.
+        pages: What pages of a file are, `channels` or `images`; None tells it from the number of channels.
         columns: `dataset_config_name`, `train_split`, `test_split`, `image_column_name` and `label_column_name` as in
             `load_sources`.
 
@@ -65,22 +82,30 @@ def prepare(
         InputError: Nothing to read, nothing readable, or `out` holds something else.
         OSError: The disk is full; complete shards stay.
     """
-    if size < 1:
+    if size is not None and size < 1:
         raise InputError(f"`size`: expected at least 1 pixel, got {size}.")
     source, out = os.fspath(source), Path(out)
-    if is_image_folder(source):
+    by_channels = num_channels is not None or window is not None or pages is not None
+    test: ImageSource | None = None
+    if by_channels:
+        if size is not None:
+            raise InputError("`size`: expected none beside channels or windows, which are kept whole; leave it out.")
+        train: ImageSource = channel_images(source, 3 if num_channels is None else num_channels, pages, window)
+    elif is_image_folder(source):
         train, test = load_sources(train_dir=source)
     else:
         train, test = load_sources(dataset_name=source, **columns)
     splits = {"train": train} | ({"test": test} if test is not None else {})
     fingerprints = {name: one.fingerprint for name, one in splits.items()}
-    record = {"size": size, "images_a_shard": IMAGES_A_SHARD, "fingerprints": fingerprints}
+    each = CHANNELS_A_SHARD if by_channels else IMAGES_A_SHARD
+    record = {"size": size or SIZE, "images_a_shard": each, "fingerprints": fingerprints}
     _open_folder(out, record)
     if num_proc is None:
         num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     prepared = Prepared({}, {})
     for name, images in splits.items():
-        skipped = _write_split(images, name, out, size, num_proc)
+        small = EncodedChannels(images) if isinstance(images, ChannelSource) else _Resized(images, size or SIZE)
+        skipped = _write_split(images, small, name, out, each, num_proc)
         prepared.skipped[name] = [images.describe(index) for index in skipped]
         prepared.images[name] = len(images) - len(skipped)
         if not prepared.images[name]:
@@ -105,11 +130,13 @@ def _open_folder(out: Path, record: dict[str, Any]) -> None:
     write_whole(out / RECORD, json.dumps(record).encode())
 
 
-def _write_split(source: ImageSource, split: str, out: Path, size: int, num_proc: int) -> list[int]:
-    """Write the shards of a split that are not there yet; return the indices of unusable images."""
+def _write_split(
+    source: ImageSource, encoded_images: Dataset, split: str, out: Path, each: int, num_proc: int
+) -> list[int]:
+    """Write the shards of a split that are not there yet, of so many; return the indices of unusable images."""
     import pyarrow.parquet
 
-    starts = range(0, len(source), IMAGES_A_SHARD)
+    starts = range(0, len(source), each)
     features = _features(source)
     skipped: list[int] = []
     todo = []
@@ -119,13 +146,13 @@ def _write_split(source: ImageSource, split: str, out: Path, size: int, num_proc
             with blamed_on("out", f"expected a whole shard in {path}"):
                 skipped += json.loads(pyarrow.parquet.read_schema(path).metadata[b"skipped"])
         else:
-            todo.append((path, range(start, min(start + IMAGES_A_SHARD, len(source)))))
+            todo.append((path, range(start, min(start + each, len(source)))))
     done = len(source) - sum(len(indices) for _, indices in todo)
     if done:
         logger.info("%s: %d of %d images are there already", split, done, len(source))
     progress = Progress(len(source), done, shown=True)
     loader = DataLoader(
-        _Resized(source, size),
+        encoded_images,
         sampler=[index for _, indices in todo for index in indices],
         batch_size=IMAGES_A_BATCH,
         num_workers=num_proc if num_proc > 1 else 0,
