@@ -327,6 +327,9 @@ def _training(facts: CardFacts) -> Iterator[str]:
         yield f"| began with | the weights of {code(facts.recipe['model_name_or_path'])} |"
     if facts.recipe.get("teacher"):
         yield f"| taught by | {code(facts.recipe['teacher'])}, weight {code(facts.recipe.get('teacher_weight'))} |"
+    if facts.recipe.get("teacher_features"):
+        weight = code(facts.recipe.get("teacher_weight"))
+        yield f"| taught by | stored features, {code(facts.recipe['teacher_features'])}, weight {weight} |"
     yield f"| steps | {count(results, 'steps')}{_unfinished(results)} |"
     yield f"| steps skipped as not finite | {count(results, 'skipped_steps')} |"
     batch = facts.recipe.get("statistics_batch_size") or facts.recipe.get("batch_size") or MISSING

@@ -24,11 +24,73 @@ EPS = 1e-5
 Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and deviation of each channel of pixels in [0, 1]
 
 
-class Taught(Objective):
+class WithTeacher(Objective):
     """An objective with the error of predicting a teacher's features added to its loss, times a weight.
 
     It takes the place of a model's own objective while that is trained; what `inner` is goes on with the model.
     """
+
+    def __init__(self, inner: Objective, widths: tuple[int, int], *, weight: float):
+        """Make the map of pooled features.
+
+        Args:
+            inner: The model's objective.
+            widths: Of the student's features and of the teacher's.
+            weight: Of the error.
+        """
+        nn.Module.__init__(self)
+        self.inner, self.weight = inner, weight
+        self.name, self.settings, self.sees_shifts = inner.name, inner.settings, True
+        self.needs_tokens, self.further_per_view = inner.needs_tokens, inner.further_per_view
+        self.pooled_map = nn.Linear(*widths)
+
+    @property
+    def teachers(self):
+        """The encoders that the inner objective keeps beside the model's."""
+        return getattr(self.inner, "teachers", [])
+
+    def begin_step(self, model, step, num_steps):
+        self.inner.begin_step(model, step, num_steps)
+
+    def end_step(self, model):
+        self.inner.end_step(model)
+
+
+class TaughtByFeatures(WithTeacher):
+    """The same, of features of the whole images that a teacher has left; `see` says which images a step has."""
+
+    def __init__(self, inner: Objective, features: torch.Tensor, width: int, *, weight: float):
+        """Keep the features, which are not stored.
+
+        Args:
+            inner: The model's objective.
+            features: `(images, features)`, by index of the image.
+            width: Of the student's features.
+            weight: Of the error.
+        """
+        super().__init__(inner, (width, features.shape[1]), weight=weight)
+        self.further_per_image = inner.further_per_image + 2  # of both global views the prediction
+        self.stored = [features]  # in a list: no part of the model
+        self.seen = torch.zeros(0, dtype=torch.int64)
+
+    def see(self, indices: torch.Tensor) -> None:
+        """Take note of the images of a step, this process's, in their order."""
+        self.seen = indices
+
+    def further(self, views: Sequence[View]) -> list[torch.Tensor]:
+        """Return what the inner objective needs, then the predictions of the two global views."""
+        return [*self.inner.further(views), *(self.pooled_map(view.pooled) for view in views[:2])]
+
+    def forward(self, embeddings, further, process_group):
+        *further, one, other = further
+        loss, parts = self.inner(embeddings, further, process_group)
+        target = self.stored[0][self.seen].to(one.device)
+        error = (pooled_error(one, target, process_group) + pooled_error(other, target, process_group)) / 2
+        return Terms(loss + self.weight * error, parts | {"teacher_error": error})
+
+
+class Taught(WithTeacher):
+    """The same, of a teacher that sees the views, tokens of patches included."""
 
     def __init__(
         self,
@@ -52,32 +114,17 @@ class Taught(Objective):
             own_normalisation: Of the student's.
             with_tokens: Whether both have a token for each patch.
         """
-        nn.Module.__init__(self)
-        self.inner, self.weight = inner, weight
-        self.name, self.settings, self.sees_shifts = inner.name, inner.settings, True
+        super().__init__(inner, widths, weight=weight)
         self.needs_tokens = with_tokens or inner.needs_tokens
-        self.further_per_view = inner.further_per_view
         # of both global views the prediction and what is predicted, and the errors of patches
         self.further_per_image = inner.further_per_image + 4 + with_tokens
         self.with_tokens = with_tokens
-        self.pooled_map = nn.Linear(*widths)
         self.token_map = nn.Linear(*widths) if with_tokens else None
         self.kept = [teacher.eval().requires_grad_(False)]  # in a list: no part of the model
         (mean, std), (own_mean, own_std) = (
             torch.tensor(one)[:, :, None, None] for one in (normalisation, own_normalisation)
         )
         self.scale, self.shift = own_std / std, (own_mean - mean) / std
-
-    @property
-    def teachers(self):
-        """The encoders that the inner objective keeps beside the model's."""
-        return getattr(self.inner, "teachers", [])
-
-    def begin_step(self, model, step, num_steps):
-        self.inner.begin_step(model, step, num_steps)
-
-    def end_step(self, model):
-        self.inner.end_step(model)
 
     def further(self, views: Sequence[View]) -> list[torch.Tensor]:
         """Return what the inner objective needs, then predictions, targets and errors of the two global views."""
@@ -151,4 +198,4 @@ def token_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (prediction.float() - target).square().mean((1, 2, 3))
 
 
-__all__ = ["Taught", "pooled_error", "token_error"]
+__all__ = ["Taught", "TaughtByFeatures", "WithTeacher", "pooled_error", "token_error"]

@@ -20,7 +20,6 @@ from hf_vicreg.training.engine.loop import TrainingLoop
 from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.engine.resume import checkpoint_to_resume
 from hf_vicreg.training.errors import InputError, as_input_error
-from hf_vicreg.training.evaluation.encoder import public_name
 from hf_vicreg.training.evaluation.online_probe import OnlineProbe
 from hf_vicreg.training.export import Export, exported_dual, exported_encoders
 from hf_vicreg.training.hub_push import HubPush, check_account
@@ -159,15 +158,12 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
         model = VicRegForPreTraining(config.vicreg)
     if run.model_name_or_path and checkpoint is None:  # a resumed run has its weights, and needs no source
         take_source_weights(model, config)
-    add_companions(model, config)
+    add_companions(model, config, opened.source)
     if run.lora_rank:
         learn, total = (model.encoder.num_parameters(only_trainable=only) for only in (True, False))
         logger.info(
             "adapters of rank %d: %s of the encoder's %s numbers learn", run.lora_rank, f"{learn:,}", f"{total:,}"
         )
-    if run.teacher:
-        kinds = "pooled features and tokens" if model.objective.with_tokens else "pooled features, for want of tokens,"
-        logger.info("the encoder learns to predict %s of %s", kinds, public_name(run.teacher))
     if run.text_model and checkpoint is None:
         take_text_weights(model, run.text_model)
     refuse_other_encoders(model, config)

@@ -85,7 +85,7 @@ def export_run(
     _save(folder, exports)
     # what `hf-vicreg evaluate` has added since stays: a finished run may be resumed
     kept = {key: one for key, one in read_results(folder).items() if key == EVALUATIONS}
-    for key in ("model_name_or_path", "text_model", "teacher"):
+    for key in ("model_name_or_path", "text_model", "teacher", "teacher_features"):
         source = recipe.get(key)
         if source and os.path.isabs(source):  # where it lies on this machine is nobody's business
             recipe = recipe | {key: os.path.basename(source)}

@@ -1,5 +1,6 @@
 """Learning from a teacher: the error's formula and its gradient, what it leaves alone, and runs that have one."""
 
+import json
 import shutil
 
 import pytest
@@ -9,9 +10,9 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertModel, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
-from hf_vicreg import BigBirdViTImageProcessor, VicRegConfig, VicRegForPreTraining, pretrain
+from hf_vicreg import BigBirdViTImageProcessor, VicRegConfig, VicRegForPreTraining, embed, pretrain
 from hf_vicreg.modeling.modeling_vicreg import pooled_features
-from hf_vicreg.modeling.taught import Taught, pooled_error, token_error
+from hf_vicreg.modeling.taught import Taught, TaughtByFeatures, pooled_error, token_error
 from hf_vicreg.training.engine.two_pass import two_pass_backward
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
@@ -53,6 +54,17 @@ def taught(teacher, *, with_tokens=True, weight=3.0):
         with_tokens=with_tokens,
     ).double()
     return model
+
+
+def taught_by_features(teacher):
+    torch.manual_seed(1)
+    model = VicRegForPreTraining(VicRegConfig(encoder=ENCODER, expander_sizes=[16, 16])).double().train()
+    features = torch.randn(9, 24, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    model.objective = TaughtByFeatures(model.objective, features, 16, weight=3.0).double()
+    return model
+
+
+ORDER = torch.tensor([4, 0, 8, 1, 1, 5])  # of the images of a step among those that there are
 
 
 def images(count=6):
@@ -102,6 +114,35 @@ def test_loss_and_gradient_are_those_of_the_definition(teachers):
     assert not [name for name in model.state_dict() if "teacher" in name or "kept" in name]
 
 
+def test_stored_features_have_the_loss_and_the_gradient_of_the_definition():
+    model, pixel_values = taught_by_features(None), images()
+    model.objective.see(ORDER)
+    outputs = model(pixel_values=pixel_values)
+    found = torch.autograd.grad(outputs.loss, list(model.parameters()), allow_unused=True)
+    objective = model.objective
+    wanted = objective.stored[0][ORDER]
+    wanted = (wanted - wanted.mean(0)) / (wanted.var(0, unbiased=False) + 1e-5).sqrt()
+    error = sum(
+        (objective.pooled_map(model.encoder(pixel_values[:, view]).pooler_output) - wanted).pow(2).mean() / 2
+        for view in range(2)
+    )
+    assert outputs.teacher_error.item() == pytest.approx(error.item(), rel=1e-5)
+    model.objective = objective.inner
+    expected = model(pixel_values=pixel_values).loss + 3.0 * error
+    model.objective = objective
+    gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    total = torch.stack([one.norm() for one in gradients if one is not None]).norm()
+    for (name, _), one, other in zip(model.named_parameters(), found, gradients, strict=True):
+        if other is not None:
+            assert (one - other).norm() <= 1e-5 * total, name
+    pieces = [lambda piece=piece: {"pixel_values": piece} for piece in pixel_values.chunk(3)]
+    two_pass_backward(model, pieces, torch.Tensor.backward)
+    for (name, parameter), one in zip(model.named_parameters(), gradients, strict=True):
+        if one is not None:
+            assert (parameter.grad - one).norm() <= 1e-5 * total, name
+    assert not [name for name in model.state_dict() if "stored" in name]
+
+
 def test_pieces_have_the_gradient_of_the_whole(teachers):
     teacher, gradients, losses = AutoModel.from_pretrained(teachers / "vit").eval(), [], []
     for parts in (1, 3):
@@ -125,8 +166,10 @@ specification.loader.exec_module(test)
 from hf_vicreg.training.engine.two_pass import average_gradients, two_pass_backward
 state = PartialState(cpu=True)
 assert state.num_processes == 2
-model = test.taught(AutoModel.from_pretrained(sys.argv[2]).eval())
+model = getattr(test, sys.argv[4])(AutoModel.from_pretrained(sys.argv[2]).eval())
 share = test.images(6).chunk(2)[state.process_index]
+if sys.argv[4] == "taught_by_features":
+    model.objective.see(test.ORDER.chunk(2)[state.process_index])
 outputs = two_pass_backward(model, [lambda: {"pixel_values": share}], torch.Tensor.backward)
 average_gradients(model.parameters())
 gradient = torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
@@ -138,14 +181,17 @@ state.destroy_process_group()
 
 
 @pytest.mark.distributed
-def test_two_processes_have_the_gradient_of_one(teachers, ranks, tmp_path):
+@pytest.mark.parametrize("maker", ["taught", "taught_by_features"])
+def test_two_processes_have_the_gradient_of_one(maker, teachers, ranks, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    done = ranks(2, program, __file__, teachers / "vit", tmp_path / "found.safetensors")
+    done = ranks(2, program, __file__, teachers / "vit", tmp_path / "found.safetensors", maker)
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "found.safetensors")
     assert found["world"] == 2
-    model = taught(AutoModel.from_pretrained(teachers / "vit").eval())
+    model = globals()[maker](AutoModel.from_pretrained(teachers / "vit").eval())
+    if maker == "taught_by_features":
+        model.objective.see(ORDER)
     outputs = two_pass_backward(model, [lambda: {"pixel_values": images()}], torch.Tensor.backward)
     gradient = torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
     assert found["loss"].item() == pytest.approx(outputs.loss.item(), rel=1e-5)  # its error is of single precision
@@ -228,4 +274,68 @@ def test_what_teaches_nothing_is_refused(changes, message, teachers, tiny_recipe
     monkeypatch.chdir(teachers)
     with pytest.raises(InputError, match=message):
         pretrain(out=tmp_path / "run", data=image_folder(32), **tiny_recipe | {"batch_size": 16} | changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_learns_from_stored_features_and_resumes(teachers, tiny_recipe, image_folder, tmp_path, caplog):
+    data = image_folder(32)
+    (data / "0007.png").write_bytes(b"broken")
+    embed(data, teachers / "vit", out=tmp_path / "features")
+    caplog.set_level("INFO")
+    settings = tiny_recipe | {"batch_size": 16, "num_train_epochs": 4, "checkpointing_steps": 2}
+    settings |= {"teacher_features": str(tmp_path / "features"), "statistics_batch_size": 32, "teacher_weight": 5.0}
+    whole = pretrain(out=tmp_path / "whole", data=data, **settings)
+    assert "learns to predict 24 features of features" in caplog.text
+    assert "1 images have no features" in caplog.text
+    errors = [one["teacher_error"] for one in read_log(tmp_path / "whole" / LOG_FILE) if "teacher_error" in one]
+    assert all(error > 0 for error in errors)
+    wrapper = VicRegForPreTraining.from_pretrained(tmp_path / "whole" / "pretraining")
+    assert not [one for one in wrapper.state_dict() if "map" in one or "inner" in one]
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "| taught by | stored features, `features`, weight `5.0` |" in card
+    assert str(tmp_path) not in card
+    plain = pretrain(
+        out=tmp_path / "plain",
+        data=data,
+        **{key: one for key, one in settings.items() if not key.startswith("teacher")},
+    )
+    assert not torch.equal(
+        torch.cat([one.flatten() for one in plain.encoder.state_dict().values()]),
+        torch.cat([one.flatten() for one in whole.encoder.state_dict().values()]),
+    )
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000004")
+    resumed = pretrain(out=tmp_path / "again", data=data, resume_from_checkpoint="latest", **settings)
+    for key, tensor in whole.encoder.state_dict().items():
+        assert torch.equal(resumed.encoder.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("nowhere", "`teacher_features`: expected a folder of `hf-vicreg embed IMAGES TEACHER FOLDER`, got"),
+        ("unfinished", "`teacher_features`: expected finished ones, found only a part"),
+        ("others", "`teacher_features`: expected those of the 32 images of images .* is another one or missing"),
+        ("more", "`teacher_features`: expected those of the 40 images of more"),
+        ("both", "`teacher`, `teacher_features`: expected one of the two"),
+    ],
+)
+def test_features_that_teach_nothing_are_refused(case, message, teachers, tiny_recipe, image_folder, tmp_path):
+    data, folder = image_folder(32), tmp_path / "features"
+    embed(data, teachers / "vit", out=folder)
+    settings = tiny_recipe | {"batch_size": 16, "teacher_features": str(folder)}
+    if case == "nowhere":
+        settings["teacher_features"] = str(tmp_path / "nowhere")
+    elif case == "unfinished":
+        record = json.loads((folder / "embedding.json").read_text())
+        del record["num_rows"]
+        (folder / "embedding.json").write_text(json.dumps(record))
+    elif case == "others":
+        (data / "0003.png").write_bytes((data / "0004.png").read_bytes())
+    elif case == "more":
+        data = image_folder(40, name="more")
+    else:
+        settings["teacher"] = str(teachers / "vit")
+    with pytest.raises(InputError, match=message):
+        pretrain(out=tmp_path / "run", data=data, **settings)
     assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput
+from hf_vicreg.modeling.taught import TaughtByFeatures
 from hf_vicreg.training.engine.average import WeightAverage
 from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.engine.encoders import attention_of, set_up_encoders
@@ -149,6 +150,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         finished = (self.accelerator.device, self.config.normalisation, self.config.channel_ranges)
         finish = placed_batch if self.objective.takes_places else finish_batch
         pieces = [partial(finish, part, *finished) for part in parts]
+        if isinstance(self.model.objective, TaughtByFeatures):
+            self.model.objective.see(torch.cat([part["index"] for part in parts]))
         self.model.begin_step(step, self.num_steps)
         outputs = two_pass_backward(self.model, pieces, self.accelerator.backward)
         if self.accelerator.num_processes > 1:
@@ -163,9 +166,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
     def record(self, outcome: VicRegOutput) -> dict[str, float]:
         """Return the loss and its parts, and the health of embeddings and representations."""
         parts = outcome if outcome.parts is None else outcome.parts
-        found = {part: parts[part].item() for part in self.parts}
-        if self.run.teacher:
-            found["teacher_error"] = parts["teacher_error"].item()
+        found = {part: parts[part].item() for part in (*self.parts, "teacher_error") if part in parts}
         health = measure_health(outcome, self.process_group, unit_sphere=self.objective.unit_sphere)
         return {"loss": outcome["loss"].item()} | found | health
 

@@ -116,8 +116,6 @@ def read_embeddings(folder: Path, images: LabelledImages, encoder: VisionEncoder
     Raises:
         InputError: Embeddings of another model or other images, or unfinished ones.
     """
-    import pyarrow.parquet
-
     record = read_record("embeddings", folder / EMBEDDING_FILE)
     remedy = f"embed split {images.split!r} with this model"
     refuse_others("embeddings", folder, record, {"model": same_model(encoder.describe())}, remedy)
@@ -133,13 +131,21 @@ def read_embeddings(folder: Path, images: LabelledImages, encoder: VisionEncoder
                 f"`embeddings`: expected those of the {len(images.source)} images of split {images.split!r} in "
                 f"{folder}, found {len(digests)}, of which image {index} is another one or missing; {remedy}."
             )
-    table = pyarrow.parquet.read_table(shards, columns=["id", "embedding"])
-    indices = torch.tensor(table["id"].to_numpy())
-    values = torch.tensor(table["embedding"].combine_chunks().flatten().to_numpy()).float()
+    indices, values = embedded_rows(folder)
     kept = indices < len(images.source)
-    indices, values = indices[kept], values.view(len(kept), -1)[kept]
+    indices, values = indices[kept], values[kept]
     logger.info("features of split %r: %d of %s, %s", images.split, len(indices), folder, record.get("dtype"))
     return Features(values, torch.tensor(images.labels, dtype=torch.int64)[indices], indices)
+
+
+def embedded_rows(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids `(rows,)` int64 and embeddings `(rows, features)` float32 of a folder of `hf-vicreg embed`."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(sorted(folder.glob(SHARDS)), columns=["id", "embedding"])
+    indices = torch.tensor(table["id"].to_numpy())
+    values = torch.tensor(table["embedding"].combine_chunks().flatten().to_numpy()).float()
+    return indices, values.view(len(indices), -1)
 
 
 def _extract(images: LabelledImages, encoder: VisionEncoder, batch_size: int) -> dict[str, torch.Tensor]:

@@ -40,9 +40,10 @@ class ViewDataset(Dataset):
         """Return the views of one image.
 
         `views` `(2, 3, height, width)` uint8, `local_views` `(local views, 3, side, side)` uint8 if there are any,
-        `colours` `(views, parameters)`, `geometry` `(views, 6)`, both float32, local ones last, `unusable`, and
-        `tokens`, one of the image's captions, where it has some. An unusable image is replaced by another one drawn at
-        random, the same in every run: batches keep their size. `views` is None when too many in a row are unusable.
+        `colours` `(views, parameters)`, `geometry` `(views, 6)`, both float32, local ones last, `index` of the image,
+        `unusable`, and `tokens`, one of the image's captions, where it has some. An unusable image is replaced by
+        another one drawn at random, the same in every run: batches keep their size. `views` is None when too many in
+        a row are unusable.
         """
         epoch, wanted = key
         unusable: list[int] = []
@@ -55,6 +56,7 @@ class ViewDataset(Dataset):
             if image is not None:
                 try:
                     sample = draw_views(self.samplers, image, key_of_views) | {"unusable": unusable}
+                    sample["index"] = torch.tensor(index)
                     captions = self.source.captions
                     if captions is not None:
                         sample["tokens"] = captions.draw(index, random.Random(f"{key_of_views}/caption"))

@@ -125,7 +125,7 @@ def try_steps(
     run = replace(config.run, max_steps=MOST_STEPS, dataloader_num_workers=num_workers, expander_warmup_ratio=0.0)
     set_seed(run.seed)
     model = VicRegForPreTraining(config.vicreg)
-    add_companions(model, config)
+    add_companions(model, config, source)
     stop = StopRequest(Path(run.output_dir), None)
     with _quietly():
         loop = pretraining_loop(replace(config, run=run), source, model, accelerator, None, stop)

@@ -1,22 +1,38 @@
 """What is trained with a model and is no part of it: low-rank adapters, and the maps that predict a teacher."""
 
+import logging
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_vicreg.modeling.encoder_outputs import encoder_outputs, patch_grid
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, representation_size
-from hf_vicreg.modeling.taught import Taught
+from hf_vicreg.modeling.taught import Taught, TaughtByFeatures, WithTeacher
 from hf_vicreg.training.engine.encoders import add_adapters
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.encoder import public_name
+from hf_vicreg.training.images.image_source import ImageSource
+from hf_vicreg.training.images.streaming import ImageStream
 from hf_vicreg.training.pretrained.source_encoder import channels_of, load_source, normalisation_of
+from hf_vicreg.training.pretrained.stored_features import stored_features
 from hf_vicreg.training.run.config import RunConfig
 
-FIELD = "teacher"
+logger = logging.getLogger(__name__)
+
+FIELD, FEATURES = "teacher", "teacher_features"
 OF_PHOTOS = ([0.0] * 3, [255.0] * 3)  # values of RGB that become 0 and 1
 
 
-def add_companions(model: VicRegForPreTraining, config: RunConfig) -> None:
+def add_companions(
+    model: VicRegForPreTraining, config: RunConfig, source: ImageSource | ImageStream | None = None
+) -> None:
     """Give a model, in place, the adapters and the teacher that its run asks for.
+
+    Args:
+        model: As it was made.
+        config: Of the run.
+        source: The images that it trains on.
 
     Raises:
         InputError: The encoder takes no adapters, or there is no such teacher, or none for these images.
@@ -28,19 +44,26 @@ def add_companions(model: VicRegForPreTraining, config: RunConfig) -> None:
             copied.requires_grad_(False)
     if config.run.teacher:
         _add_teacher(model, config)
+    if config.run.teacher_features:
+        assert isinstance(source, ImageSource)
+        _refuse_second(model, FEATURES)
+        features = stored_features(Path(config.run.teacher_features), source)
+        width = representation_size(model.encoder.config)
+        model.objective = TaughtByFeatures(model.objective, features, width, weight=config.run.teacher_weight)
+        name = public_name(config.run.teacher_features)
+        logger.info("the encoder learns to predict %d features of %s", features.shape[1], name)
 
 
 def take_away_teacher(model: VicRegForPreTraining) -> None:
     """Let a model have its own objective again, in place; one without a teacher stays as it is."""
-    if isinstance(model.objective, Taught):
+    if isinstance(model.objective, WithTeacher):
         model.objective = model.objective.inner
 
 
 def _add_teacher(model: VicRegForPreTraining, config: RunConfig) -> None:
     name = config.run.teacher
     assert name is not None
-    if model.second_encoder is not None:
-        raise InputError("`teacher`: expected one encoder that learns from it, got a `second_model`; leave one out.")
+    _refuse_second(model, FIELD)
     teacher, _ = load_source(name, field=FIELD)
     channels, own = (getattr(one.config, "num_channels", 3) for one in (teacher, model.encoder))
     if channels != own:
@@ -55,6 +78,13 @@ def _add_teacher(model: VicRegForPreTraining, config: RunConfig) -> None:
         own_normalisation=config.normalisation,
         with_tokens=_has_tokens(model.encoder, size) and _has_tokens(teacher, size),
     )
+    kinds = "pooled features and tokens" if model.objective.with_tokens else "pooled features, for want of tokens,"
+    logger.info("the encoder learns to predict %s of %s", kinds, public_name(name))
+
+
+def _refuse_second(model: VicRegForPreTraining, field: str) -> None:
+    if model.second_encoder is not None:
+        raise InputError(f"`{field}`: expected one encoder that learns from it, got a `second_model`; leave one out.")
 
 
 def _normalisation(name: str, teacher: PreTrainedConfig, config: RunConfig) -> tuple[list[float], list[float]]:

@@ -44,9 +44,9 @@ def with_source(settings: dict[str, Any]) -> dict[str, Any]:
         InputError: No vision encoder there, one that lacks tensors, that cannot be made sparse or whose images are not
             RGB normalised by mean and deviation; or a field that its weights decide, given otherwise.
     """
-    teacher = settings.get("teacher")
-    if teacher and os.path.isdir(teacher):
-        settings = settings | {"teacher": os.path.abspath(teacher)}
+    for key in ("teacher", "teacher_features"):
+        if settings.get(key) and os.path.isdir(settings[key]):
+            settings = settings | {key: os.path.abspath(settings[key])}
     name = settings.get(FIELD)
     if not name:
         return settings

@@ -187,6 +187,7 @@ class PretrainArguments:
     teacher: str | None = _loss(
         None, "Let the encoder predict the features of a frozen one, too: a run's folder, any that transformers loads."
     )
+    teacher_features: str | None = _loss(None, "Predict the features in the FOLDER of `embed IMAGES TEACHER FOLDER`.")
     teacher_weight: float = _loss(25.0, "Weight of the error of that.")
     batch_size: int = _loss(256, "Images at once over all processes; a step and the loss's batch.")
     statistics_batch_size: int | None = _loss(

@@ -152,6 +152,7 @@ def check_shared_weights(run: PretrainArguments) -> None:
         "expander_warmup_ratio": "0",
         "lora_rank": "0",
         "teacher": "none",
+        "teacher_features": "none",
         "caption_column": "none",
     }
     for name, wanted in beside.items():
@@ -182,7 +183,11 @@ def check_warm_start(run: PretrainArguments) -> None:
         "lora_rank": "the weights of a new encoder have to learn",
         "expander_warmup_ratio": "a new encoder has to learn from the start",
     }
-    if run.teacher is None and run.teacher_weight != PretrainArguments.teacher_weight:
+    if run.teacher and run.teacher_features:
+        raise InputError("`teacher`, `teacher_features`: expected one of the two, got both; leave one out.")
+    if run.teacher_features and (run.streaming or run.caption_column):
+        raise InputError("`teacher_features`: expected stored images without captions beside it; use --teacher MODEL.")
+    if run.teacher is run.teacher_features is None and run.teacher_weight != PretrainArguments.teacher_weight:
         raise InputError("`teacher_weight`: expected a `teacher` beside it, got none; add --teacher MODEL.")
     for name, reason in reasons.items():
         if getattr(run, name) and not run.model_name_or_path:

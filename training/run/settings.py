@@ -153,7 +153,7 @@ def _check_objective(settings: dict[str, Any]) -> None:
         )
     if entry.one_encoder and settings.get("second_model"):
         raise InputError(f"`second_model`: expected none with objective {name!r}: {entry.one_encoder}; leave it out.")
-    for key in ("teacher", "torch_compile") if entry.encodes else ():
+    for key in ("teacher", "teacher_features", "torch_compile") if entry.encodes else ():
         if settings.get(key):
             raise InputError(
                 f"`{key}`: expected none with objective {name!r}, whose encoder gets other masks in every step, got "
