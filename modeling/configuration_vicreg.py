@@ -35,6 +35,8 @@ class VicRegConfig(PreTrainedConfig):
         objective_settings: Those of the objective that are not at their defaults; `None` for VICReg. Of several,
             `weights` by name, 1 where there is none, and the settings of each under its name.
         pair_loss: Of two encoders: `"vicreg"`, or a rival, `"infonce"` or `"siglip"`; see `contrastive_loss.py`.
+        image_pair_weight: Beside texts, the weight of VICReg's loss between two views of each image; 0: images have
+            one view. Source: Mu et al. 2022, SLIP (arXiv 2112.12750), with VICReg in place of SimCLR.
     """
 
     model_type = "vicreg"
@@ -54,6 +56,7 @@ class VicRegConfig(PreTrainedConfig):
     objective: str = "vicreg"
     objective_settings: dict | None = None
     pair_loss: PairLoss = "vicreg"
+    image_pair_weight: float | int = 0.0
 
     def __post_init__(self, **kwargs):
         if self.encoder is None:
@@ -87,6 +90,11 @@ class VicRegConfig(PreTrainedConfig):
                     "`second_expander_sizes`: expected embeddings as wide as the first branch's, "
                     f"{self.expander_sizes[-1]}, got {self.second_expander_sizes[-1]}."
                 )
+        if self.image_pair_weight < 0 or (self.image_pair_weight and self.second_encoder is None):
+            raise ValueError(
+                "`image_pair_weight`: expected at least 0, and 0 without a `second_encoder` of texts, got "
+                f"{self.image_pair_weight}."
+            )
         if not self.eps > 0:
             raise ValueError(
                 f"`eps`: expected a number above 0, got {self.eps}; a constant dimension has no gradient."

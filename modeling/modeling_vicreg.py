@@ -51,12 +51,13 @@ class VicRegOutput(ModelOutput):
         covariance: Scalar, unweighted.
         embeddings: `(batch, views, dimensions)`, the expander's output for each view, local ones last.
         representations: `(batch, views, features)`, the encoder's pooled output for each view; from two encoders, a
-            tuple of two `(batch, features)`.
+            tuple of two `(batch, features)`, or three with `image_pair_weight`, image, text and image.
         hidden_states: With `output_hidden_states`, for each view what the encoder returns as such, a tuple of layers.
         attentions: With `output_attentions`, likewise.
         further: Of an objective that needs more than pooled features, tensors with the batch first.
         parts: Of an objective other than VICReg: the parts of its loss by name, scalars.
         teacher_error: Scalar, unweighted; of VICReg with a teacher, see `taught.py`.
+        image_pair: Scalar, unweighted; with `image_pair_weight`, VICReg's loss between two views of each image.
     """
 
     loss: torch.Tensor | None = None
@@ -70,6 +71,7 @@ class VicRegOutput(ModelOutput):
     further: tuple[torch.Tensor, ...] | None = None
     parts: dict[str, torch.Tensor] | None = None
     teacher_error: torch.Tensor | None = None
+    image_pair: torch.Tensor | None = None
 
 
 class VicRegForPreTraining(PreTrainedModel):
@@ -184,7 +186,7 @@ class VicRegForPreTraining(PreTrainedModel):
 
         Args:
             pixel_values: `(batch, 2, channels, height, width)`, two views of each image. With `second_inputs`
-                `(batch, channels, height, width)`, the first branch's.
+                `(batch, channels, height, width)`, the first branch's; two views with `image_pair_weight` as well.
             local_pixel_values: `(batch, local views, channels, height, width)`, further, smaller crops of the images.
             second_inputs: What a second encoder takes where that is not an image of the same size: its
                 `pixel_values`, or the inputs of another modality.
@@ -235,6 +237,13 @@ class VicRegForPreTraining(PreTrainedModel):
             expanders[1] = self.second_expander
         embeddings = [expander(one, group) for expander, one in zip(expanders, encoded, strict=True)]
         embedded = torch.stack(embeddings, dim=1)
+        of_images: torch.Tensor | None = None
+        added: torch.Tensor | float = 0.0
+        if self.second_encoder is not None and len(embeddings) > 2:
+            *embeddings, other = embeddings
+            of_images = self._image_pair(embeddings[0], other, group)
+            added = self.config.image_pair_weight * of_images
+        states["image_pair"] = of_images
         if self.logit_scale is not None:
             z_a, z_b = embeddings
             loss = contrastive_loss(
@@ -246,14 +255,22 @@ class VicRegForPreTraining(PreTrainedModel):
                 process_group=group,
                 equal_shares=self.objective.shares_are_equal,
             )
-            return VicRegOutput(loss=loss, embeddings=embedded, representations=joined, **states)
+            return VicRegOutput(loss=loss + added, embeddings=embedded, representations=joined, **states)
         device = embeddings[0].device.type
         with contextlib.nullcontext() if is_vicreg else torch.autocast(device, enabled=False):
             loss, parts = self.objective(
                 *(embeddings, further) if is_vicreg else (_full(embeddings), _full(further)), group
             )
         logged = parts if is_vicreg else {"parts": parts}
-        return VicRegOutput(loss=loss, **logged, embeddings=embedded, representations=joined, **states)
+        return VicRegOutput(loss=loss + added, **logged, embeddings=embedded, representations=joined, **states)
+
+    def _image_pair(self, one: torch.Tensor, other: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        """VICReg's loss of embeddings of two views of each image, with the weights of the images' branch."""
+        weights: dict[str, Any] = dict(self.objective.weights)  # type: ignore[arg-type]
+        for name in ("variance_weight", "covariance_weight"):
+            weights[name] = weights[name][0] if isinstance(weights[name], list | tuple) else weights[name]
+        equal = self.objective.shares_are_equal
+        return vicreg_loss(one, other, process_group=group, equal_shares=equal, **weights).loss
 
     def encode(self, **inputs: Any) -> list[torch.Tensor]:
         """Return what the loss needs of some images, as tensors with the batch first; see `loss_of`.
@@ -302,7 +319,8 @@ class VicRegForPreTraining(PreTrainedModel):
             return self.objective.encode(self.encoder, inputs)
         flags = {f"output_{name}": True for name in recorded}
         if self.second_encoder is not None:
-            batches = [(encoder, one, 1) for encoder, one in zip(self.encoders, inputs, strict=True)]
+            encoders = [self.encoder, self.second_encoder, self.encoder]
+            batches = [(encoder, one, 1) for encoder, one in zip(encoders, inputs, strict=False)]
         elif self.encoder_has_batch_norm:
             batches = [(self.encoder, one, 1) for one in inputs]
         else:
@@ -336,6 +354,7 @@ class VicRegForPreTraining(PreTrainedModel):
         widths = [self.expander.in_features] * max(2, len(given))
         if self.second_expander is not None:
             widths = [self.expander.in_features, self.second_expander.in_features]
+            widths += [self.expander.in_features] * (len(given) == 3 and self.config.image_pair_weight > 0)
         expected = [(len(given[0]) if given else 0, width) for width in widths]
         if [tuple(one.shape) for one in given] != expected:
             raise ValueError(
@@ -367,6 +386,14 @@ class VicRegForPreTraining(PreTrainedModel):
             return [{"pixel_values": view} for view in (*pixel_values.unbind(1), *local_views)]
         if self.second_encoder is None:
             raise ValueError("`second_inputs`: expected a `second_encoder` in the configuration, got none.")
+        if self.config.image_pair_weight:
+            if pixel_values is None or pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
+                raise ValueError(
+                    "`pixel_values`: expected (batch, 2 views, channels, height, width) with `image_pair_weight`, got "
+                    f"{found}."
+                )
+            one, other = pixel_values.unbind(1)
+            return [{"pixel_values": one}, second_inputs, {"pixel_values": other}]
         if pixel_values is None or pixel_values.ndim != 4:
             raise ValueError(
                 f"`pixel_values`: expected (batch, channels, height, width) beside `second_inputs`, got {found}."

@@ -221,7 +221,8 @@ def _choose_attention(config: RunConfig, model: VicRegForPreTraining, loop: Trai
     if not state.attention:
         when = "the fastest of those tried"
         images = config.run.batch_size // accelerator.num_processes
-        sizes = {config.image_size: images * (2 if config.run.caption_column is None else 1)}
+        views = 2 if config.run.caption_column is None else config.views_beside_captions
+        sizes = {config.image_size: images * views}
         if config.views.num_local_views:
             side = config.views.local_image_size
             sizes[side, side] = images * config.views.num_local_views

@@ -166,7 +166,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
     def record(self, outcome: VicRegOutput) -> dict[str, float]:
         """Return the loss and its parts, and the health of embeddings and representations."""
         parts = outcome if outcome.parts is None else outcome.parts
-        found = {part: parts[part].item() for part in (*self.parts, "teacher_error") if part in parts}
+        found = {part: parts[part].item() for part in (*self.parts, "teacher_error", "image_pair") if part in parts}
         health = measure_health(outcome, self.process_group, unit_sphere=self.objective.unit_sphere)
         return {"loss": outcome["loss"].item()} | found | health
 
@@ -233,7 +233,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
         """Return batches of views, in an order that follows from the seed alone."""
         run, accelerator = self.run, self.accelerator
         samplers = ViewSampler.of_views(self.config.views, self.config.image_size)
-        samplers = samplers if self.captions is None else samplers[:1]
+        samplers = samplers if self.captions is None else samplers[: self.config.views_beside_captions]
         workers = run.dataloader_num_workers
         if workers is None:
             workers = 0 if accelerator.device.type == "cpu" else min(8, max(1, torch.get_num_threads() - 1))

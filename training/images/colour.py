@@ -41,7 +41,7 @@ def finish_batch(
 ) -> dict[str, Any]:
     """Return what `VicRegForPreTraining` takes of a batch of the loader: its views finished on the device.
 
-    Beside captions an image has one view, and they are the other encoder's.
+    Captions are the other encoder's; an image with one view beside them has no axis of views.
     """
     images: dict[str, Any] = {}
     for name, crops, colours in (
@@ -54,7 +54,8 @@ def finish_batch(
                 crops
             )
     if "input_ids" in batch:
-        images["pixel_values"] = images["pixel_values"][:, 0]
+        if images["pixel_values"].shape[1] == 1:
+            images["pixel_values"] = images["pixel_values"][:, 0]
         names = ("input_ids", "attention_mask")
         images["second_inputs"] = {name: batch[name].to(device, non_blocking=True) for name in names}
     return images

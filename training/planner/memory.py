@@ -101,7 +101,8 @@ def step_memory(
             most = getattr(config.vicreg.second_encoder, "max_position_embeddings", None)
             length = min(config.run.max_text_length, most or config.run.max_text_length)
             tokens = torch.zeros(images, length, dtype=torch.int64)
-            inputs = {"pixel_values": views[:, 0], "second_inputs": {"input_ids": tokens}}
+            seen = views if config.views_beside_captions == 2 else views[:, 0]
+            inputs = {"pixel_values": seen, "second_inputs": {"input_ids": tokens}}
         if local:
             inputs["local_pixel_values"] = torch.empty(images, local, config.num_channels, side, side)
         if model.objective.needs_tokens:

@@ -257,6 +257,8 @@ def check_channels(config: "RunConfig") -> None:
             f"`normalisation`: expected percentile, minmax or fixed LOW HIGH with {channels} channels, got photo, "
             "which is of RGB; leave it out."
         )
+    if config.vicreg.image_pair_weight and run.caption_column is None:
+        raise InputError("`vicreg.image_pair_weight`: expected 0 without captions: leave it out.")
     if config.reads_channels and run.streaming:
         raise InputError("`streaming`: expected 8-bit RGB images, other channels are read from stored files alone.")
     if run.window is not None and (not run.train_dir or run.caption_column is not None):

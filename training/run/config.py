@@ -72,6 +72,11 @@ class RunConfig:
         return entry_of({"objective": self.run.objective, "vicreg": {"pair_loss": self.vicreg.pair_loss}})
 
     @property
+    def views_beside_captions(self) -> int:
+        """Views of each image where captions are the other branch's."""
+        return 2 if self.vicreg.image_pair_weight else 1
+
+    @property
     def step_size(self) -> int:
         """Images a step over all processes: the batch of the loss."""
         return self.run.statistics_batch_size or self.run.batch_size

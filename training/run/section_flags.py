@@ -60,6 +60,7 @@ VICREG: dict[str, SectionFlag] = {
     "eps": SectionFlag(1e-4, "FLOAT", "Added to the variance under the root."),
     "convention": SectionFlag("official", "official|paper|solo-learn|vicregl", "Whose parts the weights are of."),
     "pair_loss": SectionFlag("vicreg", "vicreg|infonce|siglip", "Loss of images and captions, or of two encoders."),
+    "image_pair_weight": SectionFlag(0.0, "FLOAT", "Beside captions, weight of VICReg between two views of an image."),
 }
 # beside the fields of `ViewsConfig`
 VIEWS: dict[str, SectionFlag] = {

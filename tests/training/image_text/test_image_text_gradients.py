@@ -14,7 +14,7 @@ specification = importlib.util.spec_from_file_location("worker_image_text", WORK
 worker = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(worker)
 
-LOSSES = pytest.mark.parametrize(("loss", "norm"), worker.LOSSES, ids=lambda one: str(one))
+LOSSES = pytest.mark.parametrize(("loss", "norm", "weight"), worker.LOSSES, ids=lambda one: str(one))
 
 
 def embeddings_of(model, batch):
@@ -22,17 +22,19 @@ def embeddings_of(model, batch):
     texts = batch["second_inputs"]
     states = model.second_encoder(**texts).last_hidden_state
     pooled = [row[: int(mask.sum())].mean(0) for row, mask in zip(states, texts["attention_mask"], strict=True)]
-    images = model.encoder(pixel_values=batch["pixel_values"]).pooler_output
-    return model.expander(images), model.second_expander(torch.stack(pooled))
+    pixels = batch["pixel_values"]
+    views = [pixels] if pixels.ndim == 4 else pixels.unbind(1)
+    first, *others = (model.expander(model.encoder(pixel_values=view).pooler_output) for view in views)
+    return first, model.second_expander(torch.stack(pooled)), *others
 
 
-def written_out(kind, z_a, z_b, model):
+def written_out(kind, z_a, z_b, model, weights=((20.0, 1.0), (15.0, 2.0))):
     """The losses as their papers have them, in loops where that is plainest."""
     count, width = z_a.shape
     if kind == "vicreg":
         invariance = sum((z_a[i] - z_b[i]).square().sum() for i in range(count)) / (count * width)
         total = 25 * invariance
-        for z, mu, nu in ((z_a, 20.0, 1.0), (z_b, 15.0, 2.0)):
+        for z, (mu, nu) in zip((z_a, z_b), weights, strict=True):
             centred = z - z.mean(0)
             covariance = centred.T @ centred / (count - 1)
             off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
@@ -57,18 +59,22 @@ def written_out(kind, z_a, z_b, model):
     )
 
 
-def expected(loss, norm):
-    model, batch = worker.build_model(loss, norm), worker.pairs()
-    value = written_out(loss, *embeddings_of(model, batch), model)
+def expected(loss, norm, weight=0):
+    model, batch = worker.build_model(loss, norm, weight), worker.pairs(2 if weight else 1)
+    image, text, *others = embeddings_of(model, batch)
+    value = written_out(loss, image, text, model)
+    if weight:  # both views are of the first branch, whose weights they have
+        value = value + weight * written_out("vicreg", image, *others, model, ((20.0, 1.0), (20.0, 1.0)))
     value.backward()
     return value.item(), worker.gradient(model)
 
 
 @LOSSES
-def test_loss_and_gradient_are_those_of_the_formula(loss, norm):
-    value, gradient = expected(loss, norm)
-    model = worker.build_model(loss, norm)
-    outputs = model(**worker.pairs())
+def test_loss_and_gradient_are_those_of_the_formula(loss, norm, weight):
+    value, gradient = expected(loss, norm, weight)
+    model = worker.build_model(loss, norm, weight)
+    outputs = model(**worker.pairs(2 if weight else 1))
+    assert (outputs.image_pair is not None) == (weight > 0)
     outputs.loss.backward()
     assert outputs.loss.item() == pytest.approx(value, rel=1e-10)
     assert (worker.gradient(model) - gradient).norm() <= 1e-10 * gradient.norm()
@@ -82,10 +88,10 @@ def test_pieces_of_several_processes_have_the_gradient_of_the_formula(world_size
     assert finished.returncode == 0, finished.stderr[-3000:]
     results = load_file(output)
     assert results["world_size"] == world_size
-    for loss, norm in worker.LOSSES:
-        value, gradient = expected(loss, norm)
-        assert results[f"{loss}_loss"].item() == pytest.approx(value, rel=1e-10)
-        assert (results[f"{loss}_gradient"] - gradient).norm() <= 1e-10 * gradient.norm(), loss
+    for loss, norm, weight in worker.LOSSES:
+        value, gradient = expected(loss, norm, weight)
+        assert results[f"{loss}_{weight}_loss"].item() == pytest.approx(value, rel=1e-10)
+        assert (results[f"{loss}_{weight}_gradient"] - gradient).norm() <= 1e-10 * gradient.norm(), loss
 
 
 @pytest.mark.parametrize("pieces", [1, 3])

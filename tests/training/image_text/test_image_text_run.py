@@ -155,15 +155,31 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_bitwise_the_same(average, r
     assert (run / "tokenizer.json").read_bytes() == (again / "tokenizer.json").read_bytes()
 
 
-def test_pieces_make_the_same_run(run, data, flags, tmp_path):
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_pieces_make_the_same_run(weight, run, data, flags, tmp_path):
+    flags = flags | {"vicreg": flags["vicreg"] | {"image_pair_weight": weight}}
     pieces = flags | {"batch_size": 4, "statistics_batch_size": 16, "max_steps": 1, "second_model": TEXTS}
     pieces["second_model"] = whole = TEXTS | {"dropout": 0.0, "attention_dropout": 0.0}
     losses = []
     for name, settings in (("pieces", pieces), ("whole", flags | {"max_steps": 1, "second_model": whole})):
         pretrain(out=tmp_path / name, data=data, **settings)
         losses.append(json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0]))
-    for name in ("loss", "invariance", "grad_norm"):
+    assert ("image_pair" in losses[0]) == (weight > 0)
+    for name in ("loss", "invariance", "grad_norm", *["image_pair"] * (weight > 0)):
         assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-4)  # float32, in another order
+
+
+def test_a_second_view_needs_captions_beside_it(tiny_recipe, image_folder, tmp_path):
+    flags = tiny_recipe | {"data": image_folder(16), "batch_size": 8}
+    second = tiny_recipe["model"]
+    for changes, message in (
+        ({}, "`vicreg.image_pair_weight`|`image_pair_weight`: expected at least 0, and 0 without a `second_encoder`"),
+        ({"second_model": second}, "`vicreg.image_pair_weight`: expected 0 without captions"),
+    ):
+        vicreg = flags.get("vicreg", {}) | {"image_pair_weight": 0.5}
+        with pytest.raises(InputError, match=message):
+            pretrain(out=tmp_path / "run", **flags | changes | {"vicreg": vicreg})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_pretrained_text_side_is_taken_frozen_and_said(data, flags, tmp_path, caplog):

@@ -34,10 +34,17 @@ TEXTS = {
     "dropout": 0.0,
     "attention_dropout": 0.0,
 }
-LOSSES = [("vicreg", "batch"), ("infonce", "layer"), ("siglip", "batch")]
+# the loss, the norm of the expander, and the weight of a second view of the images
+LOSSES = [
+    ("vicreg", "batch", 0),
+    ("infonce", "layer", 0),
+    ("siglip", "batch", 0),
+    ("vicreg", "batch", 0.6),
+    ("infonce", "batch", 0.3),
+]
 
 
-def build_model(pair_loss, norm, **changes):
+def build_model(pair_loss, norm, image_pair_weight=0, **changes):
     torch.manual_seed(1)
     config = VicRegConfig(
         encoder=ENCODER,
@@ -47,14 +54,16 @@ def build_model(pair_loss, norm, **changes):
         variance_weight=[20.0, 15.0],
         covariance_weight=[1.0, 2.0],
         pair_loss=pair_loss,
+        image_pair_weight=image_pair_weight,
     )
     return VicRegForPreTraining(config).double().train()
 
 
-def pairs(count=12):
-    """Images and captions of 2 to 9 tokens, padded."""
+def pairs(views=1, count=12):
+    """Images in one view or two, and captions of 2 to 9 tokens, padded."""
     generator = torch.Generator().manual_seed(3)
-    pixels = torch.randn(count, 3, 16, 16, generator=generator, dtype=torch.float64)
+    shape = (count, 3, 16, 16) if views == 1 else (count, views, 3, 16, 16)
+    pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
     lengths = torch.randint(2, 10, (count, 1), generator=generator)
     mask = (torch.arange(9) < lengths).long()
     ids = torch.randint(1, 40, (count, 9), generator=generator) * mask
@@ -82,13 +91,13 @@ def main():
     if accelerator.num_processes != int(sys.argv[1]):
         raise SystemExit(f"expected {sys.argv[1]} processes, got {accelerator.num_processes}")
     results = {"world_size": torch.tensor(accelerator.num_processes)}
-    for loss, norm in LOSSES:
-        model = build_model(loss, norm)
-        share = split(pairs(), accelerator.num_processes)[accelerator.process_index]
+    for loss, norm, weight in LOSSES:
+        model = build_model(loss, norm, weight)
+        share = split(pairs(2 if weight else 1), accelerator.num_processes)[accelerator.process_index]
         pieces = [lambda piece=piece: piece for piece in split(share, 2)]
         outputs = two_pass_backward(model, pieces, accelerator.backward)
         average_gradients(model.parameters())
-        results |= {f"{loss}_loss": outputs.loss.detach(), f"{loss}_gradient": gradient(model)}
+        results |= {f"{loss}_{weight}_loss": outputs.loss.detach(), f"{loss}_{weight}_gradient": gradient(model)}
     if accelerator.is_main_process:
         save_file(results, sys.argv[2])
     dist.barrier()
