@@ -2,9 +2,9 @@
 # Pretraining on SLURM that outlives its time limit and failing processes: 2 nodes of 8 GPUs.
 #   sbatch training/launch/slurm.sh --config imagenet_small_patch16 --train_dir /shared/images --output_dir /shared/runs/mine
 # The flags are those of hf_vicreg.training.pretrain; --output_dir has to be on a file system that all nodes share.
-# Three minutes before the limit, or when the job has to make room for another, SLURM signals this script or the run. The
-# script asks the run to stop by a file, the run writes a checkpoint, and the job queues again. The tests run it with
-# stand-ins for srun and scontrol, not on a cluster.
+# Three minutes before the limit SLURM signals this script, the script asks the run to stop by a file, the run writes a
+# checkpoint, and the job queues again. The tests run it against stand-ins for srun and
+# scontrol, not on a cluster.
 #SBATCH --job-name=hf_vicreg
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -39,18 +39,17 @@ ask_to_stop() {
     stop_requested=1
     touch "$output_dir/stop"
 }
-trap ask_to_stop USR1 TERM
+trap ask_to_stop USR1
 
 # torchrun starts failed processes again; each start goes on from the newest checkpoint that is whole. With a store of its
 # own it does not read addresses of the start before (pytorch#135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150 # seconds for the step at hand and its checkpoint, before torchrun kills
 if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then # since SLURM 22.05 srun does not take it from sbatch
     export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 fi
 srun torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" \
-    --rdzv_backend c10d --rdzv_endpoint "${hosts[0]}:${MASTER_PORT:-29500}" --rdzv_id "$SLURM_JOB_ID" --max_restarts 3 \
+    --rdzv_backend c10d --rdzv_endpoint "${hosts[0]}:29500" --rdzv_id "$SLURM_JOB_ID" --max_restarts 3 \
     -m hf_vicreg.training.pretrain "$@" --resume_from_checkpoint latest &
 run=$!
 code=0
@@ -60,8 +59,8 @@ while kill -0 "$run" 2>/dev/null; do # a signal ends `wait`, not the run
     wait "$run" || code=$?
 done
 
-if [[ ! -e "$finished_at" ]] && { ((stop_requested)) || ((code == 0)); }; then
-    echo "the run stopped before its end, as it was asked to: the job queues again"
+if [[ ! -e "$finished_at" ]] && ((stop_requested)); then
+    echo "the time limit is near: the job queues again"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi
