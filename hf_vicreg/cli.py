@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from hf_vicreg._version import __version__
-from hf_vicreg.training.errors import InputError, blamed_on, log_to_stderr, place_for, tell
+from hf_vicreg.training.errors import InputError, blamed_on, log_to_stderr, place_for
+from hf_vicreg.training.launch.meeting import end_with
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,8 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = parsed.run(parsed)
     except InputError as error:
-        tell(error)
-        return 2
+        return end_with(error)
     return code or 0
 
 

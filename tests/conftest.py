@@ -135,22 +135,30 @@ def child_environment(**extra: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
-    """Returns a function that runs a program, as after `python`, in several processes, and kills them after a time."""
+    """Returns a function that runs a program, as after `python`, in several processes, and kills them after a time.
+
+    With `machines` they are shared out over so many; see `ranks.py`. What they return has the exit code of each.
+    """
     folder, server = tmp_path_factory.mktemp("ranks"), []
 
-    def run(count: int, *program: object, timeout_s: float = 240) -> subprocess.CompletedProcess:
+    def run(
+        count: int, *program: object, timeout_s: float = 240, machines: int | None = None
+    ) -> subprocess.CompletedProcess:
         if not server:
             command = [sys.executable, REPOSITORY / "tests" / "ranks.py"]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             server.append(subprocess.Popen(command, env=child_environment(), start_new_session=True, **pipes))
         process, order = server[0], {"world_size": count, "program": [str(part) for part in program]}
-        print(json.dumps(order | {"folder": str(folder), "log": str(folder / "log")}), file=process.stdin, flush=True)
+        order |= {"folder": str(folder), "log": str(folder / "log"), "machines": machines}
+        print(json.dumps(order), file=process.stdin, flush=True)
         if not select.select([process.stdout], [], [], timeout_s)[0]:
             _kill_group(server.pop())
             raise TimeoutError(f"{order} took more than {timeout_s} s")
         codes = json.loads(process.stdout.readline())
         out, err = ("".join((folder / f"log.{rank}.{name}").read_text() for rank in range(count)) for name in LOGS)
-        return subprocess.CompletedProcess(order["program"], next((one for one in codes if one), 0), out, err)
+        done = subprocess.CompletedProcess(order["program"], next((one for one in codes if one), 0), out, err)
+        done.codes = codes
+        return done
 
     yield run
     for process in server:

@@ -3,7 +3,9 @@
 To start Python anew for each process takes more time than most of what is tested in it; the launchers themselves have
 tests of their own. An order is a line of JSON on standard input: `world_size`, `program` (as after `python`), `folder`
 to work in and `log`, the start of file names that the rank and `out` or `err` follow. The answer is a line of exit
-codes. Each process has the environment that `torchrun` gives; the first one that fails ends the others.
+codes. Each process has the environment that `torchrun` gives; the first one that fails ends the others. With
+`machines` they are shared out over so many, a failure ends those of its machine alone, and all keep to one core, so
+that the number of threads does not hang on that of machines.
 """
 
 import gc
@@ -28,9 +30,12 @@ def run(order, rank, port):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{order['log']}.{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     os.chdir(order["folder"])
-    count = str(order["world_size"])
+    count, local = order["world_size"], order["world_size"] // (order["machines"] or 1)
+    if order["machines"] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local)}
     program, code = order["program"], 0
     try:
         if program[0] == "-m":
@@ -53,7 +58,7 @@ def obey(order):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = {}
+    children, local = {}, order["world_size"] // (order["machines"] or 1)
     for rank in range(order["world_size"]):
         child = os.fork()
         if not child:
@@ -62,10 +67,12 @@ def obey(order):
     codes = {}
     while children:
         child, status = os.wait()
-        code = codes[children.pop(child)] = os.waitstatus_to_exitcode(status)
+        rank = children.pop(child)
+        code = codes[rank] = os.waitstatus_to_exitcode(status)
         if code:
-            for other in children:
-                os.kill(other, signal.SIGTERM)
+            for other, its_rank in children.items():
+                if its_rank // local == rank // local:
+                    os.kill(other, signal.SIGTERM)
     return [codes[rank] for rank in range(order["world_size"])]
 
 

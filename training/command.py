@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hf_vicreg.training.errors import InputError, RunStopped, log_to_stderr, tell
+from hf_vicreg.training.errors import InputError, RunStopped, log_to_stderr
+from hf_vicreg.training.launch.meeting import end_with
 from hf_vicreg.training.run.flags import parse_flags
 from hf_vicreg.training.run.places import with_places
 from hf_vicreg.training.run.settings import explicit_settings
@@ -32,8 +33,7 @@ def main(arguments: list[str], run: Callable[[dict[str, Any]], Any] | None = Non
 
         return run_processes([*_without_count(arguments), "--output_dir", settings["output_dir"]], count)
     except InputError as error:
-        tell(error)
-        return 2
+        return end_with(error)
 
 
 def checked_count(count: int | None) -> int:

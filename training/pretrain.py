@@ -16,7 +16,9 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from hf_vicreg.training.building import begin, build_run, open_run
 from hf_vicreg.training.channel_settings import with_measured
 from hf_vicreg.training.command import main
+from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.finishing import finish, fit
+from hf_vicreg.training.launch.meeting import refuse
 from hf_vicreg.training.planner.plan import configure, with_stored_plan
 from hf_vicreg.training.planner.schedule import seconds_since_start
 from hf_vicreg.training.pretrained.text_source import with_text
@@ -70,7 +72,11 @@ def pretrain(
     """
     given = {"output_dir": out and os.fspath(out), "data": os.fspath(data), "model": model}
     given |= {"config": config and os.fspath(config)} | run_arguments
-    return run_settings(with_places(explicit_settings(given)), time.monotonic())
+    try:
+        return run_settings(with_places(explicit_settings(given)), time.monotonic())
+    except InputError as error:
+        refuse(error)  # before the caller's process ends: those of other machines may be waiting for it
+        raise
 
 
 def run_settings(settings: dict[str, Any], began: float | None = None) -> PretrainResult:

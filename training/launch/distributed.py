@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 
 from hf_vicreg.training.errors import InputError, RelayedError
+from hf_vicreg.training.launch.meeting import meet
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def build_accelerator(
         patience_s: How long a process waits for the others; default: torch's. One that has gone is noticed at once.
 
     Raises:
-        InputError: fp16 without a GPU, more processes than GPUs, or a launcher that shards the model.
+        InputError: fp16 without a GPU, more processes than GPUs, a launcher that shards the model, or another process
+            ended with bad input.
     """
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     # several processes without CUDA share a batch on CPUs alone, and only if accelerate is told so
@@ -65,6 +67,7 @@ def build_accelerator(
     kwargs_handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
     if patience_s is not None:
         kwargs_handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=patience_s)))
+    meet()
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=use_cpu,
