@@ -52,10 +52,20 @@ def slurm(tmp_path):
     for name, body in (
         # the run: ends at once, or when it finds the stop file, as the real one does
         ("srun", 'echo "$@" > srun.txt; if [[ -e wait ]]; then until [[ -e out/stop ]]; do sleep 0.02; done; fi\n'),
-        ("scontrol", 'echo "$@" >> scontrol.txt; echo node1; echo node2\n'),
+        (
+            "scontrol",
+            'echo "$@" >> scontrol.txt\n'
+            'case "$1 $2" in\n'
+            '    "show hostnames") printf "node1\\nnode2\\n";;\n'
+            '    "show job") echo "JobId=7 JobState=$(cat state) Reason=None";;\n'
+            "    *) [[ ! -e refuses ]];;\n"
+            "esac\n",
+        ),
     ):
-        (commands / name).write_text(f"#!/usr/bin/env bash\n{body}exit $(cat code 2>/dev/null || echo 0)\n")
+        end = "exit $(cat code 2>/dev/null || echo 0)\n" if name == "srun" else ""
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{body}{end}")
         (commands / name).chmod(0o755)
+    (tmp_path / "state").write_text("RUNNING")
     started = []
 
     def start(*flags):
@@ -88,28 +98,67 @@ def slurm(tmp_path):
 FLAGS = ["--config", "digits", "--output_dir", "out"]
 
 
-def test_slurm_script_asks_the_run_to_stop_and_queues_again(slurm, tmp_path):
+@pytest.fixture
+def interrupted(slurm, tmp_path):
+    """Returns a function that runs the script, sends it signals once the run has begun, and returns what it said."""
+    (tmp_path / "wait").touch()
+
+    def run(*numbers):
+        process = slurm(*FLAGS)
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "srun.txt").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for number in numbers:
+            process.send_signal(number)
+        out, error = process.communicate(timeout=30)
+        assert process.returncode == 75, error
+        return out, error, (tmp_path / "scontrol.txt").read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGUSR1], [signal.SIGTERM], [signal.SIGTERM, signal.SIGUSR1]])
+def test_slurm_script_asks_the_run_to_stop_and_queues_again(numbers, interrupted, tmp_path):
+    out, _, asked = interrupted(*numbers)
+    assert "queues again" in out
+    assert asked.count("requeue 7") == 1
+    command = (tmp_path / "srun.txt").read_text()
+    assert command.startswith("torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node1:20007")
+    flags = command.split("hf_vicreg.training.pretrain", 1)[1].split()
+    assert resolve(parse_flags(flags)).run.resume_from_checkpoint == "latest"
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
+def test_slurm_script_of_a_cancelled_job_does_not_queue_again(state, interrupted, tmp_path):
+    (tmp_path / "state").write_text(state)
+    out, _, asked = interrupted(signal.SIGTERM)
+    assert "does not queue again" in out
+    assert "requeue" not in asked
+
+
+def test_slurm_script_says_so_where_it_may_not_queue_again(interrupted, tmp_path):
+    (tmp_path / "refuses").touch()
+    assert "error: `scontrol requeue` failed; submit the same command again" in interrupted(signal.SIGUSR1)[1]
+
+
+def test_slurm_script_of_a_run_that_finished_after_all_ends_with_0(slurm, tmp_path):
+    (tmp_path / "out").mkdir()
     (tmp_path / "wait").touch()
     process = slurm(*FLAGS)
     deadline = time.monotonic() + 30
     while not (tmp_path / "srun.txt").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    out, error = process.communicate(timeout=30)
-    assert process.returncode == 0, error
-    assert "queues again" in out
-    assert "requeue 7" in (tmp_path / "scontrol.txt").read_text()
-    command = (tmp_path / "srun.txt").read_text()
-    assert command.startswith("torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node1:29500")
-    flags = command.split("hf_vicreg.training.pretrain", 1)[1].split()
-    assert resolve(parse_flags(flags)).run.resume_from_checkpoint == "latest"
+    (tmp_path / "out" / "results.json").touch()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    assert "requeue" not in (tmp_path / "scontrol.txt").read_text()
 
 
 def test_slurm_script_ends_with_the_run_and_with_its_code(slurm, tmp_path):
     assert slurm(*FLAGS).wait(timeout=30) == 0
     (tmp_path / "code").write_text("1")
-    (tmp_path / "commands" / "scontrol").write_text("#!/usr/bin/env bash\necho node1\n")
     assert slurm("--config", "digits", "--output_dir=out").wait(timeout=30) == 1
     process = slurm("--config", "digits")
     assert "`--output_dir`: expected a folder" in process.communicate(timeout=30)[1]
