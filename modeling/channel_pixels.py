@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import get_image_size_for_max_height_width
 from transformers.processing_utils import ImagesKwargs
 
 from .channel_files import open_channels
@@ -73,7 +75,7 @@ class ChannelPixelsMixin:
     """Gives an image processor `channel_low` and `channel_high`; where they are set, images have as many channels.
 
     Then images are files, arrays or tensors of any depth; they are scaled by channel (`scaled`), resized, and
-    normalised by `image_mean` and `image_std`.
+    normalised by `image_mean` and `image_std`. A detector's are padded to `pad_size` as well.
     """
 
     channel_low = None
@@ -112,13 +114,33 @@ class ChannelPixelsMixin:
         device = kwargs.get("device")
         return tensor if device is None else tensor.to(device)
 
+    def _preprocess(
+        self, images: Any, *args: Any, do_pad: bool | None, pad_size: Any, return_tensors: Any, **kwargs: Any
+    ) -> BatchFeature:
+        """Return `pixel_values` and, where images are padded, `pixel_mask` `(batch, height, width)`, 0 in padding."""
+        preprocess = super()._preprocess  # type: ignore[misc]
+        if self.channel_low is None or not do_pad:
+            return preprocess(images, *args, do_pad=do_pad, pad_size=pad_size, return_tensors=return_tensors, **kwargs)
+        found = preprocess(images, *args, do_pad=False, pad_size=pad_size, return_tensors=None, **kwargs)
+        padded = self.pad(found["pixel_values"], pad_size=pad_size, return_mask=True)
+        return BatchFeature(dict(zip(("pixel_values", "pixel_mask"), padded, strict=True)), tensor_type=return_tensors)
+
+    def post_process_object_detection(self, outputs: Any, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        """Return `scores`, `labels` and `boxes` of each image, as `DeformableDetrImageProcessor` does."""
+        from transformers import DeformableDetrImageProcessor
+
+        return DeformableDetrImageProcessor.post_process_object_detection(self, outputs, *args, **kwargs)
+
 
 class ChannelPlanesMixin(ChannelPixelsMixin):
     """The same for Pillow's backend, which resizes images of any number of channels plane by plane."""
 
     def resize(self, image: np.ndarray, size: Any, resample: Any = None, **kwargs: Any) -> np.ndarray:
         """Return an image `(channels, height, width)` at another size."""
-        if self.channel_low is None or not (size.height and size.width):
+        height, width = size.height, size.width
+        if size.max_height and size.max_width:
+            height, width = get_image_size_for_max_height_width(image.shape[1:], size.max_height, size.max_width)
+        if self.channel_low is None or not (height and width):
             return super().resize(image, size, resample=resample, **kwargs)  # type: ignore[misc]
-        planes = [Image.fromarray(plane).resize((size.width, size.height), resample) for plane in image]
+        planes = [Image.fromarray(plane).resize((width, height), resample) for plane in image]
         return np.stack([np.asarray(plane) for plane in planes])

@@ -1,6 +1,7 @@
 """Tasks on images of other channels and depths than 8-bit RGB: trained, evaluated, written, loaded again."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,13 +12,19 @@ from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
     VisionEncoderDecoderModel,
 )
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
+from hf_vicreg.training.evaluation.encoder import source_for
 from hf_vicreg.training.images.channels.raster import Raster, resized
+from hf_vicreg.training.tasks.arguments import DetectionArguments
+from hf_vicreg.training.tasks.detection.command import collate, model_inputs
+from hf_vicreg.training.tasks.detection.data import CanvasSampler, DetectionViews, load_detection
+from hf_vicreg.training.tasks.detection.model import build_detector_processor
 from hf_vicreg.training.tasks.segmentation.model import find_classes
 
 SMALL = ["--image_height", "32", "--image_width", "32", "--decoder_hidden_size", "32", "--batch_size", "2"]
@@ -61,6 +68,7 @@ def channels(request, tmp_path, monkeypatch):
             save(tmp_path / "data" / split / f"{number}.{suffix}", pixels.astype(dtype))
             Image.fromarray(mask).save(tmp_path / "data" / split / "masks" / f"{number}.png")
             said = {"text": ["left", "right"][number % 2], "brightness": float(number), "kind": ["a", "b"][number % 2]}
+            said |= {"objects": {"bbox": [[int(left), int(top), 14, 15]], "category": ["square"]}}
             rows.append({"file_name": f"{number}.{suffix}", "mask_file_name": f"masks/{number}.png"} | said)
         (tmp_path / "data" / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
@@ -128,15 +136,17 @@ def test_tokens_of_any_channels_are_measured_by_masks(channels, tmp_path, capsys
     capsys.readouterr()
 
 
-def test_captions_numbers_and_masks_on_one_encoder_of_any_channels(channels, tmp_path, capsys):
+def test_captions_numbers_masks_and_boxes_on_one_encoder_of_any_channels(channels, tmp_path, capsys):
     count, suffix = channels
     captions = {"decoder_hidden_size": 32, "decoder_layers": 1, "vocab_size": 260, "max_target_length": 4}
+    boxes = {"num_queries": 6, "d_model": 32, "encoder_layers": 1, "image_height": 24, "image_width": 32}
     masks = {"decoder_hidden_size": 32, "image_height": 32, "image_width": 32}
     tasks = [
         {"name": "says", "kind": "captioning"} | captions,
         {"name": "light", "kind": "regression", "label_column_name": "brightness"},
         {"name": "kinds", "kind": "classification", "label_column_name": "kind"},
         {"name": "masks", "kind": "segmentation"} | masks,
+        {"name": "boxes", "kind": "detection"} | boxes,
     ]
     told = {"model": "run", "tasks": [one | {"dataset_name": "data", "image_column_name": "image"} for one in tasks]}
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(told))
@@ -149,6 +159,8 @@ def test_captions_numbers_and_masks_on_one_encoder_of_any_channels(channels, tmp
     assert VisionEncoderDecoderModel.from_pretrained("several/heads/says").generate(pixels).shape[0] == 1
     light = AutoModelForImageClassification.from_pretrained("several/heads/light")
     assert light(pixels).logits.isfinite().all()
+    assert main(["detect", "several/heads/boxes", file, "--threshold", "0"]) == 0
+    assert " objects" in capsys.readouterr().out
 
     flags = ["--dataset_name", "data", "--image_column_name", "image", "--output_dir", "captioner", "--max_steps", "2"]
     assert main(["finetune", "captioning", "run", *flags, "--decoder_hidden_size", "32", "--decoder_layers", "1"]) == 0
@@ -157,18 +169,104 @@ def test_captions_numbers_and_masks_on_one_encoder_of_any_channels(channels, tmp
     capsys.readouterr()
 
 
-def test_a_detector_of_other_images_is_refused_by_name(channels, tmp_path, capsys):
-    rows = (tmp_path / "data" / "train" / "metadata.jsonl").read_text().splitlines()
-    boxes = {"objects": {"bbox": [[2, 2, 9, 9]], "category": ["a"]}}
-    for split, some in (("train", rows), ("test", rows[:2])):
-        lines = [json.dumps(json.loads(one) | boxes) for one in some]
-        (tmp_path / "data" / split / "metadata.jsonl").write_text("\n".join(lines))
-    flags = ["--dataset_name", "data", "--image_column_name", "image", "--output_dir", "boxes"]
-    assert main(["finetune", "detection", "run", *flags]) == 2
-    error = capsys.readouterr().err
-    assert "`MODEL`: expected an encoder of 8-bit RGB images" in error
-    assert "finetune segmentation --instances" in error
-    assert not (tmp_path / "boxes").exists()
+BOXES = [
+    "--num_queries",
+    "6",
+    "--d_model",
+    "32",
+    "--encoder_layers",
+    "1",
+    "--decoder_layers",
+    "2",
+    "--batch_size",
+    "2",
+]
+
+
+def shares(values):
+    """Normalised by the formula, of values `(channels, height, width)`."""
+    return ((((values.astype(np.float64) - LOW) / (HIGH - LOW)).clip(0, 1) - 0.3) / 0.2).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [(1, "png", np.uint16), (5, "tif", np.uint16), (2, "tif", np.float32)],
+    indirect=True,
+    ids=["1x16", "5x16", "2x32"],
+)
+def test_a_detector_of_any_channels_trains_and_finds_the_same_when_loaded(channels, tmp_path, capsys):
+    count, suffix = channels
+    data = ["--dataset_name", "data", "--image_column_name", "image", "--max_steps", "3", "--output_dir", "out"]
+    # as large as the images but for four columns: nothing is resized, something is padded
+    canvas = ["--image_height", "40", "--image_width", "56"]
+    assert main(["finetune", "detection", "run", *BOXES, *canvas, *data]) == 0
+    (record,) = json.loads((tmp_path / "out" / "results.json").read_text())["evaluations"]
+    assert record["details"]["unreadable_test_images"] == 0
+    assert "pipeline" not in capsys.readouterr().out  # which opens images as RGB
+    with Image.open(tmp_path / "out" / "detections.png") as picture:
+        assert picture.size == (2 * 52, 2 * 40)
+        assert np.ptp(np.asarray(picture)[:40, :52]) > 200  # stretched over the range of the channels
+    detector = AutoModelForObjectDetection.from_pretrained("out").eval()
+    processor = AutoImageProcessor.from_pretrained("out")
+    file = tmp_path / "data" / "test" / f"0.{suffix}"
+    values = tifffile.imread(file) if suffix == "tif" else np.asarray(Image.open(file))[None]
+    inputs = processor(str(file), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, count, 40, 56)
+    np.testing.assert_allclose(inputs["pixel_values"][0, :, :, :52], shares(values), atol=1e-6)
+    assert not inputs["pixel_values"][..., 52:].any()
+    assert torch.equal(inputs["pixel_mask"][0, :, :52], torch.ones(40, 52, dtype=torch.int64))
+    assert not inputs["pixel_mask"][..., 52:].any()
+    assert main(["detect", "out", str(file), "--output", "found", "--threshold", "0"]) == 0
+    printed = capsys.readouterr().out
+    with Image.open(tmp_path / "found" / "0.png") as picture:
+        assert picture.size == (52, 40)
+    with torch.no_grad():
+        outputs = detector(**inputs)
+    (found,) = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(40, 52)])
+    assert f"0.{suffix}: {len(found['boxes'])} objects" in printed
+    for score, (left, top, *_) in zip(found["scores"].tolist(), found["boxes"].tolist(), strict=True):
+        assert f" {score:.2f} at {left:.0f}, {top:.0f}, size " in printed
+    # a picture of other channels
+    Image.new("RGB", (52, 40)).save(tmp_path / "photo.png")
+    assert main(["detect", "out", "photo.png", "--output", "not"]) == 2
+    assert f"3 channel(s) where {count} are wanted" in capsys.readouterr().err
+    assert not (tmp_path / "not").exists()
+
+
+@pytest.mark.parametrize("canvas", [(24, 32), (64, 96)])
+def test_a_detector_sees_in_use_what_it_sees_in_training(channels, canvas, tmp_path):
+    count, suffix = channels
+    config = BigBirdViTConfig.from_pretrained("run")
+    build_detector_processor("run", config, *canvas).save_pretrained("detector")
+    arguments = DetectionArguments(dataset_name="data", image_column_name="image")
+    reader = AutoImageProcessor.from_pretrained("run")
+    train, _, names = load_detection(arguments, partial(source_for, reader))
+    assert names == ["square"]
+    views = DetectionViews(train, CanvasSampler(canvas, 0.0, 0.0), seed=0)
+    processor = AutoImageProcessor.from_pretrained("detector")
+    seen = model_inputs(processor, collate([views[0, 0], views[0, 1]]), torch.device("cpu"))
+    files = [str(tmp_path / "data" / "train" / f"{number}.{suffix}") for number in (0, 1)]
+    for backend in ("torchvision", "pil"):
+        used = AutoImageProcessor.from_pretrained("detector", backend=backend)(files, return_tensors="pt")
+        assert used["pixel_values"].shape == (2, count, *canvas)
+        assert torch.equal(used["pixel_mask"], seen["pixel_mask"])
+        torch.testing.assert_close(used["pixel_values"], seen["pixel_values"], atol=2e-3, rtol=0)
+    # the box of the bright square, in shares of what is shown
+    height, width = int(seen["pixel_mask"][0].any(1).sum()), int(seen["pixel_mask"][0].any(0).sum())
+    x, y, wide, high = (seen["labels"][0]["boxes"][0] * torch.tensor([width, height] * 2)).tolist()
+    shown = seen["pixel_values"][0].mean(0)
+    inside = shown[round(y - high / 3) : round(y + high / 3), round(x - wide / 3) : round(x + wide / 3)]
+    assert inside.min() > shown[:height, :width].mean() + 1
+
+
+def test_the_processor_of_an_encoder_is_none_of_a_detector(channels, tmp_path, capsys):
+    data = ["--dataset_name", "data", "--image_column_name", "image", "--max_steps", "1", "--output_dir", "out"]
+    canvas = ["--image_height", "24", "--image_width", "32"]
+    assert main(["finetune", "detection", "run", *BOXES, *canvas, *data]) == 0
+    AutoImageProcessor.from_pretrained("run").save_pretrained("out")
+    capsys.readouterr()
+    assert main(["detect", "out", str(tmp_path / "data" / "test" / "0.tif")]) == 2
+    assert "`MODEL`: expected a detector's image processor in out" in capsys.readouterr().err
 
 
 def test_an_image_processor_of_other_channels_gets_one_line(channels, tmp_path, capsys):

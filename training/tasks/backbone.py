@@ -1,15 +1,18 @@
 """The pretrained encoder as the backbone of a task's model."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
+from transformers import BaseImageProcessor
 
+from hf_vicreg.modeling.channel_pixels import scaled
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTBackbone, BigBirdViTModel
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import load_config, load_weights, public_name
+from hf_vicreg.training.evaluation.encoder import load_config, load_processor, load_weights, public_name
 from hf_vicreg.training.tasks.arguments import TaskArguments
 
 Encoder = TypeVar("Encoder", bound=BigBirdViTModel)
@@ -64,3 +67,36 @@ def canvas_size(config: BigBirdViTConfig, height: int, width: int) -> tuple[int,
         for side, patch, stride in zip((height, width), config.patch_size_hw, config.patch_stride_hw, strict=True)
     )
     return height, width
+
+
+def processor_of_encoder(name: str, config: BigBirdViTConfig) -> BaseImageProcessor:
+    """Return the image processor that lies beside an encoder.
+
+    Raises:
+        InputError: One of other channels than the encoder.
+    """
+    processor = load_processor(name, config)
+    low = ranges_of(processor)[0]
+    channels = 3 if low is None else len(low)
+    if channels != config.num_channels:
+        raise InputError(
+            f"`MODEL`: expected an image processor of {config.num_channels} channels beside the encoder, that of "
+            f"{name} has {channels}; name the folder that a run left."
+        )
+    return processor
+
+
+def normalised(processor: BaseImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
+    """Return pixels `(..., channels, height, width)`, uint8 if RGB, as the model takes them."""
+    mean, std = (
+        torch.tensor(values, device=pixels.device)[:, None, None]
+        for values in (processor.image_mean, processor.image_std)
+    )
+    low = getattr(processor, "channel_low", None)
+    shares = pixels.to(torch.float32) / 255 if low is None else scaled(pixels, low, processor.channel_high)
+    return (shares - mean) / std
+
+
+def ranges_of(processor: BaseImageProcessor) -> tuple[Any, Any]:
+    """Return the values of each channel that become 0 and 1; None and None of RGB."""
+    return getattr(processor, "channel_low", None), getattr(processor, "channel_high", None)

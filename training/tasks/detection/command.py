@@ -13,12 +13,20 @@ from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import public_name, weights_digest
+from hf_vicreg.training.evaluation.encoder import (
+    load_config,
+    load_processor,
+    public_name,
+    source_for,
+    weights_digest,
+)
 from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.results import FILE, describe_data
+from hf_vicreg.training.images.channels.raster import as_picture
 from hf_vicreg.training.launch.distributed import build_accelerator
 from hf_vicreg.training.monitor.run_log import LOG_FILE, read_log
 from hf_vicreg.training.tasks.arguments import DetectionArguments, check_task, settings_of
+from hf_vicreg.training.tasks.backbone import normalised, ranges_of
 from hf_vicreg.training.tasks.data import AnnotatedImages
 from hf_vicreg.training.tasks.detection.box_drawing import draw_boxes, draw_found
 from hf_vicreg.training.tasks.detection.coco_map import check_extra, mean_average_precision
@@ -45,6 +53,16 @@ hf-vicreg detect {folder} IMAGE --output detections
 
 import hf_vicreg; from transformers import pipeline
 detect = pipeline("object-detection", "{folder}")"""
+OF_CHANNELS_SNIPPET = """\
+hf-vicreg detect {folder} IMAGE --output detections
+
+import hf_vicreg
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+processor = AutoImageProcessor.from_pretrained("{folder}")
+model = AutoModelForObjectDetection.from_pretrained("{folder}")
+outputs = model(**processor("IMAGE", return_tensors="pt"))
+found = processor.post_process_object_detection(outputs, target_sizes=[(HEIGHT, WIDTH)])"""
 
 
 def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[str, Any]:
@@ -92,11 +110,12 @@ def finetune_detection(model_name: str, arguments: DetectionArguments) -> dict[s
         started=started,
     )
     if accelerator.is_main_process:
-        _draw(folder / PICTURE, test, predictions, class_names)
+        _draw(folder / PICTURE, test, predictions, class_names, ranges_of(processor))
         save_tuned(folder, record, step.model, processor)
         print(f"\nmAP {metrics['map']:.3f}, mAP50 {metrics['map_50']:.3f} on {len(test)} images, in {folder / FILE}.")
         print(f"Boxes found are in {folder / PICTURE}. To use the detector:\n")
-        print(LOADING_SNIPPET.format(folder=folder))
+        snippet = LOADING_SNIPPET if ranges_of(processor)[0] is None else OF_CHANNELS_SNIPPET
+        print(snippet.format(folder=folder))
     accelerator.wait_for_everyone()
     return record
 
@@ -110,7 +129,8 @@ def prepare_detection(
         InputError: No such data or model, or a package that is not installed.
     """
     check_extra()
-    train, test, class_names = load_detection(arguments)
+    reader = load_processor(model_name, load_config(model_name))
+    train, test, class_names = load_detection(arguments, partial(source_for, reader))
     model = build_detector(model_name, class_names, arguments)
     backbone_config = model.config.backbone_config
     processor = build_detector_processor(model_name, backbone_config, arguments.image_height, arguments.image_width)
@@ -148,7 +168,7 @@ def prepare_detection(
 
 
 def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Return `pixels` `(batch, 3, height, width)` uint8, `sizes` and `labels` of each; None if a sample is missing."""
+    """Return `pixels` `(batch, channels, height, width)`, `sizes` and `labels`; None if a sample is missing."""
     found = [sample for sample in samples if sample is not None]
     if len(found) < len(samples):
         return None
@@ -161,15 +181,12 @@ def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
 
 def model_inputs(processor: BaseImageProcessor, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return what a detector takes of a batch: normalised as the processor does it, 0 where padded, on the device."""
-    pixels = batch["pixels"].to(device, non_blocking=True).to(torch.float32) / 255
-    mean, std = (
-        torch.tensor(values, device=device)[:, None, None] for values in (processor.image_mean, processor.image_std)
-    )
+    pixels = normalised(processor, batch["pixels"].to(device, non_blocking=True))
     pixel_mask = torch.zeros(len(pixels), *pixels.shape[-2:], dtype=torch.int64, device=device)
     for mask, (height, width) in zip(pixel_mask, batch["sizes"], strict=True):
         mask[:height, :width] = 1
     return {
-        "pixel_values": (pixels - mean) / std * pixel_mask[:, None],
+        "pixel_values": pixels * pixel_mask[:, None],
         "pixel_mask": pixel_mask,
         "labels": [{key: one.to(device) for key, one in labels.items()} for labels in batch["labels"]],
     }
@@ -226,13 +243,18 @@ class Tester:
 
 
 def _draw(
-    path: Path, images: AnnotatedImages, found: dict[int, dict[str, torch.Tensor]], class_names: list[str]
+    path: Path,
+    images: AnnotatedImages,
+    found: dict[int, dict[str, torch.Tensor]],
+    class_names: list[str],
+    ranges: tuple[Any, Any],
 ) -> None:
     """Write a picture of the first test images: on the left what is annotated, on the right what was found."""
     rows = []
     for index in sorted(found)[:NUM_DRAWN]:
-        image, objects, boxes = images.source.read(index), images.annotations[index], found[index]
-        assert image is not None
+        read, objects, boxes = images.source.read(index), images.annotations[index], found[index]
+        assert read is not None
+        image = as_picture(read, *ranges)
         corners = torch.cat([objects.boxes[:, :2], objects.boxes[:, :2] + objects.boxes[:, 2:]], dim=1)
         labels = objects.categories.tolist()
         truth = draw_boxes(image, corners.tolist(), labels, [class_names[label] for label in labels])

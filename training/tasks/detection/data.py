@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.channel_source import ChannelSource
+from hf_vicreg.training.images.channels.raster import resized
 from hf_vicreg.training.images.order import MAX_SUBSTITUTES
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.tasks.arguments import DetectionArguments
@@ -38,10 +40,16 @@ class Objects:
     categories: torch.Tensor
 
 
-def load_detection(arguments: DetectionArguments) -> tuple[AnnotatedImages, AnnotatedImages, list[str]]:
+def load_detection(
+    arguments: DetectionArguments, as_read: Callable[[ImageSource], ImageSource] = lambda source: source
+) -> tuple[AnnotatedImages, AnnotatedImages, list[str]]:
     """Return the training and the test split, annotated with `Objects`, and the names of the classes.
 
     Category names in a column of strings are numbered in alphabetical order of the training split.
+
+    Args:
+        arguments: Which data.
+        as_read: Gives the images the channels that a model takes; default: they are RGB.
 
     Raises:
         InputError: No objects, no boxes or categories in them, boxes that are none, categories that the training
@@ -49,6 +57,7 @@ def load_detection(arguments: DetectionArguments) -> tuple[AnnotatedImages, Anno
     """
     column = arguments.objects_column_name
     (train, feature), (test, test_feature) = load_annotated(arguments, column, "objects_column_name")
+    train, test = (replace(one, source=as_read(one.source)) for one in (train, test))
     names = _class_names(train, feature)
     train = replace(train, annotations=_parsed(train, feature, names, strict=arguments.strict_boxes))
     test = replace(test, annotations=_parsed(test, test_feature, names, strict=arguments.strict_boxes))
@@ -209,11 +218,12 @@ class CanvasSampler:
     def __init__(self, canvas: tuple[int, int], scale_jitter: float, flip_probability: float):
         self.canvas, self.scale_jitter, self.flip_probability = canvas, scale_jitter, flip_probability
 
-    def __call__(self, image: Image.Image, objects: Objects, rng: random.Random) -> dict[str, Any]:
-        """Return one training sample.
+    def __call__(self, image: Any, objects: Objects, rng: random.Random) -> dict[str, Any]:
+        """Return one training sample of a picture or a `Raster`.
 
-        `pixels` `(3, height, width)` uint8, 0 where padded; `size` (height, width) of what is not padding;
-        `boxes` `(objects, 4)` float32: centre, width and height as shares of `size`; `class_labels` `(objects,)`.
+        `pixels` `(channels, height, width)`, uint8 of 8 bits, else float32, 0 where padded; `size` (height, width) of
+        what is not padding; `boxes` `(objects, 4)` float32: centre, width and height as shares of `size`;
+        `class_labels` `(objects,)`.
         """
         height, width = self.canvas
         fit = min(height / image.height, width / image.width)
@@ -229,9 +239,9 @@ class CanvasSampler:
         )
         left, top = rng.uniform(0, image.width - crop_width), rng.uniform(0, image.height - crop_height)
         window = (left, top, left + crop_width, top + crop_height)
-        view = np.array(image.resize((out_width, out_height), Image.Resampling.BILINEAR, box=window))
-        pixels = torch.zeros(3, height, width, dtype=torch.uint8)
+        view = np.array(resized(np.asarray(image), (out_width, out_height), window))
         shown = torch.from_numpy(view).permute(2, 0, 1)
+        pixels = torch.zeros(len(shown), height, width, dtype=shown.dtype)
         stretch = torch.tensor([out_width / crop_width, out_height / crop_height])
         corners = torch.stack([objects.boxes[:, :2], objects.boxes[:, :2] + objects.boxes[:, 2:]], dim=1)
         corners = (corners - torch.tensor([left, top])) * stretch  # (objects, 2 corners, x and y)

@@ -1,5 +1,6 @@
 """`hf-vicreg detect`: what a detector finds on images, as lines and as pictures."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,9 +9,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForObjectDetection
 
 from hf_vicreg.model_cards.escaping import one_line
+from hf_vicreg.modeling.channel_pixels import ChannelPixelsMixin
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import load_config, load_processor, load_weights
+from hf_vicreg.training.evaluation.encoder import load_config, load_processor, load_weights, source_for
+from hf_vicreg.training.images.channels.raster import as_picture
 from hf_vicreg.training.images.sources import ImageSource
+from hf_vicreg.training.tasks.backbone import ranges_of
 from hf_vicreg.training.tasks.detection.box_drawing import draw_found
 from hf_vicreg.training.tasks.detection.model import find_boxes
 
@@ -20,7 +24,7 @@ def detect(model_name: str, images: Sequence[str], output: str | None, threshold
 
     Args:
         model_name: Folder or Hub id of any detector of transformers.
-        images: Image files.
+        images: Image files; files of science for a model of such channels.
         output: Folder for `NAME.png`, or None.
         threshold: Least score, from 0 to 1.
 
@@ -33,11 +37,9 @@ def detect(model_name: str, images: Sequence[str], output: str | None, threshold
     twice = next((name for name in names if names.count(name) > 1), None)
     if output is not None and twice is not None:
         raise InputError(f"`IMAGE`: expected names that differ, found several of {twice!r}; draw them one at a time.")
-    source = ImageSource("images", len(images), lambda index: Path(images[index]).read_bytes(), "")
-    read = [(path, source.read(index)) for index, path in enumerate(images)]
-    unreadable = next((path for path, image in read if image is None), None)
-    if unreadable is not None:
-        raise InputError(f"`IMAGE`: expected image files, cannot read {unreadable}.")
+    missing = next((path for path in images if not os.path.exists(path)), None)
+    if missing is not None:
+        raise InputError(f"`IMAGE`: expected image files, cannot read {missing}: there is none.")
     config = load_config(model_name)
     try:
         detector, info = load_weights(AutoModelForObjectDetection, model_name)
@@ -52,17 +54,25 @@ def detect(model_name: str, images: Sequence[str], output: str | None, threshold
             f"`MODEL`: expected weights for the whole detector in {model_name}, found none for "
             f"{sorted(info['missing_keys'])[0]}."
         )
-    detector.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(model_name, detector.config)
-    if not hasattr(processor, "post_process_object_detection"):
+    of_encoder = isinstance(processor, ChannelPixelsMixin) and not processor.do_pad  # type: ignore[attr-defined]
+    if of_encoder or not hasattr(processor, "post_process_object_detection"):
         raise InputError(
             f"`MODEL`: expected a detector's image processor in {model_name}, found {type(processor).__name__}; save "
             "it beside the weights."
         )
+    files = ImageSource("images", len(images), lambda index: Path(images[index]).read_bytes(), "", paths=images)
+    source = source_for(processor, files)
+    for index, path in enumerate(images):
+        refusal = source.refusal(index)
+        if refusal is not None:
+            raise InputError(f"`IMAGE`: expected image files, cannot read {path}: {refusal}.")
+    detector.to("cuda" if torch.cuda.is_available() else "cpu")
     folder = None if output is None else Path(output)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    for path, image in read:
+    for index, path in enumerate(images):
+        image = source.read(index)
         assert image is not None
         (found,) = find_boxes(detector, processor, [image], threshold=threshold)
         print(f"{one_line(path)}: {len(found['boxes'])} objects")
@@ -73,6 +83,7 @@ def detect(model_name: str, images: Sequence[str], output: str | None, threshold
                 f"{right - left:.0f}x{bottom - top:.0f}"
             )
         if folder is not None:
-            draw_found(image, found, detector.config.id2label).save(folder / f"{Path(path).stem}.png")
+            picture = as_picture(image, *ranges_of(processor))
+            draw_found(picture, found, detector.config.id2label).save(folder / f"{Path(path).stem}.png")
     if folder is not None:
         print(f"written to {folder}")

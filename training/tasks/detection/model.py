@@ -22,10 +22,9 @@ from transformers import (
 
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.training.engine.encoders import add_adapters
-from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import load_processor
+from hf_vicreg.training.images.channels.raster import arrays_of
 from hf_vicreg.training.tasks.arguments import DetectionArguments
-from hf_vicreg.training.tasks.backbone import canvas_size, pretrained_backbone
+from hf_vicreg.training.tasks.backbone import canvas_size, pretrained_backbone, processor_of_encoder, ranges_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +48,13 @@ def build_detector(
         arguments: Sizes of the new part.
 
     Raises:
-        InputError: No model there, none of this architecture, one of other images than 8-bit RGB, or weights of the
-            encoder missing.
+        InputError: No model there, none of this architecture, or weights of the encoder missing.
     """
     backbone = pretrained_backbone(name, arguments)
-    low = getattr(load_processor(name, backbone.config), "channel_low", None)
-    if backbone.config.num_channels != 3 or low is not None:
-        raise InputError(
-            f"`MODEL`: expected an encoder of 8-bit RGB images, which is all that a detector's image processor reads, "
-            f"got {name} of {backbone.config.num_channels} channels with ranges of their own; for objects on such "
-            "images use finetune segmentation --instances."
-        )
     detector = DeformableDetrForObjectDetection(
         DeformableDetrConfig(
             backbone_config=backbone.config,
+            num_channels=backbone.config.num_channels,
             num_feature_levels=FEATURE_LEVELS,
             num_queries=arguments.num_queries,
             d_model=arguments.d_model,
@@ -133,7 +125,8 @@ def centre_features(detector: DeformableDetrForObjectDetection, inputs: dict[str
 
     Args:
         detector: Changed in place, in training mode afterwards.
-        inputs: `pixel_values` `(batch, 3, height, width)` and `pixel_mask` `(batch, height, width)` of some images.
+        inputs: `pixel_values` `(batch, channels, height, width)` and `pixel_mask` `(batch, height, width)` of some
+            images.
     """
     (features,) = detector.eval().model.backbone.model(inputs["pixel_values"]).feature_maps
     mask = nn.functional.interpolate(inputs["pixel_mask"][:, None].float(), size=features.shape[-2:])
@@ -153,14 +146,25 @@ def build_detector_processor(name: str, config: BigBirdViTConfig, height: int, w
     """Return the processor that fits images into `height` x `width` pixels, keeps their shape and pads the rest.
 
     Sizes that hold no whole number of patches are rounded up. Mean and deviation are those of the encoder's processor.
+    An encoder of channels other than 8-bit RGB keeps its own processor, which knows their ranges.
+
+    Raises:
+        InputError: A processor of other channels than the encoder.
     """
     canvas = canvas_size(config, height, width)
     if canvas != (height, width):
         logger.info("images of %dx%d pixels instead of %dx%d: a whole number of patches", *canvas, height, width)
-    pretrained = load_processor(name, config).to_dict()
+    own = processor_of_encoder(name, config)
+    pretrained = own.to_dict()
+    sizes: dict[str, Any] = {
+        "size": {"max_height": canvas[0], "max_width": canvas[1]},
+        "pad_size": {"height": canvas[0], "width": canvas[1]},
+    }
+    if ranges_of(own)[0] is not None:
+        as_trained = {"do_pad": True, "do_center_crop": False, "resample": Image.Resampling.BILINEAR}
+        return type(own).from_dict(pretrained | sizes | as_trained)
     return DeformableDetrImageProcessor(
-        size={"max_height": canvas[0], "max_width": canvas[1]},
-        pad_size={"height": canvas[0], "width": canvas[1]},
+        **sizes,
         image_mean=list(pretrained["image_mean"]),
         image_std=list(pretrained["image_std"]),
     )
@@ -168,21 +172,22 @@ def build_detector_processor(name: str, config: BigBirdViTConfig, height: int, w
 
 @torch.no_grad()
 def find_boxes(
-    detector: PreTrainedModel, processor: BaseImageProcessor, images: Sequence[Image.Image], *, threshold: float
+    detector: PreTrainedModel, processor: BaseImageProcessor, images: Sequence[Any], *, threshold: float
 ) -> list[dict[str, torch.Tensor]]:
     """Return what any detector of transformers finds on each image, on the CPU, the best first.
 
     Args:
         detector: Set to evaluation mode.
         processor: Its image processor.
-        images: RGB.
+        images: Pictures, or `Raster`s of the processor's channels.
         threshold: Least score.
 
     Returns:
         For each image `scores` `(boxes,)`, `labels` `(boxes,)` and `boxes` `(boxes, 4)`: left, top, right, bottom in
         pixels of the image. At most 100.
     """
-    inputs = processor(list(images), return_tensors="pt").to(detector.device)
+    given, axes = arrays_of(list(images))
+    inputs = processor(given, return_tensors="pt", **axes).to(detector.device)
     outputs = detector.eval()(**inputs)
     sizes = [(image.height, image.width) for image in images]
     found = processor.post_process_object_detection(outputs, threshold=threshold, target_sizes=sizes)

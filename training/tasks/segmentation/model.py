@@ -18,13 +18,16 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from hf_vicreg.modeling.channel_pixels import scaled
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.training.engine.encoders import add_adapters
-from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.encoder import load_processor
 from hf_vicreg.training.tasks.arguments import SegmentationArguments
-from hf_vicreg.training.tasks.backbone import canvas_size, pretrained_backbone
+from hf_vicreg.training.tasks.backbone import (
+    canvas_size,
+    normalised,
+    pretrained_backbone,
+    processor_of_encoder,
+    ranges_of,
+)
 from hf_vicreg.training.tasks.segmentation.masks import IGNORED
 from hf_vicreg.training.tasks.segmentation.windows import windowed_logits
 
@@ -91,16 +94,9 @@ def build_segmenter_processor(name: str, config: BigBirdViTConfig, height: int, 
         InputError: A processor of other channels than the encoder.
     """
     height, width = canvas_size(config, height, width)
-    own = load_processor(name, config)
+    own = processor_of_encoder(name, config)
     pretrained, size = own.to_dict(), {"height": height, "width": width}
-    low = pretrained.get("channel_low")
-    channels = 3 if low is None else len(low)
-    if channels != config.num_channels:
-        raise InputError(
-            f"`MODEL`: expected an image processor of {config.num_channels} channels beside the encoder, that of "
-            f"{name} has {channels}; name the folder that a run left."
-        )
-    if low is not None:
+    if ranges_of(own)[0] is not None:
         return type(own).from_dict(pretrained | {"size": size, "do_center_crop": False})
     return SegformerImageProcessor(
         size=size,
@@ -108,22 +104,6 @@ def build_segmenter_processor(name: str, config: BigBirdViTConfig, height: int, 
         image_std=list(pretrained["image_std"]),
         do_reduce_labels=False,
     )
-
-
-def normalised(processor: BaseImageProcessor, pixels: torch.Tensor) -> torch.Tensor:
-    """Return pixels `(..., channels, height, width)`, uint8 if RGB, as the model takes them."""
-    mean, std = (
-        torch.tensor(values, device=pixels.device)[:, None, None]
-        for values in (processor.image_mean, processor.image_std)
-    )
-    low = getattr(processor, "channel_low", None)
-    shares = pixels.to(torch.float32) / 255 if low is None else scaled(pixels, low, processor.channel_high)
-    return (shares - mean) / std
-
-
-def ranges_of(processor: BaseImageProcessor) -> tuple[Any, Any]:
-    """Return the values of each channel that become 0 and 1; None and None of RGB."""
-    return getattr(processor, "channel_low", None), getattr(processor, "channel_high", None)
 
 
 def pixels_of(image: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.raster import as_picture
 from hf_vicreg.training.tasks.arguments import SegmentationArguments
+from hf_vicreg.training.tasks.backbone import ranges_of
 from hf_vicreg.training.tasks.data import AnnotatedImages
 from hf_vicreg.training.tasks.segmentation.mask_drawing import draw_mask, draw_objects
 from hf_vicreg.training.tasks.segmentation.masks import classes_of, objects_of, read_mask
@@ -22,7 +23,7 @@ from hf_vicreg.training.tasks.segmentation.measures import (
     confusion,
     object_counts,
 )
-from hf_vicreg.training.tasks.segmentation.model import find_classes, ranges_of
+from hf_vicreg.training.tasks.segmentation.model import find_classes
 
 NUM_DRAWN = 4
 

@@ -16,9 +16,10 @@ from hf_vicreg.training.evaluation.encoder import load_config, load_processor, l
 from hf_vicreg.training.images.channels.raster import as_picture
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES, files_below
+from hf_vicreg.training.tasks.backbone import ranges_of
 from hf_vicreg.training.tasks.segmentation.mask_drawing import draw_mask, draw_objects
 from hf_vicreg.training.tasks.segmentation.masks import INSTANCE_CLASSES, MAX_CLASSES, check_extra, objects_of
-from hf_vicreg.training.tasks.segmentation.model import find_classes, ranges_of
+from hf_vicreg.training.tasks.segmentation.model import find_classes
 
 MAX_OBJECTS = 65535  # of a 16-bit PNG
 
