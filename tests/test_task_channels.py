@@ -1,6 +1,7 @@
 """Tasks on images of other channels and depths than 8-bit RGB: trained, evaluated, written, loaded again."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -11,15 +12,19 @@ import yaml
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
+    AutoProcessor,
+    AutoTokenizer,
     VisionEncoderDecoderModel,
 )
 
-from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
+from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel, embed, pretrain
 from hf_vicreg.cli import main
 from hf_vicreg.training.evaluation.encoder import source_for
+from hf_vicreg.training.image_text.search import search
 from hf_vicreg.training.images.channels.raster import Raster, resized
 from hf_vicreg.training.tasks.arguments import DetectionArguments
 from hf_vicreg.training.tasks.detection.command import collate, model_inputs
@@ -166,6 +171,74 @@ def test_captions_numbers_masks_and_boxes_on_one_encoder_of_any_channels(channel
     assert main(["finetune", "captioning", "run", *flags, "--decoder_hidden_size", "32", "--decoder_layers", "1"]) == 0
     (record,) = json.loads((tmp_path / "captioner" / "results.json").read_text())["evaluations"]
     assert record["details"]["unreadable_test_images"] == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "channels", [(1, "png", np.uint16), (5, "tif", np.uint16)], indirect=True, ids=["1x16", "5x16"]
+)
+def test_a_captioner_of_any_channels_writes_of_a_file_when_loaded(channels, tmp_path, capsys):
+    count, suffix = channels
+    data = ["--dataset_name", "data", "--image_column_name", "image", "--output_dir", "out", "--max_steps", "3"]
+    small = ["--decoder_hidden_size", "32", "--decoder_layers", "1", "--max_target_length", "5", "--batch_size", "2"]
+    assert main(["finetune", "captioning", "run", *small, *data]) == 0
+    (record,) = json.loads((tmp_path / "out" / "results.json").read_text())["evaluations"]
+    assert record["details"]["unreadable_test_images"] == 0
+    model = VisionEncoderDecoderModel.from_pretrained("out").eval()
+    processor, tokenizer = AutoImageProcessor.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
+    files = [str(tmp_path / "data" / "test" / f"{number}.{suffix}") for number in (0, 1)]
+    pixels = processor(files, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (2, count, 32, 32)
+    written = tokenizer.batch_decode(model.generate(pixels, do_sample=False), skip_special_tokens=True)
+    assert [one["written"] for one in record["details"]["samples"]] == [" ".join(one.split()) for one in written]
+    # the loss of the given captions, from values by the formula
+    losses = []
+    for file, text in zip(files, ("left", "right"), strict=True):
+        values = tifffile.imread(file) if suffix == "tif" else np.asarray(Image.open(file))[None]
+        share = torch.from_numpy(((values - LOW) / (HIGH - LOW)).clip(0, 1)).float()[None]
+        given = (torch.nn.functional.interpolate(share, (32, 32), mode="bicubic", antialias=True) - 0.3) / 0.2
+        labels = torch.tensor([[*tokenizer(text, add_special_tokens=False)["input_ids"][:4], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            losses.append(model(pixel_values=given, labels=labels).loss.item())
+    assert record["metrics"]["loss"] == pytest.approx(np.mean(losses), abs=2e-3)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "channels", [(1, "png", np.uint16), (5, "tif", np.uint16)], indirect=True, ids=["1x16", "5x16"]
+)
+def test_images_of_any_channels_are_pretrained_with_captions_and_searched_by_words(channels, tmp_path, capsys):
+    count, suffix = channels
+    texts = {"model_type": "distilbert", "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "vocab_size": 300}
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    run = pretrain(
+        out="pair",
+        data="data",
+        image_column_name="image",
+        caption_column=["text"],
+        second_model=texts,
+        model=shape | {"image_size": 16, "patch_size": 8, "num_channels": count},
+        vicreg={"expander_sizes": [16, 16]},
+        batch_size=2,
+        max_steps=3,
+        device="cpu",
+    )
+    assert "image_text" in run.results
+    model, processor = AutoModel.from_pretrained("pair").eval(), AutoProcessor.from_pretrained("pair")
+    files = [str(tmp_path / "data" / "test" / f"{number}.{suffix}") for number in (0, 1)]
+    inputs = processor(text=["left", "right"], images=files, return_tensors="pt", padding=True)
+    assert inputs["pixel_values"].shape == (2, count, 16, 16)
+    with torch.no_grad():
+        outputs = model(**inputs)
+        cosines = torch.nn.functional.cosine_similarity(outputs.text_embeds[:1], outputs.image_embeds)
+    (tmp_path / "files").mkdir()
+    for file in files:
+        shutil.copy(file, tmp_path / "files")
+    embed("files", "pair", "features", device="cpu")
+    found = search("pair", "features", "left")
+    assert {one.place: round(one.cosine, 4) for one in found} == {
+        f"{number}.{suffix}": round(cosine, 4) for number, cosine in enumerate(cosines.tolist())
+    }
     capsys.readouterr()
 
 
