@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_vicreg.training.building import OpenRun
-from hf_vicreg.training.images.channels.channel_source import ChannelSource
+from hf_vicreg.training.images.channels.channel_source import ChannelSource, as_channels
 from hf_vicreg.training.images.channels.folders import without_blank
 from hf_vicreg.training.images.channels.measuring import measured_views
+from hf_vicreg.training.images.image_source import ImageSource
+from hf_vicreg.training.images.streaming import ImageStream
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.run.resolve import resolve
@@ -31,19 +33,28 @@ def with_measured(settings: dict[str, Any], config: RunConfig, opened: OpenRun) 
         InputError: Nothing can be measured, or all is blank.
     """
     source = opened.source
-    if not isinstance(source, ChannelSource):
+    if not (isinstance(source, ChannelSource) or (isinstance(source, ImageStream) and config.reads_channels)):
         return settings, config
     if config.normalisation_kind != "photo" and config.channel_ranges is None:
         stored = _stored(config)
         if stored is not None:
             settings = settings | {"views": stored | settings.get("views", {})}
         else:
-            settings = run_on_main(partial(measured_views, settings, config, source), opened.accelerator)
+            settings = run_on_main(lambda: measured_views(settings, config, _looked_at(source)), opened.accelerator)
         config = resolve(settings)
         _log(config)
-    ranges = config.channel_ranges or OF_PHOTOS
-    opened.source = run_on_main(partial(without_blank, source, *ranges), opened.accelerator)
+    if isinstance(source, ChannelSource):
+        ranges = config.channel_ranges or OF_PHOTOS
+        opened.source = run_on_main(partial(without_blank, source, *ranges), opened.accelerator)
     return settings, config
+
+
+def _looked_at(source: ImageSource | ImageStream) -> ImageSource:
+    """Return what images are measured: all there are, of a stream some."""
+    if isinstance(source, ImageSource):
+        return source
+    assert source.num_channels is not None
+    return as_channels(source.sample(), source.num_channels, source.pages)
 
 
 def _stored(config: RunConfig) -> dict[str, Any] | None:

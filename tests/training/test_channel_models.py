@@ -170,16 +170,18 @@ def test_a_classifier_of_many_channels(place, tmp_path):
     assert json.dumps(results).count('"accuracy": 1.0') == 1
 
 
-def test_a_stream_is_of_rgb(place, tmp_path):
-    with pytest.raises(InputError, match=r"`streaming`: expected 8-bit RGB images"):
+def test_a_stream_has_no_windows(place, tmp_path):
+    with pytest.raises(InputError, match=r"`window`: expected a folder of image files to read by windows"):
         pretrain(
             out=tmp_path / "run",
             data=place / "table",
             model=SHAPE | {"num_channels": CHANNELS},
             max_steps=1,
             streaming=True,
+            window=64,
             **FLAGS,
         )
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_card_of_a_run_of_many_channels_says_what_images_are(place, tmp_path):

@@ -93,15 +93,15 @@ def collate(samples: list[dict[str, Any]], captions: Captions | None = None) -> 
     if any(sample["views"] is None for sample in samples):
         return {"views": None, "colours": None, "unusable": unusable}
     names = [name for name in samples[0] if name not in ("unusable", "tokens")]
-    batch = {name: _stacked([sample[name] for sample in samples]) for name in names} | {"unusable": unusable}
+    batch = {name: torch.stack(alike([sample[name] for sample in samples])) for name in names} | {"unusable": unusable}
     return batch if captions is None else batch | captions.batch([sample["tokens"] for sample in samples])
 
 
-def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Return tensors in one; those of images whose depths differ become float32."""
+def alike(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors of one type: those of images whose depths differ become float32."""
     if any(one.dtype != tensors[0].dtype for one in tensors):
-        tensors = [one.to(torch.float32) for one in tensors]
-    return torch.stack(tensors)
+        return [one.to(torch.float32) for one in tensors]
+    return tensors
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:

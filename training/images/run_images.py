@@ -25,10 +25,12 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
     if run.streaming:
         name = run.dataset_name
         assert name is not None
+        channels = (config.num_channels, run.pages) if config.reads_channels else (None, None)
         if is_shards(name):
-            return load_shards(name, run.image_column_name or "").at_least(*smallest_side(config)), None, None
+            shards = load_shards(name, run.image_column_name or "", *channels)
+            return shards.at_least(*smallest_side(config)), None, None
         stream = load_stream(name, run.dataset_config_name, run.train_split, run.image_column_name)
-        return stream.at_least(*smallest_side(config)), None, None
+        return stream.with_channels(*channels).at_least(*smallest_side(config)), None, None
     if run.caption_column is not None:
         source, test = load_captioned(config)
         if config.reads_channels:

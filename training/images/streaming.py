@@ -9,7 +9,7 @@ at all.
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.channels.channel_source import raster_of
 from hf_vicreg.training.images.decoding import KINDS, UnusableImage, decode
+from hf_vicreg.training.images.image_source import NUM_SAMPLED, ImageSource
 from hf_vicreg.training.images.order import MAX_SUBSTITUTES, collate, draw_views, joint_reduction
 from hf_vicreg.training.images.sources import image_column_of, load_splits
 from hf_vicreg.training.images.views import ViewSampler
@@ -28,6 +30,7 @@ from hf_vicreg.training.launch.signals import end_workers, outlive_signals
 logger = logging.getLogger(__name__)
 
 NUM_FINGERPRINTED = 8
+SAMPLED_SHARDS, SAMPLED_BYTES = 8, 2**29  # of what is looked at before a run
 DIGEST_BITS = 48  # of the number that an unusable image is known by; above them the kind of reason
 BUFFER_SIZE = 1000  # images, still encoded, that the next one is drawn from
 
@@ -41,12 +44,16 @@ class ImageStream:
         rows: `datasets.IterableDataset` of undecoded images.
         column: The column they are in.
         min_size: Smallest usable image, (height, width) in pixels.
+        num_channels: Of every image, read in its own depth; None reads 8-bit RGB.
+        pages: What pages of a file are, as of `ChannelSource`; of several images the first is taken.
     """
 
     name: str
     rows: Any
     column: str
     min_size: tuple[int, int] = (1, 1)
+    num_channels: int | None = None
+    pages: str | None = None
 
     @property
     def num_shards(self) -> int:
@@ -60,11 +67,53 @@ class ImageStream:
         for row in self.rows.take(NUM_FINGERPRINTED):
             entry = row[self.column] or {}
             digest.update(entry.get("bytes") or str(os.path.basename(entry.get("path") or "")).encode())
-        return f"stream {digest.hexdigest()[:16]}"
+        return f"stream {digest.hexdigest()[:16]}{self._channels}"
+
+    @property
+    def _channels(self) -> str:
+        """What the fingerprint says of how images are read; nothing of RGB."""
+        return "" if self.num_channels is None else f" {self.num_channels} {self.pages}"
 
     def at_least(self, height: int, width: int) -> "ImageStream":
         """Return the same images, smaller ones being unusable from now on."""
         return replace(self, min_size=(height, width))
+
+    def with_channels(self, num_channels: int | None, pages: str | None) -> "ImageStream":
+        """Return the same images, read with so many channels from now on."""
+        return replace(self, num_channels=num_channels, pages=pages)
+
+    def decoded(self, encoded: bytes, reduction: Callable[[int, int], int] | None = None) -> Any:
+        """Return an image as it is read, RGB of Pillow's or a `Raster`; arguments and errors as of `decode`."""
+        if self.num_channels is None:
+            return decode(encoded, self.min_size, reduction)
+        return raster_of(encoded, self.num_channels, self.pages, self.min_size)
+
+    def sample(self) -> ImageSource:
+        """Return up to 64 images in memory, the first ones of up to 8 shards that are spread evenly over all.
+
+        Raises:
+            InputError: There is none, or a shard cannot be read.
+        """
+        shards = range(0, self.num_shards, -(-self.num_shards // SAMPLED_SHARDS) or 1)
+        found: list[bytes] = []
+        for shard in shards:
+            room = SAMPLED_BYTES // len(shards)
+            for encoded in self._first_of(shard, -(-NUM_SAMPLED // len(shards))):
+                room -= len(encoded)
+                if room < 0 and found:
+                    break
+                found.append(encoded)
+        if not found:
+            raise InputError(f"`dataset_name`: expected images in {self.name}, found none in its first shards.")
+        return ImageSource(self.name, len(found), found.__getitem__, self.fingerprint)
+
+    def _first_of(self, shard: int, count: int) -> Iterator[bytes]:
+        """Yield the first encoded images of a shard."""
+        try:
+            for row in self.rows.shard(num_shards=self.num_shards, index=shard).take(count):
+                yield _bytes_of(row[self.column])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _unreadable(self.name, error) from error
 
     def describe(self, index: int) -> str:
         """Return what an unusable image, known by its contents alone, is called."""
@@ -125,7 +174,7 @@ class StreamDataset(IterableDataset):
                 key = f"{self.key}/{epoch}/{part}/{drawn}"
                 try:
                     reduction = partial(joint_reduction, self.samplers, key)
-                    image = decode(encoded, self.stream.min_size, reduction)
+                    image = self.stream.decoded(encoded, reduction)
                 except UnusableImage as error:
                     # a stream has no index to read it by again: its contents, and above them why
                     place = list(KINDS).index(error.kind) + 1
@@ -147,14 +196,24 @@ class StreamDataset(IterableDataset):
         # from one shard at a time: a worker that opens ten of them first may starve the device
         mixed = self.stream.rows.shuffle(seed=seed, buffer_size=BUFFER_SIZE, max_buffer_input_shards=1)
         for row in split_dataset_by_node(mixed, **self.share):
-            entry = row[self.stream.column] or {"bytes": b""}
-            if entry["bytes"] is None:
-                try:
-                    with fsspec.open(entry["path"], "rb") as file:
-                        entry["bytes"] = file.read()
-                except Exception:  # of whatever the path stands for; a file that is lost is one image less
-                    entry["bytes"] = b""
-            yield entry["bytes"]
+            yield _bytes_of(row[self.stream.column])
+
+
+def _bytes_of(entry: dict[str, Any] | None) -> bytes:
+    """Return a row's encoded image, b"" if it is missing."""
+    entry = entry or {"bytes": b""}
+    if entry["bytes"] is not None:
+        return entry["bytes"]
+    try:
+        with fsspec.open(entry["path"], "rb") as file:
+            return file.read()
+    except Exception:  # of whatever the path stands for; a file that is lost is one image less
+        return b""
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[-1]
+    return InputError(f"`dataset_name`: expected shards that can be read in {name}: {reason}")
 
 
 def stream_batches(
@@ -205,10 +264,9 @@ def stream_batches(
             try:
                 batch = next(batches, None)
             except (OSError, ValueError, RuntimeError) as error:  # of a loader process, wrapped into its own kind
-                reason = str(error).strip().splitlines()[-1]
-                message = f"`dataset_name`: expected shards that can be read in {stream.name}: {reason}"
-                logger.error("process %d: %s", process_index, message)  # the others do not see this one's shards
-                raise InputError(message) from error
+                unreadable = _unreadable(stream.name, error)
+                logger.error("process %d: %s", process_index, unreadable)  # the others do not see this one's shards
+                raise unreadable from error
             if batch is None:
                 message = f"`dataset_name`: expected images in {stream.name}, process {process_index} got none."
                 logger.error(message)

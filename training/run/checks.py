@@ -259,8 +259,6 @@ def check_channels(config: "RunConfig") -> None:
         )
     if config.vicreg.image_pair_weight and run.caption_column is None:
         raise InputError("`vicreg.image_pair_weight`: expected 0 without captions: leave it out.")
-    if config.reads_channels and run.streaming:
-        raise InputError("`streaming`: expected 8-bit RGB images, other channels are read from stored files alone.")
     if run.window is not None and (not run.train_dir or run.caption_column is not None):
         raise InputError(f"`window`: expected a folder of image files to read by windows, got {run.dataset_name!r}.")
     if views.stain and channels != 3:

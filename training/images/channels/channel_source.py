@@ -160,6 +160,18 @@ def as_channels(source: ImageSource, num_channels: int, pages: str | None = None
     return ChannelSource(**(vars(source) | {"fingerprint": fingerprint}), num_channels=num_channels, pages=pages)
 
 
+def raster_of(
+    encoded: bytes, num_channels: int, pages: str | None = None, min_size: tuple[int, int] = (1, 1)
+) -> Raster:
+    """Return an encoded image with all its channels, as that of a row of a dataset; of several pages the first.
+
+    Raises:
+        UnusableImage: It cannot be used; the text says why.
+    """
+    alone = ImageSource("image", 1, lambda _: encoded, "", min_size=min_size)
+    return as_channels(alone, num_channels, pages).read_or_raise(0)
+
+
 def _first_bytes(path: str) -> bytes | None:
     try:
         with open(path, "rb") as file:

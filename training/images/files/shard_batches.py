@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.images.decoding import UnusableImage, decode
+from hf_vicreg.training.images.decoding import UnusableImage
 from hf_vicreg.training.images.files.shard_stream import Lane, ShardStream
-from hf_vicreg.training.images.order import MAX_SUBSTITUTES, collate, draw_views, joint_reduction
+from hf_vicreg.training.images.order import MAX_SUBSTITUTES, alike, collate, draw_views, joint_reduction
 from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.launch.signals import end_workers, outlive_signals
 
@@ -55,7 +55,7 @@ class ShardDataset(IterableDataset):
             unusable += lane.lost
             lane.lost.clear()
             try:
-                image = decode(encoded, self.stream.min_size, partial(joint_reduction, self.samplers, key))
+                image = self.stream.decoded(encoded, partial(joint_reduction, self.samplers, key))
             except UnusableImage as error:
                 unusable.append(self.stream.number_of(error.kind, shard, place + 1))
                 if len(unusable) < MAX_SUBSTITUTES:
@@ -133,4 +133,4 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     if any(part["views"] is None for part in parts):
         return {"views": None, "colours": None} | joined
     names = [name for name, one in parts[0].items() if isinstance(one, torch.Tensor)]
-    return {name: torch.cat([part[name] for part in parts]) for name in names} | joined
+    return {name: torch.cat(alike([part[name] for part in parts])) for name in names} | joined

@@ -9,6 +9,7 @@ lane stands is five numbers, which each batch carries with it and a checkpoint s
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -19,6 +20,7 @@ from hf_vicreg.training.images.decoding import KINDS, UnusableImage
 from hf_vicreg.training.images.files.shards import Member, ShardLost, list_shards, members, short_name
 from hf_vicreg.training.images.order import keyed_permutation
 from hf_vicreg.training.images.streaming import BUFFER_SIZE, ImageStream
+from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,17 @@ class ShardStream(ImageStream):
     def fingerprint(self) -> str:
         """Of the list of shards: one that is longer, or in another order, is dealt out in another way."""
         names = "\n".join(short_name(self.rows, index) for index in range(len(self.rows)))
-        return f"shards {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+        return f"shards {hashlib.sha256(names.encode()).hexdigest()[:16]}{self._channels}"
+
+    def members_of(self, shard: int, start: int = 0) -> Iterator[Member]:
+        """Yield the images of a shard from one of them on, read by channels those of science too; as `members`."""
+        suffixes = IMAGE_SUFFIXES if self.num_channels is None else IMAGE_SUFFIXES | SCIENCE_SUFFIXES
+        return members(self.rows[shard], start, self.column, suffixes)
+
+    def _first_of(self, shard: int, count: int) -> Iterator[bytes]:
+        """Yield the first encoded images of a shard, fewer if it breaks off."""
+        with suppress(ShardLost):
+            yield from (one.content for one in islice(self.members_of(shard), count))
 
     def describe(self, index: int) -> str:
         """Return the shard of an unusable image, and which of its images it is."""
@@ -78,22 +90,26 @@ class ShardStream(ImageStream):
             )
 
 
-def load_shards(pattern: str, column: str = "") -> ShardStream:
+def load_shards(
+    pattern: str, column: str = "", num_channels: int | None = None, pages: str | None = None
+) -> ShardStream:
     """Return a stream over the shards that a pattern names.
 
     Args:
         pattern: As of `list_shards`.
         column: Of images in tables, as of `parquet_members`.
+        num_channels: As of `ImageStream`.
+        pages: The same.
 
     Raises:
         InputError: None, none with an image among the first of them, or missing credentials.
     """
     shards = list_shards(pattern)
-    stream = ShardStream(pattern.rsplit("/", 1)[-1], shards, column)
+    stream = ShardStream(pattern.rsplit("/", 1)[-1], shards, column, num_channels=num_channels, pages=pages)
     reason = "no image in them"
     for index in range(min(TRIED_FIRST, len(shards))):
         try:
-            next(members(shards[index], column=column))
+            next(stream.members_of(index))
         except StopIteration:
             continue
         except ShardLost as error:
@@ -164,7 +180,7 @@ class Lane:
     def _blocks(self, shard: int, ahead: int) -> Iterator[list[Member]]:
         """Yield the images that are read ahead together; the first are as many as they were before a checkpoint."""
         found: list[Member] = []
-        reading = members(self.stream.rows[shard], self.offset, self.stream.column)
+        reading = self.stream.members_of(shard, self.offset)
         while True:
             wanted = self.length or ahead
             try:

@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -218,31 +218,34 @@ class _Header(tarfile.TarInfo):
             raise ShardLost("damaged", f"a header is broken ({error})") from error
 
 
-def members(name: str, start: int = 0, column: str = "") -> Iterator[Member]:
+def members(
+    name: str, start: int = 0, column: str = "", suffixes: Collection[str] = IMAGE_SUFFIXES
+) -> Iterator[Member]:
     """Yield the images of a shard from one of them on.
 
     Args:
         name: Path or address.
         start: The `offset` of an image.
         column: Of images in a table, as of `parquet_members`.
+        suffixes: Of a tar's files that are images, in small letters.
 
     Raises:
         ShardLost: The rest cannot be read.
         InputError: Credentials are missing, or a library.
     """
     if name.lower().endswith(".tar"):
-        return _tar_members(name, start)
+        return _tar_members(name, start, suffixes)
     from hf_vicreg.training.images.files.parquet_shards import parquet_members
 
     return parquet_members(name, start, column)
 
 
-def _tar_members(name: str, start: int) -> Iterator[Member]:
+def _tar_members(name: str, start: int, suffixes: Collection[str]) -> Iterator[Member]:
     file = ShardFile(name, start)
     try:
         with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:  # type: ignore[call-overload]
             for member in tar:
-                if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGE_SUFFIXES:
+                if member.isfile() and os.path.splitext(member.name)[1].lower() in suffixes:
                     content = tar.extractfile(member)
                     yield Member(start + member.offset, b"" if content is None else content.read())
                 tar.members = []  # it would remember them all

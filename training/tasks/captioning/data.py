@@ -7,6 +7,7 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.order import alike
 from hf_vicreg.training.tasks.arguments import CaptioningArguments
 from hf_vicreg.training.tasks.classification.data import image_size_of, pixel_values
 from hf_vicreg.training.tasks.data import AnnotatedImages, TargetViews, load_annotated
@@ -61,7 +62,7 @@ def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     if len(found) < len(samples):
         return None
     return {
-        "crops": torch.stack([sample["crop"] for sample in found])[:, None],
+        "crops": torch.stack(alike([sample["crop"] for sample in found]))[:, None],
         "colours": torch.stack([sample["colours"] for sample in found])[:, None],
         "labels": padded([sample["labels"] for sample in found]),
     }

@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor
 
 from hf_vicreg.training.evaluation.arguments import TuningArguments
 from hf_vicreg.training.images.colour import finish_views
-from hf_vicreg.training.images.order import MAX_SUBSTITUTES, StepSampler
+from hf_vicreg.training.images.order import MAX_SUBSTITUTES, StepSampler, alike
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.run.arguments import ViewsConfig
@@ -85,7 +85,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         some = [sample for sample in samples if sample["kind"] == kind]
         if some and all(sample["crops"] is not None for sample in some):
             batch[kind] = {
-                "crops": torch.stack([sample["crops"] for sample in some]),
+                "crops": torch.stack(alike([sample["crops"] for sample in some])),
                 "colours": torch.stack([sample["colours"] for sample in some]),
                 "labels": torch.tensor([sample["label"] for sample in some]),
             }
