@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 from hf_vicreg._version import __version__
-from hf_vicreg.training.errors import InputError, blamed_on, log_to_stderr, place_for
+from hf_vicreg.training.errors import InputError, blamed_on, log_to_stderr, place_for, tell
 from hf_vicreg.training.launch.meeting import end_with
+
+OF_SEVERAL = ("finetune", "evaluate", "embed", "convert")  # verbs that a launcher may start as several processes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = parsed.run(parsed)
     except InputError as error:
-        return end_with(error)
+        if given[0] in OF_SEVERAL:
+            return end_with(error)
+        tell(error)
+        return 2
     return code or 0
 
 
@@ -339,6 +344,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         named = ": " + ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "") if skipped else ""
         print(f"{split}: {images:,} images stored, {len(skipped):,} unreadable skipped{named}")
     channels = f" --model.num_channels {arguments.num_channels}" if arguments.num_channels not in (None, 3) else ""
+    channels += " --normalisation percentile" * (not channels and done.measured)
     print(f"\nTo train on them: --dataset_name {arguments.out}{channels}")
 
 

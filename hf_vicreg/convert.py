@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 
 from hf_vicreg.drift import Drift, feature_drift, pictures_of, pixels_of
+from hf_vicreg.model_cards.shipped import located
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.dense_weights import load_source
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
@@ -119,6 +120,7 @@ def convert(
     if attention_type not in ("original_full", "block_sparse"):
         raise InputError(f"`attention_type`: expected 'original_full' or 'block_sparse', got {attention_type!r}.")
     with blamed_on("SOURCE", f"expected a model's folder or Hub id, got {str(source)!r}"):
+        source = located(os.fspath(source))
         config = AutoConfig.from_pretrained(source)
     with_head = config.architectures == ["ViTForImageClassification"]
     with blamed_on("SOURCE"):

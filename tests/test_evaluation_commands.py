@@ -167,6 +167,16 @@ def test_an_encoder_of_the_package_is_called_by_its_name_unless_a_folder_is(work
     assert stored["model"]["name"] == "digits"
     assert stored["model"]["weights"] == weights_digest(hf_vicreg.load("digits"))
     assert main(["inspect", "cost", "digits"]) == 0
+    flags = [
+        "--dataset_name",
+        "my_labelled_images",
+        "--max_steps",
+        "1",
+        "--output_dir",
+        "new_digits",
+        "--from_scratch",
+    ]
+    assert main(["finetune", "classification", "digits", *flags]) == 0
     monkeypatch.chdir(workplace / "my_labelled_images")
     (workplace / "my_labelled_images" / "digits").symlink_to(workplace / "runs" / "mine")
     assert load_vision_encoder("digits").model.config.hidden_size == 32

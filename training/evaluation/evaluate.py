@@ -1,5 +1,6 @@
 """`hf-vicreg evaluate knn`, `linear` and `retrieval`: load, extract, measure, show, store."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -143,10 +144,11 @@ def results_folder(model: str, output_dir: str | None) -> Path:
     new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for one in new:
-            one.rmdir()
     except OSError as error:
         raise InputError(f"`output_dir`: expected a folder to write to, cannot make {folder}: {error}.") from error
+    with contextlib.suppress(OSError):  # another evaluation has begun in one of them
+        for one in new:
+            one.rmdir()
     read_results(folder)
     return folder
 

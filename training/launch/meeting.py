@@ -32,13 +32,14 @@ def meet() -> None:
     """
     if not _of_several() or "met" in _kept:
         return
-    store = _store(PATIENCE_S)
     try:
+        store = _store(PATIENCE_S)
         store.add(COME, 1)
-        _wait(
+        if not _wait(
             lambda: store.add(COME, 0) >= _number("WORLD_SIZE") or store.check([REFUSED]),
-            time.monotonic() + PATIENCE_S,  # torch tells of those that never come
-        )
+            time.monotonic() + PATIENCE_S,
+        ):
+            raise RelayedError(f"not all {_number('WORLD_SIZE')} processes have come within {PATIENCE_S:.0f} s.")
         reason = store.get(REFUSED).decode() if store.check([REFUSED]) else None
     except RuntimeError as error:
         raise RelayedError("the first process ended before all had come; what it printed says why.") from error

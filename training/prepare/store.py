@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,7 +28,8 @@ from hf_vicreg.training.run.places import is_image_folder
 
 logger = logging.getLogger(__name__)
 
-IMAGES_A_SHARD, CHANNELS_A_SHARD = 2000, 200  # the latter are larger, and not shrunk
+IMAGES_A_SHARD, CHANNELS_A_SHARD = 2000, 32  # the latter are larger, and not shrunk
+IMAGES_A_GROUP, BYTES_A_GROUP = 100, 2**28  # `datasets` reads a row group at once, and not more than 2 GiB
 SIZE = 256  # pixels
 IMAGES_A_BATCH = 16  # between processes
 JPEG_QUALITY = 90
@@ -44,10 +46,12 @@ class Prepared:
     Attributes:
         images: Stored images by split.
         skipped: Images of each split that are corrupt or missing, by what a user finds them by.
+        measured: Whether training has to measure their normalisation: they are not of 8 bits.
     """
 
     images: dict[str, int]
     skipped: dict[str, list[str]]
+    measured: bool = False
 
 
 def prepare(
@@ -103,6 +107,8 @@ def prepare(
     if num_proc is None:
         num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     prepared = Prepared({}, {})
+    if isinstance(train, ChannelSource):
+        prepared.measured = any(one.dtype != np.uint8 for one in _corners(train))
     for name, images in splits.items():
         small = EncodedChannels(images) if isinstance(images, ChannelSource) else _Resized(images, size or SIZE)
         skipped = _write_split(images, small, name, out, each, num_proc)
@@ -111,6 +117,12 @@ def prepare(
         if not prepared.images[name]:
             raise InputError(f"`source`: expected readable images in {images.name}, all {len(images)} are corrupt.")
     return prepared
+
+
+def _corners(images: ChannelSource) -> list[np.ndarray]:
+    """Return a pixel of some images each."""
+    found = [images.read(index) for index in images.sampled()[:16]]
+    return [one.crop((0, 0, 1, 1)) for one in found if one is not None]
 
 
 def _open_folder(out: Path, record: dict[str, Any]) -> None:
@@ -123,7 +135,10 @@ def _open_folder(out: Path, record: dict[str, Any]) -> None:
         except (OSError, ValueError):
             raise InputError(f"`out`: expected a new or empty folder, {out} holds something else.") from None
         if found != record:
-            raise InputError(f"`out`: {out} was begun from other images or with another size; choose another folder.")
+            raise InputError(
+                f"`out`: {out} was begun from other images or with another size, window or channels; choose another "
+                "folder."
+            )
         remove_unfinished(out)
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -160,20 +175,22 @@ def _write_split(
     )
     resized = (entry for batch in loader for entry in batch)
     for path, indices in todo:
-        rows, own_skipped = [], []
+        rows, own_skipped, largest = [], [], 1
         for index in indices:
             encoded = next(resized)
             if encoded is None:
                 own_skipped.append(index)
             else:
                 label = {} if source.labels is None else {"label": source.labels[index]}
+                largest = max(largest, len(encoded))
                 rows.append({"image": {"bytes": encoded, "path": None}} | label)
             done += 1
             progress.update(done)
         metadata = features.metadata | {b"skipped": json.dumps(own_skipped).encode()}
         table = pyarrow.Table.from_pylist(rows, schema=features.with_metadata(metadata))
         # images are compressed already; small row groups let a stream be shuffled without reading a whole shard
-        write_whole(path, partial(pyarrow.parquet.write_table, table, row_group_size=100, compression="none"))
+        group = max(1, min(IMAGES_A_GROUP, BYTES_A_GROUP // largest))
+        write_whole(path, partial(pyarrow.parquet.write_table, table, row_group_size=group, compression="none"))
         skipped += own_skipped
     progress.close()
     return sorted(skipped)

@@ -56,6 +56,8 @@ def stored_features(folder: Path, source: ImageSource) -> torch.Tensor:
     indices, values = embedded_rows(folder)
     kept = indices < len(source)
     indices, values = indices[kept], values[kept]
+    if not len(indices):
+        raise InputError(f"`{FIELD}`: expected features of these images in {folder}, found none; check the images.")
     found = values.mean(0).repeat(len(source), 1)
     found[indices] = values
     if len(indices) < len(source):

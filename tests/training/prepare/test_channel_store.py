@@ -1,6 +1,7 @@
 """`hf-vicreg prepare --num_channels --window`: the pixels of the files, windows that hold something, trained on."""
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tifffile
 
@@ -8,6 +9,7 @@ from hf_vicreg.cli import main
 from hf_vicreg.modeling.channel_files import open_channels
 from hf_vicreg.training.images.channels.channel_source import as_channels
 from hf_vicreg.training.images.sources import load_sources
+from hf_vicreg.training.prepare import store as module
 from hf_vicreg.training.prepare.channel_store import encoded
 from hf_vicreg.training.prepare.store import prepare
 
@@ -35,7 +37,7 @@ def slide(path, size=(100, 150), channels=2, *, seed=0):
     return pixels.transpose(1, 2, 0)
 
 
-def test_windows_that_hold_something_are_stored_and_trained_on(tmp_path, capsys):
+def test_windows_that_hold_something_are_stored_and_trained_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "slides").mkdir()
     pixels = [slide(tmp_path / "slides" / f"{seed}.tif", seed=seed) for seed in range(3)]
     (tmp_path / "slides" / "damaged.tif").write_bytes(b"II*\x00 and no more")
@@ -48,6 +50,13 @@ def test_windows_that_hold_something_are_stored_and_trained_on(tmp_path, capsys)
     windows = [one[top : top + 50, left : left + 50] for one in pixels for top in (0, 50) for left in (0, 50, 100)]
     expected = [one for index, one in enumerate(windows) if index % 6]
     assert all(np.array_equal(one, other) for one, other in zip(stored(out, 2), expected, strict=True))
+    # a row group is read at once, and may not hold more than 2 GiB
+    monkeypatch.setattr(module, "BYTES_A_GROUP", 8_000)
+    assert main(["prepare", str(tmp_path / "slides"), str(tmp_path / "small"), *flags]) == 0
+    groups = pyarrow.parquet.ParquetFile(next((tmp_path / "small").glob("*.parquet")))
+    largest = max(len(one.as_py()["bytes"]) for one in groups.read()["image"])
+    assert groups.num_row_groups >= 15 // max(1, 8_000 // largest) > 1
+    assert len(stored(tmp_path / "small", 2)) == 15
     # the same again, and another run's folder refused
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert main(["prepare", str(tmp_path / "slides"), str(out), *flags]) == 0
@@ -68,6 +77,10 @@ def test_images_of_eight_bits_in_three_colours_stay_pictures(tmp_path):
     assert done.images == {"train": 4}
     source, _ = load_sources(dataset_name=str(tmp_path / "out"))
     assert np.array_equal(np.asarray(source.read(1)), pixels[:30, 10:])  # read as photographs are
+    assert not done.measured
+    (tmp_path / "deeper").mkdir()
+    tifffile.imwrite(tmp_path / "deeper" / "one.tif", pixels.astype(np.uint16), photometric="rgb")
+    assert prepare(tmp_path / "deeper", tmp_path / "deep", window=30, num_proc=1).measured
 
 
 @pytest.mark.parametrize(

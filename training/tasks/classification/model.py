@@ -8,6 +8,7 @@ from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
+from hf_vicreg.model_cards.shipped import located
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig
 from hf_vicreg.training.errors import InputError
@@ -37,7 +38,9 @@ def build_classifier(name: str, class_names: Sequence[str], *, from_scratch: boo
     set_seed(seed)
     try:
         if from_scratch:
-            return AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name, **labels))
+            return AutoModelForImageClassification.from_config(
+                AutoConfig.from_pretrained(located(name), trust_remote_code=False, **labels)
+            )
         model, info = load_weights(AutoModelForImageClassification, name, ignore_mismatched_sizes=True, **labels)
     except (OSError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]

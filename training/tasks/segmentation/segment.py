@@ -44,6 +44,8 @@ def segment(model_name: str, images: Sequence[str], output: str) -> None:
     segmenter, processor = load_segmenter(model_name)
     if ranges_of(processor)[0] is None:  # of RGB: what else lies in a folder is not meant
         paths = [path for path in paths if path in images or _is_picture(path)]
+        if not paths:
+            raise InputError("`IMAGE`: expected image files of 8-bit RGB, which this segmenter takes, found none.")
     names = [Path(path).stem for path in paths]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
