@@ -26,6 +26,21 @@ digits) pretrain digits --config digits --output_dir "$OUT/digits" "$@" ;;
 cifar10_cpu)
     images CIFAR10
     pretrain "$CIFAR10" --config cifar10_cpu --output_dir "$OUT/cifar10_cpu" "$@" ;;
+cifar10_cpu_long)
+    images CIFAR10
+    pretrain "$CIFAR10" --config cifar10_cpu_long --output_dir "$OUT/cifar10_cpu_long" "$@"
+    for what in knn linear; do
+        "$PYTHON" -m hf_vicreg.cli evaluate "$what" "$OUT/cifar10_cpu_long" --dataset_name "$CIFAR10"
+    done ;;
+student)
+    images CIFAR10
+    half=(--config cifar10_cpu --model.hidden_size 64 --model.num_attention_heads 2 --model.intermediate_size 192)
+    for seed in 0 1 2; do
+        pretrain "$CIFAR10" "${half[@]}" --seed "$seed" --max_steps 914 --knn_every_epochs 0 --ema_decay 0.99 \
+            --output_dir "$OUT/student/alone-seed$seed" "$@"
+        pretrain "$CIFAR10" "${half[@]}" --seed "$seed" --max_steps 706 --knn_every_epochs 0 --teacher cifar10_cpu \
+            --output_dir "$OUT/student/taught-seed$seed" "$@"
+    done ;;
 attention) "$PYTHON" -m benchmarks.attention --out "$OUT/attention.json" --plot "$OUT/attention.png" "$@" ;;
 vicreg_loss) "$PYTHON" -m benchmarks.vicreg_loss --repeats 3 --out "$OUT/vicreg_loss.json" --plot "$OUT/vicreg_loss.png" "$@" ;;
 throughput) "$PYTHON" -m benchmarks.throughput --threads 2 --out "$OUT/throughput.json" "$@" ;;

@@ -16,7 +16,8 @@ def load(name: str) -> "PreTrainedModel":
     its card.
 
     Args:
-        name: `digits` or `cifar10_cpu`; what is on the Hub or in a folder of yours, `AutoModel.from_pretrained` loads.
+        name: `digits`, `cifar10_cpu` or `cifar10_cpu_long`; what is on the Hub or in a folder of yours,
+            `AutoModel.from_pretrained` loads.
 
     Raises:
         ValueError: There is no such encoder.

@@ -65,7 +65,8 @@ def test_every_command_has_known_flags(name, tmp_path):
         if flags[0] == "pretrain":
             given = parse_flags(flags[1:])
             given["data"] = str(tmp_path)  # some are made on the way
-            assert explicit_settings(given)["output_dir"] == str(tmp_path / "out" / name)
+            folder = Path(explicit_settings(given)["output_dir"])
+            assert tmp_path / "out" / name in (folder, folder.parent)
         elif module == "hf_vicreg.cli":
             build_parser().parse_args(flags)
         else:

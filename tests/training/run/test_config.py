@@ -23,7 +23,7 @@ def test_every_recipe_resolves_and_is_sparse(name):
 
 
 def test_recipes_that_come_with_the_package():
-    assert recipe_names() == ["cifar10_cpu", "cifar10_gpu", "digits", "imagenet_small_patch16"]
+    assert recipe_names() == ["cifar10_cpu", "cifar10_cpu_long", "cifar10_gpu", "digits", "imagenet_small_patch16"]
 
 
 def test_flags_override_the_recipe_which_overrides_defaults():
