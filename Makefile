@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 # pip speaks of what it leaves alone and setuptools of what will change in it; errors still show, and fail.
+PLAINLY := PYTHONWARNINGS=ignore
 QUIETLY := 2>&1 | { grep -vE "^WARNING: |^ *\[notice\]|^\[notice\]|^ *$$" || true; }
 SHELL   := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -18,8 +19,8 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist wor
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip $(QUIETLY)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(QUIETLY)
+	$(PLAINLY) $(BIN)/python -m pip install --quiet --upgrade pip $(QUIETLY)
+	$(PLAINLY) $(BIN)/python -m pip install --quiet --editable '.[dev]' $(QUIETLY)
 	touch $@
 
 # Pretrains on scikit-learn's digits (no download, under 3 minutes on 2 cores) and compares k-NN accuracies.
@@ -48,7 +49,7 @@ test-rounding: $(VENV)/.installed
 # a published model where the package is not.
 test-package: $(VENV)/.installed
 	rm -rf build dist
-	$(BIN)/python -m build --quiet . $(QUIETLY)
+	$(PLAINLY) $(BIN)/python -m build --quiet . $(QUIETLY)
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python tests/package/check_wheel.py dist
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:xdist -m slow -k linked tests/hub/test_loading.py

@@ -4,9 +4,12 @@
 mapping below is what makes editable installs and wheels hold the real folders once.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 ROOMS = ("modeling", "training", "model_cards")
+CARDS = sorted(path.parent.name for path in Path(__file__).parent.glob("model_cards/*/config.json"))
 
 setup(
     packages=[
@@ -24,7 +27,7 @@ setup(
         for package in [room, *(f"{room}.{nested}" for nested in find_packages(room))]
     ]
     # data alone, but setuptools wants every folder named
-    + ["hf_vicreg.training.recipes"],
+    + ["hf_vicreg.training.recipes", *(f"hf_vicreg.model_cards.{name}" for name in CARDS)],
     package_dir={"hf_vicreg": "hf_vicreg", **{f"hf_vicreg.{room}": room for room in ROOMS}},
     package_data={
         "hf_vicreg": ["py.typed"],
@@ -33,6 +36,7 @@ setup(
         "hf_vicreg.hub_space": ["*.css", "*.html", "*.js", "Dockerfile"],
         "hf_vicreg.training.recipes": ["*.yaml"],
         "hf_vicreg.training.launch": ["*.yaml", "*.sh"],
-        "hf_vicreg.model_cards": ["*.md", "*/README.md", "*/*.json", "*/*.safetensors"],
+        "hf_vicreg.model_cards": ["*.md"],
+        **{f"hf_vicreg.model_cards.{name}": ["README.md", "*.json", "*.safetensors"] for name in CARDS},
     },
 )

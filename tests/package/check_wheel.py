@@ -25,6 +25,7 @@ NEEDED = [
     "hf_vicreg/model_cards/template.md",
     "hf_vicreg/model_cards/digits/model.safetensors",
     "hf_vicreg/model_cards/cifar10_cpu/model.safetensors",
+    "hf_vicreg/model_cards/cifar10_cpu_long/config.json",
     "hf_vicreg/modeling/modeling_vicreg.py",
 ]
 FLAGS = ["--config", "digits", "--max_steps", "20", "--max_train_samples", "320", "--batch_size", "16"]
