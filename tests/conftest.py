@@ -113,6 +113,17 @@ def image_folder(tmp_path):
 
 
 @pytest.fixture
+def one_core():
+    """All processes keep to one core: their threads, of which there are as many as cores, sum in one order."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("needs sched_setaffinity")
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+@pytest.fixture
 def free_port():
     """A port that was free a moment ago."""
     with socket.socket() as probe:

@@ -1,7 +1,6 @@
 """Several machines, as several `accelerate launch` on this one: they train as one does, resume, and end together."""
 
 import json
-import os
 import shutil
 import socket
 import sys
@@ -19,17 +18,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]  # test_meeting.py has 
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 FILES = Path(__file__).resolve().parents[2] / "training" / "launch"
 STEPS, EVERY = 6, 3  # of four steps an epoch
-
-
-@pytest.fixture
-def one_core():
-    """All processes keep to one core: their threads, of which there are as many as cores, sum in one order."""
-    if not hasattr(os, "sched_setaffinity"):
-        pytest.skip("needs sched_setaffinity")
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    yield
-    os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture

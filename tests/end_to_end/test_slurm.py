@@ -42,17 +42,6 @@ esac
 
 
 @pytest.fixture
-def one_core():
-    """All processes keep to one core: their threads, of which there are as many as cores, sum in one order."""
-    if not hasattr(os, "sched_setaffinity"):
-        pytest.skip("needs sched_setaffinity")
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    yield
-    os.sched_setaffinity(0, cores)
-
-
-@pytest.fixture
 def submit(tmp_path, run_process, tiny_recipe):
     """Returns a function that starts the script, as SLURM does for a new job and for one that was queued again."""
     recipe = tiny_recipe | {"dataset_name": "digits", "max_train_samples": 64, "batch_size": 16, "max_steps": STEPS}

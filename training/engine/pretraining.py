@@ -166,7 +166,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
     def record(self, outcome: VicRegOutput) -> dict[str, float]:
         """Return the loss and its parts, and the health of embeddings and representations."""
         parts = outcome if outcome.parts is None else outcome.parts
-        found = {part: parts[part].item() for part in (*self.parts, "teacher_error", "image_pair") if part in parts}
+        beside = [name for name in ("teacher_error", "image_pair") if name in parts]
+        found = {part: parts[part].item() for part in (*self.parts, *beside)}
         health = measure_health(outcome, self.process_group, unit_sphere=self.objective.unit_sphere)
         return {"loss": outcome["loss"].item()} | found | health
 
