@@ -21,6 +21,7 @@ from hf_vicreg.training.planner.schedule import words
 MAX_DENSITY = 0.6
 MIN_IMAGES = 16
 SMALL = 128  # width of an encoder
+SMALL_CELLS = 8  # a side, of the first rungs
 MAX_EPOCHS = 1000  # beyond that a small set of images teaches nothing new
 EVENING_SECONDS = 3 * 3600.0
 FLOPS_PER_SECOND = {"cpu": 35e9, "cuda": 25e12, "mps": 1e12}  # of training, for each core of a CPU
@@ -162,7 +163,13 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
     """Fill image size, patches and the pattern of attention, sparse on its own grid."""
     model = made.settings.setdefault("model", {})
     if made.settings.get("views", {}).get("image_size") is None:
-        side = made.fill("model.image_size", side, _why_side(side, images))
+        why = _why_side(side, images)
+        if side <= 64 and cells == SMALL_CELLS and model.get("image_size") is None:
+            # a crop of a fifth to all of an image has 0.6 of its pixels on average, 0.77 of its side: the rest of a
+            # larger view is interpolated
+            why = f"three quarters of the images' {side}, as their crops have"
+            side, cells = side * 3 // 4, cells * 3 // 4
+        side = made.fill("model.image_size", side, why)
     else:
         side = made.settings["views"]["image_size"]
         model.setdefault("image_size", side)
@@ -188,8 +195,9 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
 def _sparse_tile(model: dict[str, Any]) -> tuple[Any, int]:
     """Return tile and number of random tiles: the largest tile whose density is at most `MAX_DENSITY`."""
     tiles = [model["tile_size"]] if "tile_size" in model else [8, 4, 2, 1]
-    links = [model["num_random_blocks"]] if "num_random_blocks" in model else [3, 2]
     for tile in tiles:
+        links = [8, 7, 6, 5, 4, 3, 2] if tile == 1 else [3, 2]  # many links to single patches cost little
+        links = [model["num_random_blocks"]] if "num_random_blocks" in model else links
         for count in links:
             if density(model | {"tile_size": tile, "num_random_blocks": count}) <= MAX_DENSITY:
                 return tile, count
