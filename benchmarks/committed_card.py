@@ -4,6 +4,7 @@
 
 Beside the card lie weights, configuration and image processor, `results.json`, `recipe.yaml`, the pictures and
 `log.jsonl`; code does not. Tests make each committed card again from these and compare, and measure the weights.
+Weights of more than 6 MB are stored in half precision, and load in the precision of `config.json`.
 """
 
 import argparse
@@ -12,13 +13,24 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from hf_vicreg.publishing.staging import stage
 from hf_vicreg.training.monitor.run_log import read_log
 
 LICENSE = "apache-2.0"  # the repository's own
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 EVIDENCE = ("README.md", "results.json", "recipe.yaml")
+LARGEST = 6_000_000  # bytes of weights
 MODEL = ("config.json", "model.safetensors", "preprocessor_config.json")
+
+
+def halve(path: Path) -> None:
+    """Store weights in fp16."""
+    with safe_open(path, "pt") as stored:
+        metadata = stored.metadata()
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, metadata)
 
 
 def main() -> None:
@@ -33,6 +45,8 @@ def main() -> None:
         staged = stage(arguments.run, Path(scratch), repo=arguments.repo, license=LICENSE)
         for name in [*EVIDENCE, *MODEL, *staged.facts.pictures]:
             shutil.copyfile(staged.folder / name, folder / name)
+    if (folder / "model.safetensors").stat().st_size > LARGEST:
+        halve(folder / "model.safetensors")
     log = read_log(arguments.run / "log.jsonl")
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     print(f"written to {folder}")
