@@ -70,6 +70,9 @@ planted)
 nuclei)
     images NUCLEI
     pretrain "$NUCLEI" --image_column_name image --config benchmarks/nuclei.yaml --output_dir "$OUT/nuclei" "$@"
+    "$PYTHON" -m hf_vicreg.cli evaluate dense "$OUT/nuclei" --dataset_name "$NUCLEI" --image_column_name image \
+        --mask_column_name instances --instances --image_height 128 --image_width 128 --max_train_samples 100 \
+        --max_test_samples 30
     for seed in 0 1 2; do
         for start in "" --from_scratch; do
             "$PYTHON" -m hf_vicreg.cli finetune segmentation "$OUT/nuclei" --dataset_name "$NUCLEI" --image_column_name image \

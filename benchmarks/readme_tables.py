@@ -30,6 +30,8 @@ def encoders() -> str:
     for path in sorted((ROOT / "model_cards").glob("*/results.json"), key=lambda one: one.parent.name, reverse=True):
         results, recipe = json.loads(path.read_text()), yaml.safe_load(path.with_name("recipe.yaml").read_text())
         accuracy = results["knn_accuracy"]
+        if not accuracy:  # of images without labels
+            continue
         rows.append(
             (
                 f"{results['num_images']:,} {IMAGES[results['dataset']]}",

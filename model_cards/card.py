@@ -22,7 +22,15 @@ from hf_vicreg.model_cards.dual import DUAL_CODE, DUAL_IMPORTS, DUAL_LOCAL_CODE,
 from hf_vicreg.model_cards.escaping import code, code_block, one_line, prose, python_string
 from hf_vicreg.model_cards.merging import BEGIN, END, SECTIONS
 from hf_vicreg.model_cards.multitask import HEADS_NOTE, about_tasks, multitask_record, tasks_table
-from hf_vicreg.model_cards.results import MISSING, count, evaluation_results, evaluations_table, figure, knn_table
+from hf_vicreg.model_cards.results import (
+    MISSING,
+    count,
+    dense_tables,
+    evaluation_results,
+    evaluations_table,
+    figure,
+    knn_table,
+)
 from hf_vicreg.model_cards.schema import (
     HUB_ID,
     LICENSE,
@@ -286,6 +294,7 @@ def _results(facts: CardFacts) -> Iterator[str]:
         yield from knn_table(facts.results, facts.dataset, second_encoder=facts.has_second_encoder)
     elif facts.is_classifier and not facts.results.get("evaluations"):
         yield f"Accuracy on held-out images: {MISSING}."
+    yield from dense_tables(facts.results)
     yield from evaluations_table(facts.results)
     if "neighbours.png" in facts.pictures:
         yield "\n![Held-out images and their nearest neighbours](neighbours.png)"

@@ -22,6 +22,8 @@ COMMANDS = {
     "finetune_captioning": "finetune captioning",
     "finetune_multitask": "finetune multitask",
 }
+WAYS = (("knn", "k-NN"), ("linear", "linear"))  # of reading a class off a patch's features
+MASK_METRICS = (("mean_iou", "mIoU"), ("dice", "Dice"))
 METADATA_TASKS = ("knn", "linear", "finetune_classification")  # of which accuracies go into the card's metadata
 
 
@@ -39,8 +41,12 @@ def count(measured: dict[str, Any], key: str) -> str:
 def knn_table(results: dict[str, Any], dataset: str, *, second_encoder: bool) -> Iterator[str]:
     """Yield lines of the table of the run's own k-NN accuracies."""
     knn = results.get("knn_accuracy") or {}
+    if not knn:
+        if not results.get("evaluations"):  # else there is something to show
+            yield f"k-NN accuracy on held-out images: {MISSING}."
+        return
     rows = [("raw pixels", "raw_pixels"), ("untrained encoder", "untrained"), ("**this encoder**", "trained")]
-    if "raw_trained" in (results.get("knn_accuracy") or {}):
+    if "raw_trained" in knn:
         rows.append(("its weights, not averaged", "raw_trained"))
     if second_encoder:
         rows += [("second encoder, untrained", "second_untrained"), ("**second encoder**", "second_trained")]
@@ -48,17 +54,34 @@ def knn_table(results: dict[str, Any], dataset: str, *, second_encoder: bool) ->
     yield "| --- | --- |"
     for words, key in rows:
         yield f"| {words} | {figure(knn, key, '.3f')} |"
-    yield ""
-    if knn:
+    yield (
+        f"\nk-NN by cosine similarity: {count(results, 'knn_test_samples')} held-out images of {code(dataset)} "
+        f"against {count(results, 'knn_train_samples')} labelled ones, measured by the training command below."
+    )
+
+
+def dense_tables(results: dict[str, Any]) -> Iterator[str]:
+    """Yield lines of a table for each evaluation by the tokens of patches; none if there were none."""
+    rows = [("raw pixels", "pixels_"), ("untrained encoder", "untrained_"), ("**this encoder**", "")]
+    metrics = [(f"{way}_{key}", f"{words}, {name}") for way, words in WAYS for key, name in MASK_METRICS]
+    for one in results.get("evaluations") or []:
+        if one.get("task") != "dense":
+            continue
+        data, found = one.get("data") or {}, one.get("metrics") or {}
+        images = f"{count(data, 'num_test')} test images of {code(data.get('dataset') or MISSING)}"
+        yield f"\n| patch features | {' | '.join(words for _, words in metrics)} |"
+        yield f"| --- |{' --- |' * len(metrics)}"
+        for words, prefix in rows:
+            yield f"| {words} | {' | '.join(figure(found, prefix + key, '.3f') for key, _ in metrics)} |"
         yield (
-            f"k-NN by cosine similarity: {count(results, 'knn_test_samples')} held-out images of {code(dataset)} "
-            f"against {count(results, 'knn_train_samples')} labelled ones, measured by the training command below."
+            f"\nMasks of {images} by the features of patches alone, "
+            f"learned from {count(data, 'num_train')} images with masks: {code(_command(one))}"
         )
 
 
 def evaluations_table(results: dict[str, Any]) -> Iterator[str]:
-    """Yield lines of the table of evaluations that were made afterwards; none if there were none."""
-    evaluations = results.get("evaluations") or []
+    """Yield lines of the table of other evaluations that were made afterwards; none if there were none."""
+    evaluations = [one for one in results.get("evaluations") or [] if one.get("task") != "dense"]
     if evaluations:
         yield "\n| evaluation | data | figures | command |"
         yield "| --- | --- | --- | --- |"
@@ -103,6 +126,9 @@ def _command(evaluation: dict[str, Any]) -> str:
     task, data = str(evaluation.get("task")), evaluation.get("data") or {}
     flags = {"dataset_name": data.get("dataset"), "dataset_config_name": data.get("config")}
     flags |= {key: data.get(key) for key in ("train_split", "test_split")} | (evaluation.get("settings") or {})
+    if task == "dense":
+        flags |= {f"{key}_column_name": data.get(f"{key}_column") for key in ("image", "mask")}
+        flags |= {f"max_{key}_samples": data.get(f"num_{key}") for key in ("train", "test")}
     if task == "finetune_multitask":  # which data is said in the file, for each task
         flags = evaluation.get("settings") or {}
     words = ["hf-vicreg", *COMMANDS.get(task, task).split(), "TASKS.yaml" if task == "finetune_multitask" else "MODEL"]

@@ -14,6 +14,7 @@ from hf_vicreg.cli import main
 from hf_vicreg.weights import FOLDER, names
 
 CIFAR10 = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
+NUCLEI = CIFAR10.with_name("nuclei")
 # k-NN of the card, its images and how many of them; the large one takes half a minute
 MEASURED = {
     "digits": ("digits", []),
@@ -37,11 +38,13 @@ def test_every_encoder_is_small_has_a_card_and_loads_both_ways():
         assert not model.training
         assert model.dtype == same.dtype == torch.float32, "weights may be stored in half precision, and load in full"
         assert torch.equal(model(**inputs).pooler_output, same.eval()(**inputs).pooler_output)
-        trained = json.loads((folder / "results.json").read_text())["knn_accuracy"]["trained"]
+        results = json.loads((folder / "results.json").read_text())
+        dense = [one["metrics"]["knn_dice"] for one in results.get("evaluations", []) if one["task"] == "dense"]
+        trained = results["knn_accuracy"].get("trained") or dense[0]
         assert f"{trained:.3f}" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one != "digits")) for one in names()])
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one != "digits")) for one in MEASURED])
 def test_an_encoder_has_the_accuracy_of_its_card(name, tmp_path):
     data, flags = MEASURED[name]
     if name.startswith("cifar10") and not CIFAR10.is_dir():
@@ -54,6 +57,21 @@ def test_an_encoder_has_the_accuracy_of_its_card(name, tmp_path):
     (found,) = (one["metrics"]["accuracy_k20"] for one in stored)
     expected, count = results["knn_accuracy"]["trained"], results["knn_test_samples"]
     assert found == pytest.approx(expected, abs=math.sqrt(expected * (1 - expected) / count))
+
+
+@pytest.mark.slow
+def test_an_encoder_of_images_without_labels_has_the_masks_of_its_card(tmp_path):
+    if not NUCLEI.is_dir():
+        pytest.skip("needs the images of nuclei in ../shared/data/nuclei")
+    folder = tmp_path / "nuclei"
+    shutil.copytree(FOLDER / "nuclei", folder)
+    (card,) = json.loads((folder / "results.json").read_text())["evaluations"]
+    given = card["settings"] | {f"max_{one}_samples": card["data"][f"num_{one}"] for one in ("train", "test")}
+    flags = [word for key, value in given.items() for word in (f"--{key}", str(value).lower())]
+    columns = ["--image_column_name", "image", "--mask_column_name", "instances"]
+    main(["evaluate", "dense", str(folder), "--dataset_name", str(NUCLEI), *columns, *flags])
+    found = json.loads((folder / "results.json").read_text())["evaluations"][-1]["metrics"]
+    assert found == pytest.approx(card["metrics"], abs=0.01)
 
 
 def test_an_unknown_name_is_told_what_there_is():

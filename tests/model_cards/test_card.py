@@ -130,6 +130,19 @@ def test_a_card_without_log_or_results_measures_nothing():
     assert [one for name in ("about", "results", "training") for one in figures(section(card, name))] == []
 
 
+def test_images_without_labels_have_no_table_of_accuracies():
+    results = RESULTS | {"knn_accuracy": {}}
+    assert "k-NN accuracy on held-out images: not measured." in section(card_of(results=results), "results")
+    metrics = {"pixels_knn_dice": 0.379, "untrained_knn_dice": 0.441, "knn_dice": 0.537, "linear_mean_iou": 0.614}
+    data = {"dataset": "nuclei", "num_train": 100, "num_test": 30, "mask_column": "instances"}
+    masks = {"task": "dense", "metrics": metrics, "data": data, "settings": {"neighbours": 20}}
+    found = section(card_of(results=results | {"evaluations": [masks]}), "results")
+    assert "accuracy" not in found
+    assert "| untrained encoder | not measured | 0.441 | not measured | not measured |" in found
+    assert "| **this encoder** | not measured | 0.537 | 0.614 | not measured |" in found
+    assert "--neighbours 20 --mask_column_name instances --max_train_samples 100 --max_test_samples 30" in found
+
+
 def test_metadata_round_trips_through_huggingface_hub(tmp_path):
     results = RESULTS | {"hub_dataset": "lab/numbers", "dataset": "lab/numbers"}
     (tmp_path / "README.md").write_text(card_of(results=results))
