@@ -89,7 +89,8 @@ def oracle(query, key, value, key_valid, pattern, scaling):
         visible = visible & key_valid[:, None, None]
     scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
     weights = torch.where(visible, (scores - scores.amax(-1, keepdim=True)).exp(), 0)
-    return torch.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), value)
+    total = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    return torch.einsum("bhqk,bhkd->bhqd", weights / total, value)
 
 
 def relative(found, expected):
