@@ -24,6 +24,7 @@ from hf_vicreg.model_cards.merging import BEGIN, END, SECTIONS
 from hf_vicreg.model_cards.multitask import HEADS_NOTE, about_tasks, multitask_record, tasks_table
 from hf_vicreg.model_cards.results import (
     MISSING,
+    compute,
     count,
     dense_tables,
     evaluation_results,
@@ -346,6 +347,8 @@ def _training(facts: CardFacts) -> Iterator[str]:
     yield f"| hardware | {prose(results.get('hardware') or MISSING)} |"
     yield f"| time | {figure(results, 'training_seconds', '.1f', ' s')} |"
     yield f"| throughput | {speed} |"
+    if results.get("flops_per_step"):
+        yield f"| products of matrices | {compute(results['flops_per_step'], steps)} |"
     yield f"| loss at the end | {figure(last, 'loss', '.3f')} |"
     for part in results.get("loss_parts") or VICREG_PARTS:
         yield f"| its {part}, unweighted | {figure(last, part, '.4f')} |"

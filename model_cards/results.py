@@ -1,6 +1,7 @@
 """What was measured, as tables of a card: every figure beside the command that gave it."""
 
 import shlex
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,26 @@ def figure(measured: dict[str, Any], key: str, form: str, unit: str = "") -> str
 def count(measured: dict[str, Any], key: str) -> str:
     """Return a whole number as it is written, "not measured" if it is not there."""
     return figure(measured, key, ",d")
+
+
+def in_flops(number: float) -> str:
+    """Return a number of FLOPs by three digits: `134 GFLOP`."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if number < 999.5:
+            return f"{number:.3g} {prefix}FLOP"
+        number /= 1000
+    return f"{number:,.4g} PFLOP"
+
+
+def compute(flops: int, records: list[dict[str, Any]]) -> str:
+    """Return what a step costs and what lines of a log say of the speed: medians, where they say anything."""
+    found = [f"{in_flops(flops)} a step"]
+    rates, shares = ([one[key] for one in records if key in one] for key in ("flops_per_second", "mfu"))
+    if rates:
+        found.append(f"{in_flops(statistics.median_low(rates))}/s")
+    if shares:
+        found.append(f"{statistics.median_low(shares):.0%} of the devices' peak")
+    return ", ".join(found) + (" (medians of the log)" if rates else "")
 
 
 def knn_table(results: dict[str, Any], dataset: str, *, second_encoder: bool) -> Iterator[str]:

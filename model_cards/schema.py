@@ -231,6 +231,7 @@ RESULTS = record(
         "planned_steps": COUNT,
         "skipped_steps": COUNT,
         "training_seconds": SECONDS,
+        "flops_per_step": number(0, whole=True),
         "hardware": LINE,
         "encoder_parameters": COUNT,
         "features": SIZE,

@@ -31,6 +31,7 @@ from hf_vicreg.training.launch.distributed import build_accelerator, check_devic
 from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.monitor.masked_pictures import MaskedPictures, drawn_with, masked_pictures
 from hf_vicreg.training.monitor.tracking import TRACKERS_FOLDER, start_trackers, tracker_names
+from hf_vicreg.training.planner.step_cost import step_cost
 from hf_vicreg.training.pretrained.companions import add_companions
 from hf_vicreg.training.pretrained.text_source import refuse_other_encoders, take_text_weights
 from hf_vicreg.training.pretrained.warm_start import take_source_weights
@@ -195,7 +196,9 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
 
     can = probe.possible or captions_probe is not None
     measure = drawn_with(pictures, figures if can else None, accelerator.is_main_process)
+    cost = step_cost(model, config, opened.source, accelerator)  # before the model is moved, compiled or shared out
     loop = pretraining_loop(config, opened.source, model, accelerator, measure, opened.stop)
+    loop.step.cost = cost
     if checkpoint is not None:
         loop.resume(checkpoint)
     if attention_of(run.attn_implementation, accelerator.device) == AUTO:

@@ -97,7 +97,7 @@ def finish(run: Run) -> dict[str, Any]:
 def results_of(run: Run, state: RunState) -> dict[str, Any]:
     """Return what `results.json` says of a run at a step."""
     flags, step_size, entry = run.config.run, run.config.step_size, run.config.entry
-    name = flags.dataset_name
+    name, cost = flags.dataset_name, run.loop.step.cost
     return {
         "dataset": run.source.name,
         # what others can load it by; a folder of this machine they cannot
@@ -120,6 +120,7 @@ def results_of(run: Run, state: RunState) -> dict[str, Any]:
         "knn_test_samples": run.probe.num_queries,
         "knn_accuracy": state.knn,
         "linear_accuracy": state.linear,
+        **({} if cost is None or cost.found is None else {"flops_per_step": cost.found.flops}),
     }
 
 

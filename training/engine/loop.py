@@ -140,12 +140,12 @@ class TrainingLoop:
         step.train_mode()
         progress = Progress(step.num_steps, state.step, shown=accelerator.is_local_main_process)
         seconds_before, started = state.training_seconds, time.perf_counter()
-        stopwatch = Stopwatch()
+        stopwatch = Stopwatch(step.cost, step.num_steps)
         with closing(stopwatch.waits(step.batches(state.step))) as waited, self.background:
             for batches in zip(*[waited] * step.pieces, strict=True):
                 outcome, taken = self._take(batches)
                 state.step += 1
-                stopwatch.count(step.images_per_step, taken["grad_norm"])
+                stopwatch.count(step.images_per_step, taken["grad_norm"], state.step - 1)
                 last = state.step == step.num_steps
                 stopping = bool(self.stopping) and not last
                 if state.step % settings.logging_steps == 0 or last:

@@ -18,7 +18,7 @@ from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.engine.encoders import attention_of, set_up_encoders
 from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.engine.optim import build_optimizer
-from hf_vicreg.training.engine.step import TrainingStep, short
+from hf_vicreg.training.engine.step import TrainingStep, short, speed
 from hf_vicreg.training.engine.two_pass import average_gradients, refuse_batch_norm, share_buffers, two_pass_backward
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.colour import finish_batch, placed_batch
@@ -174,7 +174,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
     def describe(self, record: dict[str, float]) -> str:
         """Return loss, parts and speed."""
         parts = " ".join(f"{short(name)} {record[name]:.3f}" for name in self.parts)
-        return f"loss {record['loss']:.2f} {parts} {record['images_per_second']:.0f} img/s"
+        return f"loss {record['loss']:.2f} {parts} {speed(record)}"
 
     def end(self) -> None:
         """Let the average and what the objective keeps beside the model follow its weights."""

@@ -8,9 +8,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from hf_vicreg.model_cards.results import in_flops
 from hf_vicreg.training.engine.average import WeightAverage
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.order import KEYED
+from hf_vicreg.training.monitor.run_log import LateCost
 
 Outcome = TypeVar("Outcome")
 
@@ -69,6 +71,7 @@ class TrainingStep(ABC, Generic[Outcome]):
         pieces: Batches of the loader that make up a step.
         average: Follows the weights after each step, where that is asked for.
         order: Of the images, as `RunState` names it.
+        cost: FLOPs of a step, where they can be counted.
     """
 
     model: nn.Module
@@ -79,6 +82,7 @@ class TrainingStep(ABC, Generic[Outcome]):
     pieces: int = 1
     average: WeightAverage | None = None
     order: str = KEYED
+    cost: LateCost | None = None
 
     @abstractmethod
     def batches(self, first_step: int) -> Iterable[Any]:
@@ -107,7 +111,7 @@ class TrainingStep(ABC, Generic[Outcome]):
 
     def describe(self, record: dict[str, float]) -> str:
         """Return what is shown beside the progress."""
-        return "loss {loss:.3f} {images_per_second:.0f} img/s".format(**record)
+        return f"loss {record['loss']:.3f} {speed(record)}"
 
     def clip(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip the gradient; return its norm from before, and that of what is judged but not clipped, as scalars."""
@@ -155,3 +159,11 @@ def learning_rates(optimizer: torch.optim.Optimizer, learning_rate: float) -> No
 def short(part: str) -> str:
     """Return the name of a part of the loss for the line of progress: five letters of each word."""
     return "_".join(word[:5] for word in part.split("_"))
+
+
+def speed(record: dict[str, float]) -> str:
+    """Return the speed that a line of the log has: images, and FLOPs where they were counted."""
+    found = f"{record['images_per_second']:.0f} img/s"
+    if "flops_per_second" in record:
+        found += f" {in_flops(record['flops_per_second'])}/s"
+    return found + (f" ({record['mfu']:.0%} of the peak)" if "mfu" in record else "")

@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,61 @@ from hf_vicreg.training.objectives.entry import ObjectiveEntry
 from hf_vicreg.training.objectives.vicreg import VICREG
 
 LOG_FILE = "log.jsonl"
+COUNTED_AFTER_S = 10.0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What the steps of a run cost, all processes together.
+
+    Attributes:
+        flops: Of a step, in products of matrices.
+        held_flops: Of one in which the encoders are held still.
+        held_ratio: Share of the run's steps, the first ones, in which they are.
+        peak: FLOP/s of the devices at most; None where that is not known.
+    """
+
+    flops: int
+    held_flops: int = 0
+    held_ratio: float = 0.0
+    peak: float | None = None
+
+    def at(self, step: int, num_steps: int) -> int:
+        """Return the FLOPs of a step, by how many of how many come before it."""
+        return self.held_flops if step < round(self.held_ratio * num_steps) else self.flops
+
+
+class LateCost:
+    """What steps cost, counted when they have taken so long that the count hardly shows.
+
+    Attributes:
+        found: The cost; None before it is counted, and where it cannot be.
+    """
+
+    def __init__(self, count: Callable[[], StepCost | None]):
+        """Take what counts it; that is called once at most."""
+        self.found: StepCost | None = None
+        self._count: Callable[[], StepCost | None] | None = count
+
+    def after(self, seconds: float) -> StepCost | None:
+        """Return the cost after so many seconds of training, if there is one by then."""
+        if self._count is not None and seconds >= COUNTED_AFTER_S:
+            count, self._count = self._count, None
+            self.found = count()
+        return self.found
 
 
 class Stopwatch:
     """Counts and times the steps between two lines of the log."""
 
-    def __init__(self) -> None:
+    def __init__(self, cost: LateCost | None = None, num_steps: int = 0) -> None:
+        """Begin; `cost` is that of steps of a run of `num_steps`."""
+        self.cost, self.num_steps, self.began = cost, num_steps, time.perf_counter()
         self._restart()
 
     def _restart(self) -> None:
         self.started, self.waited, self.images, self.grad_norm_max = time.perf_counter(), 0.0, 0, 0.0
+        self.steps: list[int] = []
 
     def waits(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
         """Yield the batches, adding up how long each one was waited for; closed early, it ends their loader."""
@@ -46,9 +92,10 @@ class Stopwatch:
         finally:
             end_workers(iterator)
 
-    def count(self, images: int, grad_norm: float) -> None:
-        """Note a step: its images over all processes, and the norm of its gradient."""
+    def count(self, images: int, grad_norm: float, step: int) -> None:
+        """Note a step: its images over all processes, the norm of its gradient, and how many come before it."""
         self.images += images
+        self.steps.append(step)
         if math.isfinite(grad_norm):  # else the step is left out
             self.grad_norm_max = max(self.grad_norm_max, grad_norm)
 
@@ -66,6 +113,11 @@ class Stopwatch:
             "data_wait_ratio": min(1.0, waited),
             "images_per_second": self.images / seconds,
         }
+        cost = None if self.cost is None else self.cost.after(time.perf_counter() - self.began)
+        if cost is not None and self.steps:
+            found["flops_per_second"] = sum(cost.at(step, self.num_steps) for step in self.steps) / seconds
+            if cost.peak is not None:
+                found["mfu"] = found["flops_per_second"] / cost.peak
         self._restart()
         return found
 

@@ -109,7 +109,7 @@ def test_the_guide_documents_every_field_that_a_run_writes(tmp_path, tiny_recipe
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     written = {key.removeprefix("second_") for line in lines for key in line}
     documented = set(re.findall(r"^\| `(\w+)`", GUIDE.read_text().split("## Fields of log.jsonl")[1], re.MULTILINE))
-    assert written == documented
+    assert written | {"flops_per_second", "mfu"} == documented  # those two are of runs of ten seconds and more
     assert all(isinstance(value, int | float) for line in lines for value in line.values())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["health"]) == set(FIGURES)  # with a second encoder all of them are there
