@@ -16,6 +16,7 @@ from hf_vicreg.training.evaluation.encoder import public_name
 from hf_vicreg.training.export import export_run, export_snapshot
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.unusable import write_unusable
+from hf_vicreg.training.launch.devices import device_name
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.launch.sharding import is_sharded, unsharded
 from hf_vicreg.training.monitor.curves import CURVES_FILE, draw_curves, with_ends
@@ -154,7 +155,7 @@ def _push_snapshot(run: Run, state: RunState) -> None:
 
 
 def _hardware(accelerator: Accelerator) -> str:
-    if accelerator.device.type == "cuda":
-        return f"{accelerator.num_processes} x {torch.cuda.get_device_name()}"
+    if accelerator.device.type != "cpu":
+        return f"{accelerator.num_processes} x {device_name(accelerator.device)}"
     cores = torch.get_num_threads() * accelerator.num_processes
     return f"{cores} CPU cores ({platform.machine()})"

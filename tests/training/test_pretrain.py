@@ -375,7 +375,7 @@ def test_lars_is_what_a_run_is_told_to_use(tmp_path, tiny_recipe, image_folder):
         (["--train_dir", "{small}"], "at least one patch (8, 8) (height, width) in pixels, found (8, 7) in dot.png"),
         (["--train_dir", "{images}", "--output_dir", "{images}"], "`output_dir`: expected a new or empty folder"),
         (["--train_dir", "{images}", "--resume_from_checkpoint", "step_7"], "`resume_from_checkpoint`"),
-        (["--train_dir", "{images}", "--mixed_precision", "fp16"], "expected a CUDA device for 'fp16', found none"),
+        (["--train_dir", "{images}", "--mixed_precision", "fp16"], "expected a GPU for 'fp16', found none"),
         (["--train_dir", "{images}", "--no_such_flag", "1"], "`--no_such_flag`: unknown flag"),
         (["--train_dir", "{images}", "--with_tracking", "--report_to", "paper"], "`report_to`: expected one of"),
     ],

@@ -23,6 +23,7 @@ from hf_vicreg.training.engine.average import AVERAGE_FILE, WeightAverage
 from hf_vicreg.training.engine.step import RunState
 from hf_vicreg.training.errors import InputError, room_in
 from hf_vicreg.training.images.order import ORDERS, SHUFFLED
+from hf_vicreg.training.launch.devices import accelerator_kind, restore_rng, rng_states
 from hf_vicreg.training.launch.sharding import gathered, placed_like
 
 logger = logging.getLogger(__name__)
@@ -148,8 +149,8 @@ def _remove(path: Path) -> None:
 def local_rng_states(rank: int) -> dict[str, torch.Tensor]:
     """Return torch's generator states of this process, as `rank.device`."""
     states = {f"{rank}.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states[f"{rank}.cuda"] = torch.cuda.get_rng_state()
+    if (kind := accelerator_kind()) is not None:
+        states |= {f"{rank}.{kind}": state for state in rng_states(torch.device(kind))[1:]}
     return states
 
 
@@ -246,11 +247,11 @@ def load_tensors(path: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
     placed = {name: placed_like(one, own[name]) if name in own else one for name, one in found.items()}
     model.load_state_dict(placed, strict=True)
     _load_flat_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-    rng_states = load_file(path / "rng.safetensors")
-    if f"{rank}.cpu" in rng_states:
-        torch.set_rng_state(rng_states[f"{rank}.cpu"])
-    if f"{rank}.cuda" in rng_states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng_states[f"{rank}.cuda"])
+    states = load_file(path / "rng.safetensors")
+    kind = accelerator_kind()
+    own_states = [states[name] for name in (f"{rank}.cpu", f"{rank}.{kind}") if name in states]
+    if own_states:
+        restore_rng(own_states, torch.device(kind or "cpu"))
 
 
 def _flat_model(model: torch.nn.Module) -> dict[str, torch.Tensor]:

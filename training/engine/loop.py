@@ -20,7 +20,8 @@ from hf_vicreg.training.engine.resume import checkpoint_together, resume_from
 from hf_vicreg.training.engine.step import DeviceFull, TrainingStep, learning_rates
 from hf_vicreg.training.errors import RunStopped
 from hf_vicreg.training.launch.background import Background
-from hf_vicreg.training.launch.distributed import largest, read_once, restore_rng, rng_states
+from hf_vicreg.training.launch.devices import restore_rng, rng_states, synchronize
+from hf_vicreg.training.launch.distributed import largest, read_once
 from hf_vicreg.training.launch.signals import StopReason, StopRequest
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.monitor.run_log import RunLog, Stopwatch
@@ -191,8 +192,7 @@ class TrainingLoop:
             started = time.perf_counter()
             for batches in zip(*[waited] * self.step.pieces, strict=True):
                 self._take(batches)
-                if self.accelerator.device.type == "cuda":
-                    torch.cuda.synchronize()
+                synchronize(self.accelerator.device)
                 self.state.step += 1
                 now = time.perf_counter()
                 taken.append(now - started)

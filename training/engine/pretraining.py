@@ -28,6 +28,7 @@ from hf_vicreg.training.images.order import MAX_SUBSTITUTES, StepSampler, ViewDa
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream, stream_batches
 from hf_vicreg.training.images.views import ViewSampler
+from hf_vicreg.training.launch.devices import free_cache
 from hf_vicreg.training.launch.distributed import gather_sets
 from hf_vicreg.training.launch.sharding import shard_weights, whole
 from hf_vicreg.training.launch.signals import StopRequest, outlive_signals
@@ -203,8 +204,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
                 f"{' '.join(reason.split())[:200]}; choose a smaller encoder, image or batch."
             )
         self.splits *= 2
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_cache(self.accelerator.device)
         if self.accelerator.is_main_process:
             logger.warning(
                 "step %d: the device ran out of memory with %d images at once; it is taken again with %d. The batch "

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, VicRegOutput, has_batch_norm
 from hf_vicreg.training.engine.step import DeviceFull
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.launch.distributed import host_group, restore_rng, rng_states
+from hf_vicreg.training.launch.devices import restore_rng, rng_states
+from hf_vicreg.training.launch.distributed import host_group
 from hf_vicreg.training.launch.sharding import is_sharded
 
 Result = TypeVar("Result")

@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
 )
 
 from hf_vicreg.training.errors import InputError, RelayedError
+from hf_vicreg.training.launch.devices import ALONE, accelerator_kind, check_launcher, has_bf16
 from hf_vicreg.training.launch.meeting import meet
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def build_accelerator(
     """Return the accelerator, with threads set and precision chosen, both logged.
 
     Args:
-        mixed_precision: `auto` is bf16 where a CUDA device has it, else full precision.
+        mixed_precision: `auto` is bf16 where a device other than the CPU has it, else full precision.
         device: `auto`, `cpu`, or the kind of a GPU that is there.
         find_unused_parameters: DistributedDataParallel's, at the price of a walk through the graph in each step.
         log_with: Trackers to send figures to.
@@ -46,24 +46,25 @@ def build_accelerator(
         patience_s: How long a process waits for the others; default: torch's. One that has gone is noticed at once.
 
     Raises:
-        InputError: fp16 without a GPU, more processes than GPUs, a launcher that shards the model, or another process
-            ended with bad input.
+        InputError: fp16 without a GPU, more processes than GPUs, a launcher that shards the model, processes on a kind
+            of device that accelerate does not connect, or another process ended with bad input.
     """
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    # several processes without CUDA share a batch on CPUs alone, and only if accelerate is told so
-    use_cpu = device == "cpu" or _told_to_use_cpu() or not (is_alone or torch.cuda.is_available())
-    has_cuda = torch.cuda.is_available() and not use_cpu
-    if mixed_precision == "fp16" and not has_cuda:
-        raise InputError("`mixed_precision`: expected a CUDA device for 'fp16', found none; use 'bf16' or 'no'.")
+    kind = accelerator_kind()
+    # several processes without a device each share a batch on CPUs, and only if accelerate is told so
+    use_cpu = device == "cpu" or _told_to_use_cpu() or not (is_alone or kind not in (None, ALONE))
+    kind = None if use_cpu else kind
+    if mixed_precision == "fp16" and kind in (None, ALONE):
+        raise InputError("`mixed_precision`: expected a GPU for 'fp16', found none; use 'bf16' or 'no'.")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if has_cuda and local > torch.cuda.device_count():
+    there = 0 if kind is None else torch.accelerator.device_count()
+    if kind is not None and local > there:
         raise InputError(
-            f"`num_processes`: expected at most the {torch.cuda.device_count()} GPU(s) of this machine, got {local}; "
+            f"`num_processes`: expected at most the {there} GPU(s) of this machine, got {local}; "
             "add --device cpu for processes on CPUs."
         )
     if mixed_precision == "auto":
-        has_bf16 = has_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        mixed_precision = "bf16" if has_bf16 else "no"
+        mixed_precision = "bf16" if kind is not None and has_bf16(kind) else "no"
     kwargs_handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
     if patience_s is not None:
         kwargs_handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=patience_s)))
@@ -75,11 +76,11 @@ def build_accelerator(
         project_dir=project_dir,
         kwargs_handlers=kwargs_handlers,
     )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        found = accelerator.distributed_type.value
+    check_launcher(accelerator.distributed_type)
+    if not is_alone and accelerator.num_processes == 1:
         raise InputError(
-            f"`distributed_type`: expected NO, MULTI_CPU or MULTI_GPU, got {found}; choose one of training/launch, "
-            "and add --shard_weights where no process can have all weights."
+            f"`num_processes`: expected processes that accelerate can connect on {kind}, it connects none; install "
+            "what it needs for that, or add --device cpu."
         )
     threads = set_threads(local)
     logger.info(
@@ -127,18 +128,6 @@ def gather_sets(values: set[int], accelerator: Accelerator) -> set[int]:
     if accelerator.num_processes == 1:
         return set(values)
     return set(gather_object(sorted(values)))
-
-
-def rng_states(device: torch.device) -> list[torch.Tensor]:
-    """Return torch's generator states, of the CPU and of the device where it is another."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def restore_rng(states: list[torch.Tensor], device: torch.device) -> None:
-    """Set torch's generators to what `rng_states` returned."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
 
 
 def largest(values: Sequence[int], accelerator: Accelerator) -> list[int]:

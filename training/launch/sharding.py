@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.launch.distributed import restore_rng, rng_states
+from hf_vicreg.training.launch.devices import restore_rng, rng_states
 
 Module = TypeVar("Module", bound=nn.Module)
 

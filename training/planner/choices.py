@@ -24,7 +24,8 @@ SMALL = 128  # width of an encoder
 SMALL_CELLS = 8  # a side, of the first rungs
 MAX_EPOCHS = 1000  # beyond that a small set of images teaches nothing new
 EVENING_SECONDS = 3 * 3600.0
-FLOPS_PER_SECOND = {"cpu": 35e9, "cuda": 25e12, "mps": 1e12}  # of training, for each core of a CPU
+# of training, for each core of a CPU; of kinds that are not here, that of a GPU
+FLOPS_PER_SECOND = {"cpu": 35e9, "cuda": 25e12, "mps": 1e12}
 SHORT_STEPS = 10_000
 MEASURING_RATIO = 0.08  # of the time, for k-NN between the first step and the last
 
@@ -141,7 +142,9 @@ def _image_side(images: Images, machine: Machine, seconds: float) -> int:
 
 
 def _rung(images: Images, machine: Machine, seconds: float, side: int) -> int:
-    per_second = FLOPS_PER_SECOND[machine.device] * (machine.cores if machine.device == "cpu" else 1)
+    per_second = FLOPS_PER_SECOND.get(machine.device, FLOPS_PER_SECOND["cuda"]) * (
+        machine.cores if machine.device == "cpu" else 1
+    )
     best = 0
     for index, size in enumerate(LADDER):
         seen = min(seconds * per_second * machine.num_processes / training_flops(size), MAX_EPOCHS * images.count)

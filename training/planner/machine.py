@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from hf_vicreg.training.launch.devices import device_module, device_name
+
 USABLE_RATIO = 0.9  # of the memory: the rest is for the file cache and for what a prediction misses
 
 
@@ -17,7 +19,7 @@ class Machine:
     """What one process of a run may use.
 
     Attributes:
-        device: `cpu`, `cuda` or `mps`.
+        device: `cpu`, `cuda`, `mps` or another kind.
         name: For people: the GPU's name, or the processor's cores.
         cores: CPU cores of this process.
         memory: Bytes that this process may come to hold on its device; on a CPU its own resident memory included.
@@ -48,9 +50,11 @@ def this_machine(
         local_processes: Of them on this machine: they share its memory and cores.
     """
     cores = max(1, _num_cores() // local_processes)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        memory, name = free, torch.cuda.get_device_name(device)
+    asked = getattr(
+        device_module(device), "mem_get_info", None
+    )  # the CPU has none, nor `mps`, which shares its memory
+    if asked is not None:
+        memory, name = asked(device)[0], device_name(device)
     else:
         memory = resident_memory() + max(0, available_memory() - (local_processes - 1) * resident_memory())
         memory = memory if local_processes == 1 else memory // local_processes

@@ -58,7 +58,7 @@ class StepMemory:
             device: `cpu`, `cuda` or `mps`.
             pieces: In so many parts the images go through the encoder, one after the other.
         """
-        small, large = ALLOCATOR_RATIOS[device]
+        small, large = ALLOCATOR_RATIOS.get(device, ALLOCATOR_RATIOS["mps"])
         share = self.large_ratio if pieces == 1 else 0.0  # pieces have smaller tensors
         kept = (self.encoder // pieces + self.expander) * (small * (1 - share) + large * share)
         return self.weights + int(kept + large * self.inputs / pieces)

@@ -34,6 +34,7 @@ from hf_vicreg.modeling.taught import TaughtByFeatures
 from hf_vicreg.training.engine.encoders import set_up_encoders
 from hf_vicreg.training.images.sources import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream
+from hf_vicreg.training.launch.devices import device_name
 from hf_vicreg.training.monitor.run_log import LateCost, StepCost
 from hf_vicreg.training.run.config import RunConfig
 from hf_vicreg.training.texts.captions import Captions
@@ -92,12 +93,10 @@ def step_cost(
 
 
 def _peak_of(accelerator: Accelerator) -> float | None:
-    if accelerator.device.type != "cuda":
-        return None
     precision = accelerator.mixed_precision
     if precision == "no":
         precision = "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    peak = device_peak(torch.cuda.get_device_name(accelerator.device), precision)
+    peak = device_peak(device_name(accelerator.device), precision)
     return None if peak is None else peak * accelerator.num_processes
 
 

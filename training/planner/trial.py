@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import BaseImageProcessor
@@ -18,6 +18,7 @@ from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.evaluation.features import BATCH_SIZE, encoded_batches, model_encoder, pixels_of
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.run_images import usable_images
+from hf_vicreg.training.launch.devices import device_module
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.planner.choices import Choices
@@ -129,12 +130,16 @@ def try_steps(
     stop = StopRequest(Path(run.output_dir), None)
     with _quietly():
         loop = pretraining_loop(replace(config, run=run), source, model, accelerator, None, stop)
-    if machine.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    held: Any = device_module(machine.device)
+    held = (
+        held if hasattr(held, "max_memory_reserved") else None
+    )  # the CPU has none, nor `mps`, which shares its memory
+    if held is not None:
+        held.reset_peak_memory_stats()
     else:
         reset_peak()
     step_seconds, waits = loop.rehearse(seconds)
-    peak = torch.cuda.max_memory_reserved() if machine.device == "cuda" else peak_memory()
+    peak = peak_memory() if held is None else held.max_memory_reserved()
     shown = source.first(min(BATCH_SIZE, len(source)))
     reading = time.perf_counter()
     for index in range(len(shown)):
