@@ -17,11 +17,11 @@ class LabelledDataArguments:
     """Which labelled images."""
 
     dataset_name: str = flag(
-        "", "Hub id, local `datasets` folder, folder of images with a sub-folder for each class, or `digits`."
+        "", "Hub id, local `datasets` folder, folder of images with a sub-folder for each class, tars, or `digits`."
     )
     dataset_config_name: str | None = flag(None, "Configuration of the Hub dataset.")
     train_split: str = flag("train", "Split with the known labels.")
-    test_split: str | None = flag(None, "Split to test on; default: `test` or `validation`.")
+    test_split: str | None = flag(None, "Split to test on, or tars; default: `test` or `validation`.")
     image_column_name: str | None = flag(None, "Column of images; default: the only image column.")
     label_column_name: str = flag("label", "Column of class indices or of class names.")
     labels_file: str | None = flag(

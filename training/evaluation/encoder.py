@@ -33,7 +33,7 @@ from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.channel_source import ChannelSource, as_channels
 from hf_vicreg.training.images.image_source import ImageSource
-from hf_vicreg.training.run.places import absence
+from hf_vicreg.training.run.places import absence, is_shards
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +287,8 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 def public_name(name: str) -> str:
     """Return a Hub id as it is, of a folder its name alone: where it lies on this machine is nobody's business."""
+    if "://" not in name and is_shards(name):
+        return Path(name).name
     return Path(name).resolve().name if Path(name).exists() else name
 
 

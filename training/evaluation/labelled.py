@@ -11,8 +11,9 @@ from typing import Any
 
 from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.arguments import LabelledDataArguments
+from hf_vicreg.training.images.files.labelled_tars import labelled_tars
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
-from hf_vicreg.training.run.places import data_setting
+from hf_vicreg.training.run.places import data_setting, is_shards
 
 logger = logging.getLogger(__name__)
 
@@ -56,21 +57,7 @@ class LabelledImages:
 
     def select(self, indices: Sequence[int]) -> "LabelledImages":
         """Return the images at `indices`, in that order."""
-        source, indices = self.source, list(indices)
-        names, paths = (
-            None if one is None else [one[index] for index in indices] for one in (source.file_names, source.paths)
-        )
-        digest = hashlib.sha256(str(indices).encode()).hexdigest()[:16]
-        chosen = replace(
-            source,
-            length=len(indices),
-            read_bytes=_Chosen(source.read_bytes, indices),
-            labels=[self.labels[index] for index in indices],
-            file_names=names,
-            paths=paths,
-            fingerprint=f"{source.fingerprint}[{digest}]",
-        )
-        return LabelledImages(self.split, chosen, self.class_names)
+        return LabelledImages(self.split, self.source.select(indices), self.class_names)
 
     def draw(self, amount: float | int, seed: int) -> list[int]:
         """Return indices of images drawn class by class, in the split's order; the same for the same seed.
@@ -97,17 +84,6 @@ class LabelledImages:
         return sorted(chosen)
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """Reads the images at some indices; a class, so that loader processes can take it along."""
-
-    read_bytes: Any
-    indices: list[int]
-
-    def __call__(self, index: int) -> bytes:
-        return self.read_bytes(self.indices[index])
-
-
 def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, LabelledImages]:
     """Return the training and the test split.
 
@@ -119,6 +95,8 @@ def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, Lab
     name, column = arguments.dataset_name, arguments.label_column_name
     if arguments.labels_file is not None:
         train, test = _from_file(arguments, arguments.labels_file)
+    elif is_shards(name):
+        train, test = _from_tars(name, arguments.test_split, column)
     elif name == "digits":
         digits, held_out = load_sources(dataset_name=name)
         assert held_out is not None
@@ -229,6 +207,28 @@ def _from_file(arguments: LabelledDataArguments, path: str) -> tuple[LabelledIma
             labels[places[one]] = number_of[label]
         labelled = LabelledImages(split, replace(source, labels=labels), list(number_of))
         images.append(labelled.select(sorted(places[one] for one in found)))
+    return images[0], images[1]
+
+
+def _from_tars(pattern: str, test_pattern: str | None, column: str) -> tuple[LabelledImages, LabelledImages]:
+    """Return the images of tars to train on and of others to test on, with the classes beside them; errors as above.
+
+    Those of training number the classes.
+    """
+    from datasets import Dataset
+
+    images: list[LabelledImages] = []
+    for field, one in (("dataset_name", pattern), ("test_split", test_pattern)):
+        if one is None or not one.lower().endswith(".tar") or (images and one == pattern):
+            raise InputError(
+                f"`{field}`: expected tars, others to test on than to train on, got {one!r}; name them as in "
+                "--dataset_name 'train-*.tar' --test_split 'test-*.tar', and tables by their folder."
+            )
+        source, classes = labelled_tars(one, field, column)
+        rows = Dataset.from_dict({"__key__": source.file_names, column: classes})
+        names = images[0].class_names if images else _class_names(source.name, rows, column)
+        labels = list(_numbered(source.name, source.name, rows, column, names)[column])
+        images.append(LabelledImages(source.name, replace(source, labels=labels), names))
     return images[0], images[1]
 
 

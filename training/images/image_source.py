@@ -177,6 +177,24 @@ class ImageSource:
         labels = None if self.labels is None else self.labels[:length]
         return replace(self, length=length, labels=labels, fingerprint=f"{self.fingerprint}[:{length}]")
 
+    def select(self, indices: Sequence[int]) -> "ImageSource":
+        """Return the images at `indices`, in that order, without captions."""
+        indices = list(indices)
+        file_names, paths = (
+            None if one is None else [one[index] for index in indices] for one in (self.file_names, self.paths)
+        )
+        digest = hashlib.sha256(str(indices).encode()).hexdigest()[:16]
+        return replace(
+            self,
+            length=len(indices),
+            read_bytes=_Chosen(self.read_bytes, indices),
+            labels=None if self.labels is None else [self.labels[index] for index in indices],
+            file_names=file_names,
+            paths=paths,
+            captions=None,
+            fingerprint=f"{self.fingerprint}[{digest}]",
+        )
+
     def at_least(self, height: int, width: int) -> "ImageSource":
         """Return the same images, smaller ones being unusable from now on."""
         return replace(self, min_size=(height, width))
@@ -191,3 +209,14 @@ class ImageSource:
 
     def _spread(self, count: int) -> range:
         return range(0, len(self), -(-len(self) // count) or 1)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Reads the images at some indices; a class, so that loader processes can take it along."""
+
+    read_bytes: Callable[[int], bytes]
+    indices: list[int]
+
+    def __call__(self, index: int) -> bytes:
+        return self.read_bytes(self.indices[index])

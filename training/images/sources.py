@@ -44,7 +44,7 @@ def load_sources(
     assert dataset_name is not None
     if dataset_name == "digits":
         train, test = (
-            _source("digits", len(encoded), encoded.__getitem__, labels)
+            fingerprinted("digits", len(encoded), encoded.__getitem__, labels)
             for encoded, labels in (_digits(split) for split in ("train", "test"))
         )
         return train, test
@@ -64,7 +64,7 @@ def load_sources(
     return source, None
 
 
-def _source(name: str, length: int, read_bytes: Callable[[int], bytes], labels: list[int] | None) -> ImageSource:
+def fingerprinted(name: str, length: int, read_bytes: Callable[[int], bytes], labels: list[int] | None) -> ImageSource:
     """Return a source whose fingerprint is of the contents, so that it outlives copying the data elsewhere."""
     # a file system's name need not be text
     name = name.encode(errors="replace").decode()
@@ -105,7 +105,7 @@ def _folder_source(folder: str) -> ImageSource:
             "parquet files are read by --dataset_name."
         )
     paths = names.below(folder)
-    source = _source(root.resolve().name, len(paths), partial(_read_file, paths), None)
+    source = fingerprinted(root.resolve().name, len(paths), partial(_read_file, paths), None)
     digest = hashlib.sha256()
     names.update(digest)
     fingerprint = f"{digest.hexdigest()[:16]}/{source.fingerprint}"
@@ -198,7 +198,7 @@ def dataset_source(
     source = os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
     if not said:
         logger.info("dataset %s: image column %r, labels %s", source, image_column, "found" if labels else "not used")
-    found = _source(source, len(dataset), partial(_read_row, encoded, image_column), labels)
+    found = fingerprinted(source, len(dataset), partial(_read_row, encoded, image_column), labels)
     names = getattr(dataset.features.get(label_column or "label"), "names", None)
     return replace(found, label_names=names if labels is not None else None)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.run.arguments import PretrainArguments, bytes_of, seconds_of
-from hf_vicreg.training.run.places import is_shards
+from hf_vicreg.training.run.places import is_shards, refuse_credentials
 
 if TYPE_CHECKING:
     from hf_vicreg.training.run.config import RunConfig
@@ -128,11 +128,7 @@ def check_shards(run: PretrainArguments) -> None:
         raise InputError("`train_dir`: expected a folder of images, got shards; name them by --dataset_name.")
     if run.dataset_name is None or not is_shards(run.dataset_name):
         return
-    if re.search(r"://[^/]*@|[?#]", run.dataset_name):  # it would stand in the recipe, the log and the card
-        raise InputError(
-            "`dataset_name`: expected an address of shards without credentials, it holds some; give them to the "
-            "store's own library, by its environment variables or files."
-        )
+    refuse_credentials(run.dataset_name, "dataset_name")
     if not run.streaming:
         raise InputError("`streaming`: expected it with shards, which are read as they come; add --streaming.")
     if run.image_column_name is not None and run.dataset_name.lower().endswith(".tar"):

@@ -28,6 +28,15 @@ def is_shards(name: str) -> bool:
     return re.split(r"[?#]", name)[0].lower().endswith(SHARD_SUFFIXES) and not os.path.isdir(name)
 
 
+def refuse_credentials(address: str, field: str) -> None:
+    """Raise InputError for an address of shards that holds what nobody should read: it would be written down."""
+    if re.search(r"://[^/]*@|[?#]", address):
+        raise InputError(
+            f"`{field}`: expected an address of shards without credentials, it holds some; give them to the store's "
+            "own library, by its environment variables or files."
+        )
+
+
 def data_setting(data: str, given: dict[str, Any], field: str = "data", *, held_out: bool = False) -> dict[str, str]:
     """Return images named by one word as `train_dir`, a folder of images, or `dataset_name`, anything else.
 

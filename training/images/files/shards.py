@@ -207,11 +207,11 @@ class ShardFile:
             file.close()
 
 
-class _Header(tarfile.TarInfo):
+class ShardHeader(tarfile.TarInfo):
     """A header; one that is none ends the tar with its reason, not as if nothing came behind it."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "ShardHeader":
         try:
             return super().fromtarfile(tar)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
@@ -243,7 +243,7 @@ def members(
 def _tar_members(name: str, start: int, suffixes: Collection[str]) -> Iterator[Member]:
     file = ShardFile(name, start)
     try:
-        with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=file, mode="r|", tarinfo=ShardHeader) as tar:  # type: ignore[call-overload]
             for member in tar:
                 if member.isfile() and os.path.splitext(member.name)[1].lower() in suffixes:
                     content = tar.extractfile(member)
