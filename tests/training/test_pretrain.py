@@ -399,3 +399,11 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, image_f
     assert error.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in error
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "tiny.yaml") == before
+
+
+def test_another_precision_in_the_same_python_is_one_line(tiny_recipe, image_folder, tmp_path):
+    settings = tiny_recipe | {"data": image_folder(16), "max_steps": 1, "batch_size": 8, "device": "cpu"}
+    pretrain(out=tmp_path / "first", **settings)
+    with pytest.raises(InputError, match=r"`mixed_precision`: expected 'no', which an earlier run.*got 'bf16'"):
+        pretrain(out=tmp_path / "second", **settings, mixed_precision="bf16")
+    assert not (tmp_path / "second").exists()

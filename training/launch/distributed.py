@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -69,6 +70,7 @@ def build_accelerator(
     if patience_s is not None:
         kwargs_handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=patience_s)))
     meet()
+    _check_earlier_run(mixed_precision, kind or "cpu")
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=use_cpu,
@@ -91,6 +93,24 @@ def build_accelerator(
         mixed_precision,
     )
     return accelerator
+
+
+def _check_earlier_run(precision: str, device: str) -> None:
+    """Check that accelerate, which keeps one precision and one device a process, has no others from before.
+
+    Raises:
+        InputError: It has.
+    """
+    if not AcceleratorState._shared_state:
+        return
+    state = AcceleratorState()
+    before = {"mixed_precision": state.mixed_precision, "device": state.device.type}
+    for name, wanted in {"mixed_precision": precision, "device": device}.items():
+        if before[name] != wanted:
+            raise InputError(
+                f"`{name}`: expected {before[name]!r}, which an earlier run in this Python set for all of it, "
+                f"got {wanted!r}; start a new Python for it."
+            )
 
 
 def check_device(device: str) -> None:
