@@ -10,6 +10,8 @@ the dimensions of the embeddings, N the images of the global batch.
   norm in the expander can blow it up to any spread, so the embeddings need not show it.
 - **dimensional collapse**: the embeddings' effective rank is below 2 and not rising. Two directions with the same
   variance would give 2: nearly all of it lies in one, whatever D.
+- **narrow features**: the effective rank of the encoder's pooled output is below 1.25 and not rising: nine tenths of
+  the variance lie in one direction, most often brightness.
 - **exploding variance**: the mean standard deviation is above twice gamma and not falling. The loss rewards no more
   than gamma.
 - **batch too small**: the covariance's noise floor (D - 1) / (N - 1) is above 16 and the mean standard deviation
@@ -27,8 +29,7 @@ the dimensions of the embeddings, N the images of the global batch.
 - **loader-bound**: more than half of the time is spent waiting for images.
 
 "Rising": the mean of the last three lines is 1% above every one of the seven before and above the first of all;
-"falling" likewise. Nothing but skipped steps is judged from fewer than six lines, and spreads not while the learning
-rate warms up: they may still be an untrained model's.
+"falling" likewise. Nothing but skipped steps is judged from fewer than six lines, and spreads not during the warm-up.
 """
 
 import math
@@ -53,6 +54,7 @@ EXPLODED_STD = 2.0  # of gamma
 HELD_STD = 0.6  # of gamma
 COLLAPSED_SPREAD = 0.02
 COLLAPSED_RANK = 2.0
+NARROW_RANK = 1.25
 STUCK_STD = 0.3  # of gamma
 STUCK_RANK = 3.0
 HIGH_FLOOR = 16.0
@@ -169,6 +171,20 @@ def _dimensional_collapse(lines: list[Record], gamma: float) -> Verdict | None:
     )
 
 
+def _narrow_features(lines: list[Record], gamma: float) -> Verdict | None:
+    for prefix, whose in (("", "the encoder's"), ("second_", "the second encoder's")):
+        rank = _trend(lines, f"{prefix}encoder_rank")
+        if rank.recent < NARROW_RANK and not rank.rising:
+            return Verdict(
+                "narrow features",
+                f"the effective rank of {whose} features is {rank.recent:.2f} and does not rise: images differ along "
+                "one direction, most often brightness",
+                "train longer, or with smaller patches, smaller crops and a stronger views.brightness or views.gain",
+                lines[-1]["step"],
+            )
+    return None
+
+
 def _exploding_variance(lines: list[Record], gamma: float) -> Verdict | None:
     std = _trend(lines, "embedding_std_mean")
     if std.falling or not std.recent > EXPLODED_STD * gamma:
@@ -213,6 +229,7 @@ SPREAD_RULES = [
     _embedding_collapse,
     _encoder_collapse,
     _dimensional_collapse,
+    _narrow_features,
     _exploding_variance,
     _batch_too_small,
     _stuck,

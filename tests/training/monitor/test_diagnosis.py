@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 
 from hf_vicreg import pretrain
-from hf_vicreg.training.monitor.diagnosis import COLLAPSED_RANK, COLLAPSED_SPREAD, HIGH_FLOOR, Watch, diagnose
+from hf_vicreg.training.monitor.diagnosis import (
+    COLLAPSED_RANK,
+    COLLAPSED_SPREAD,
+    HIGH_FLOOR,
+    NARROW_RANK,
+    Watch,
+    diagnose,
+)
 from hf_vicreg.training.monitor.run_log import read_log
 from hf_vicreg.training.objectives.registry import entry_of
 
@@ -54,6 +61,9 @@ def rising(start, factor):
         ("encoder collapse", {"second_encoder_spread": 0.001}, {"second_encoder_spread": rising(0.001, 1.1)}),
         ("dimensional collapse", {"embedding_rank": COLLAPSED_RANK - 0.1}, {"embedding_rank": COLLAPSED_RANK + 0.1}),
         ("dimensional collapse", {"embedding_rank": 1.2}, {"embedding_rank": rising(1.01, 1.03)}),
+        ("narrow features", {"encoder_rank": NARROW_RANK - 0.1}, {"encoder_rank": NARROW_RANK + 0.1}),
+        ("narrow features", {"encoder_rank": rising(1.1, 1.0001)}, {"encoder_rank": rising(1.01, 1.02)}),
+        ("narrow features", {"second_encoder_rank": 1.1}, {"second_encoder_rank": rising(1.01, 1.02)}),
         ("exploding variance", {"embedding_std_mean": 2.1}, {"embedding_std_mean": 1.9}),
         ("exploding variance", {"embedding_std_mean": rising(3, 1.5)}, {"embedding_std_mean": rising(30, 0.8)}),
         ("batch too small", {"covariance_floor": HIGH_FLOOR + 1}, {"covariance_floor": HIGH_FLOOR - 1}),
