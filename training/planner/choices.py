@@ -6,6 +6,7 @@ it. The rates below are rough, and serve to choose between encoders; how long th
 
 import copy
 import math
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,10 +209,11 @@ def _sparse_tile(model: dict[str, Any]) -> tuple[Any, int]:
 
 
 def density(model: dict[str, Any]) -> float:
-    """Return the share of pairs that attend to each other on the encoder's own grid, of its first layer."""
+    """Return the share of pairs that attend to each other on the encoder's own grid, the mean of its layers."""
     with as_input_error("model"):
         config = BigBirdViTConfig(**{key: value for key, value in model.items() if key != "model_type"})
-        return layer_pattern(config, *config.grid_size(*config.image_size_hw)).density
+        grid, layers = config.grid_size(*config.image_size_hw), range(config.num_hidden_layers)
+        return statistics.fmean(layer_pattern(config, *grid, layer).density for layer in layers)
 
 
 def _choose_batch(made: Choices, wanted: int, images: Images, machine: Machine) -> None:

@@ -47,7 +47,8 @@ def test_every_plan_is_sparse_and_builds(name, machine, seconds):
 def test_density_is_that_of_the_encoder():
     model = choose({}, FOLDERS["cifar"], CPU, 900).settings["model"]
     encoder = BigBirdViTModel(BigBirdViTConfig(**model))
-    assert density(model) == encoder.attention_patterns(24, 24)[0].density
+    found = [pattern.density for pattern in encoder.attention_patterns(24, 24)]
+    assert density(model) == pytest.approx(sum(found) / len(found))
 
 
 @pytest.mark.parametrize(
