@@ -16,7 +16,7 @@ def load(name: str) -> "PreTrainedModel":
     its card.
 
     Args:
-        name: `digits`, `cifar10_cpu` or `cifar10_cpu_long`; what is on the Hub or in a folder of yours,
+        name: `digits`, `cifar10_cpu`, `cifar10_cpu_long` or `nuclei`; what is on the Hub or in a folder of yours,
             `AutoModel.from_pretrained` loads.
 
     Raises:

@@ -1,5 +1,6 @@
 """Where the encoders lie that come with the package."""
 
+import difflib
 import os
 from pathlib import Path
 
@@ -18,3 +19,14 @@ def located(name: str) -> str:
     A folder of the user's that is called the same comes first.
     """
     return str(FOLDER / name) if name in names() and not os.path.exists(name) else name
+
+
+def misnamed(name: str) -> str | None:
+    """Say which encoder that comes with the package has nearly this name; None where it may mean another model.
+
+    Names of a folder, and of a Hub's owner and model with a slash between, are others.
+    """
+    near = difflib.get_close_matches(name, names(), 1, cutoff=0.8)
+    if not near or name in names() or "/" in name or os.path.exists(name):
+        return None
+    return f", which is none; did you mean {near[0]!r}, which comes with the package?"

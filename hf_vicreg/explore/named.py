@@ -2,6 +2,7 @@
 
 import os
 
+from hf_vicreg.model_cards.shipped import misnamed
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.run.places import IMAGE_SUFFIXES, absence, data_setting, refuse_empty
 
@@ -33,6 +34,6 @@ def check_images(images: str, model: str | None, data: str | None) -> None:
             f"`MODEL`: expected a model to embed {images} with, got none; name one behind it, or name a folder that "
             "`hf-vicreg embed` made."
         )
-    missing = absence(model)
+    missing = absence(model) or misnamed(model)
     if missing:
         raise InputError(f"`MODEL`: expected the folder or Hub id of a vision model, got {model!r}{missing}")

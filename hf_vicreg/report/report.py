@@ -26,10 +26,10 @@ REPORT_FILE, COMPARISON_FILE = "report.html", "comparison.html"
 INDEX = "model.safetensors.index.json"
 PARTS = (
     ("views", "Two views of an image", "What the model was shown of each image, and had to find alike."),
-    ("neighbours", "Nearest neighbours", "Held-out images, and what is nearest to each by the cosine of features."),
+    ("neighbours", "Nearest neighbours", "A few images, and what is nearest to each by the cosine of features."),
     ("patches", "What patches mean", "Three principal components of the patches' tokens: like colours, like content."),
     ("attention", "Where attention looks", "Pick a patch: each small map is one head of one layer, looking from it."),
-    ("map", "A map of held-out images", "Images that the encoder finds alike lie close together."),
+    ("map", "A map of the images", "Images that the encoder finds alike lie close together."),
     ("confusion", "Which classes are confused", "What the labels of the nearest images say."),
 )  # fmt: skip
 

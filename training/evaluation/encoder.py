@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
-from hf_vicreg.model_cards.shipped import located
+from hf_vicreg.model_cards.shipped import located, misnamed
 from hf_vicreg.modeling.encoder_outputs import patch_grid
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, pooled_features
@@ -235,8 +235,7 @@ def load_config(name: str, field: str = "MODEL") -> PreTrainedConfig:
     Raises:
         InputError: None there, or one that names code of others.
     """
-    absent = absence(name)
-    if absent:  # not asked of the Hub
+    if absent := absence(name) or misnamed(name):  # not asked of the Hub
         raise InputError(f"`{field}`: expected the folder or Hub id of a vision model, got {name!r}{absent}")
     try:
         config = AutoConfig.from_pretrained(located(name), trust_remote_code=False)
@@ -294,7 +293,8 @@ def public_name(name: str) -> str:
 
 def no_model(name: str, error: Exception, field: str = "MODEL") -> InputError:
     """Return what is said of a name without a model that can be loaded."""
-    reason = " ".join(str(error).split())[:300]
+    without = Path(name).is_dir() and not (Path(name) / "config.json").exists()
+    reason = "it holds no config.json" if without else " ".join(str(error).split())[:300]
     return InputError(
         f"`{field}`: expected the folder or Hub id of a vision model in safetensors form, got {name!r}: {reason}"
     )

@@ -102,7 +102,9 @@ def refuse_empty(folder: str, field: str) -> None:
 
 
 def absence(name: str) -> str | None:
-    """Say that what a name means, a path, is not there, and what is beside it; None where it may be a Hub id."""
+    """Say that what a name means, a path, is not there or not finished; None where it may be a Hub id."""
+    if os.path.isfile(os.path.join(name, RECIPE)) and not os.path.isfile(os.path.join(name, "config.json")):
+        return ", a run that has not come to its end; let it go on with --resume_from_checkpoint latest."
     return None if os.path.exists(name) or not _is_path(name) else _instead(name)
 
 
