@@ -64,6 +64,32 @@ emoji)
     pretrain "$OUT/emoji_images" --config benchmarks/emoji.yaml --output_dir "$OUT/emoji" "$@"
     "$PYTHON" -m hf_vicreg.cli evaluate image-text "$OUT/emoji" --dataset_name "$EMOJI" --image_column_name image \
         --caption_column caption --second_image_column_name other_image ;;
+dense_source)
+    images CIFAR10 && images NUCLEI
+    here="$OUT/dense_source"
+    shape=(--model.hidden_size 128 --model.num_hidden_layers 4 --model.num_attention_heads 4 --model.intermediate_size 384
+        --model.initializer_range 0.06 --model.image_size 32 --model.patch_size 4)
+    pretrain "$CIFAR10" --config cifar10_cpu_long --model.model_type vit "${shape[@]}" --learning_rate 3e-3 --max_steps 1600 \
+        --knn_every_epochs 4 --output_dir "$here/dense" "$@"
+    "$PYTHON" -m hf_vicreg.cli convert "$here/dense" "$here/sparse" --attention_type block_sparse --tile_size 2
+    "$PYTHON" -m hf_vicreg.cli convert "$here/dense" "$here/adapted" --tile_size 2 --adapt "$CIFAR10" --time_budget 14m
+    short=(--image_column_name image --batch_size 128 --max_steps 150 --knn_every_epochs 0 --learning_rate 3e-3
+        --expander_lr_scale 0.1 --warmup_ratio 0.1 --vicreg.expander_sizes "[1024, 1024, 1024]"
+        --vicreg.invariance_weight 10 --vicreg.variance_weight 10 --views.image_size 48 --views.crop_min_ratio 0.03
+        --views.blur_probability 0 --views.solarize_probability 0 --views.vertical_flip_probability 0.5
+        --views.quarter_turn_probability 0.75)
+    pretrain "$NUCLEI" --model_name_or_path "$here/sparse" "${short[@]}" --output_dir "$here/continued"
+    pretrain "$NUCLEI" "${shape[@]}" --model.pooling cls --model.pooler_act tanh --model.position_embedding_type absolute \
+        --model.layer_norm_eps 1e-12 --model.tile_size 2 --model.num_random_blocks 2 "${short[@]}" \
+        --output_dir "$here/new_weights"
+    for seed in 0 1 2; do
+        for start in continued new_weights; do
+            "$PYTHON" -m hf_vicreg.cli finetune segmentation "$here/$start" --dataset_name "$NUCLEI" \
+                --image_column_name image --mask_column_name instances --instances --image_height 128 --image_width 128 \
+                --quarter_turns --batch_size 8 --max_steps 100 --max_test_samples 40 --seed "$seed" \
+                --output_dir "$here/segmenter-$start-seed$seed"
+        done
+    done ;;
 planted)
     images CIFAR10 && images EMOJI && images NUCLEI
     "$PYTHON" -m benchmarks.planted "$CIFAR10" --odd "$EMOJI" "$NUCLEI" --draws 10 --out "$OUT/planted.json" "$@" ;;
