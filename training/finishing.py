@@ -158,4 +158,4 @@ def _hardware(accelerator: Accelerator) -> str:
     if accelerator.device.type != "cpu":
         return f"{accelerator.num_processes} x {device_name(accelerator.device)}"
     cores = torch.get_num_threads() * accelerator.num_processes
-    return f"{cores} CPU cores ({platform.machine()})"
+    return f"{cores} CPU core{'s' * (cores != 1)} ({platform.machine()})"

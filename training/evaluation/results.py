@@ -155,7 +155,8 @@ def _environment() -> dict[str, str]:
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
-        hardware = f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+        cores = torch.get_num_threads()
+        hardware = f"{cores} CPU core{'s' * (cores != 1)} ({platform.machine()})"
     found = {"hardware": hardware, "python": platform.python_version()}
     for name in PACKAGES:
         try:
