@@ -10,8 +10,8 @@ the dimensions of the embeddings, N the images of the global batch.
   norm in the expander can blow it up to any spread, so the embeddings need not show it.
 - **dimensional collapse**: the embeddings' effective rank is below 2 and not rising. Two directions with the same
   variance would give 2: nearly all of it lies in one, whatever D.
-- **narrow features**: the effective rank of the encoder's pooled output is below 1.25 and not rising: nine tenths of
-  the variance lie in one direction, most often brightness.
+- **narrow features**: with the learning rate at half its peak or less, the effective rank of the encoder's pooled
+  output is below 1.25 and not rising: nine tenths of the variance lie in one direction, most often brightness.
 - **exploding variance**: the mean standard deviation is above twice gamma and not falling. The loss rewards no more
   than gamma.
 - **batch too small**: the covariance's noise floor (D - 1) / (N - 1) is above 16 and the mean standard deviation
@@ -85,7 +85,9 @@ class Verdict:
         return f"{self.name}: {self.finding}; {self.remedy}"
 
 
-def diagnose(records: Sequence[Record], gamma: float = 1.0, objective: ObjectiveEntry = VICREG) -> list[Verdict]:
+def diagnose(
+    records: Sequence[Record], gamma: float = 1.0, objective: ObjectiveEntry = VICREG, peak: float = 0.0
+) -> list[Verdict]:
     """Return what is wrong at the last line of a log; nothing if all is well.
 
     Args:
@@ -93,12 +95,15 @@ def diagnose(records: Sequence[Record], gamma: float = 1.0, objective: Objective
             `WINDOW` + 1 are looked at. A figure that is missing or not finite is no evidence.
         gamma: Target of the embeddings' standard deviation.
         objective: What is learned: some rules mean nothing for it, some remedies are its own.
+        peak: The largest learning rate of lines that are not among the records.
     """
     lines = [record for record in records if "loss" in record]
     learning_rate = partial(_learning_rate_too_high, loss_falls=objective.loss_falls)
     rules: list[Callable[[list[Record], float], Verdict | None]] = [learning_rate, _loader_bound]
     if len(lines) >= MIN_LINES and not _value(lines[-1], "learning_rate") > _value(lines[-2], "learning_rate"):
         rules = [*SPREAD_RULES, *rules]
+        if _value(lines[-1], "learning_rate") <= max(peak, *(_value(line, "learning_rate") for line in lines)) / 2:
+            rules.insert(0, _narrow_features)
     found = [rule(lines, gamma) for rule in rules] if lines else []
     return [
         replace(verdict, remedy=objective.remedy_for(verdict.name, verdict.remedy))
@@ -118,6 +123,7 @@ class Watch:
     def __init__(self, gamma: float = 1.0, objective: ObjectiveEntry = VICREG):
         self.gamma, self.objective = gamma, objective
         self.lines: list[Record] = []
+        self.peak = 0.0
         self.present: dict[str, Verdict] = {}
         self.past: dict[str, Verdict] = {}
 
@@ -126,7 +132,8 @@ class Watch:
         if "loss" not in record:
             return []
         self.lines = [*self.lines[:1], *self.lines[1:][-WINDOW:], record]
-        now = diagnose(self.lines, self.gamma, self.objective)
+        self.peak = max(self.peak, _value(record, "learning_rate"))
+        now = diagnose(self.lines, self.gamma, self.objective, self.peak)
         new = [verdict for verdict in now if verdict.name not in self.past]
         self.past |= {verdict.name: verdict for verdict in new}
         self.present = {verdict.name: replace(verdict, step=self.past[verdict.name].step) for verdict in now}
@@ -225,15 +232,8 @@ def _stuck(lines: list[Record], gamma: float) -> Verdict | None:
     )
 
 
-SPREAD_RULES = [
-    _embedding_collapse,
-    _encoder_collapse,
-    _dimensional_collapse,
-    _narrow_features,
-    _exploding_variance,
-    _batch_too_small,
-    _stuck,
-]
+SPREAD_RULES = [_embedding_collapse, _encoder_collapse, _dimensional_collapse, _exploding_variance]
+SPREAD_RULES += [_batch_too_small, _stuck]
 
 
 def _learning_rate_too_high(lines: list[Record], gamma: float, *, loss_falls: bool = True) -> Verdict | None:

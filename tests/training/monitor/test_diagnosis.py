@@ -30,6 +30,7 @@ HEALTHY = {
     "skipped_steps": 0,
     "data_wait_ratio": 0.1,
 }
+DECAYED = {"learning_rate": [1e-3, 5e-4]}
 
 
 def lines(count=12, **series):
@@ -61,9 +62,18 @@ def rising(start, factor):
         ("encoder collapse", {"second_encoder_spread": 0.001}, {"second_encoder_spread": rising(0.001, 1.1)}),
         ("dimensional collapse", {"embedding_rank": COLLAPSED_RANK - 0.1}, {"embedding_rank": COLLAPSED_RANK + 0.1}),
         ("dimensional collapse", {"embedding_rank": 1.2}, {"embedding_rank": rising(1.01, 1.03)}),
-        ("narrow features", {"encoder_rank": NARROW_RANK - 0.1}, {"encoder_rank": NARROW_RANK + 0.1}),
-        ("narrow features", {"encoder_rank": rising(1.1, 1.0001)}, {"encoder_rank": rising(1.01, 1.02)}),
-        ("narrow features", {"second_encoder_rank": 1.1}, {"second_encoder_rank": rising(1.01, 1.02)}),
+        ("narrow features", DECAYED | {"encoder_rank": NARROW_RANK - 0.1}, {"encoder_rank": NARROW_RANK - 0.1}),
+        ("narrow features", DECAYED | {"encoder_rank": 1.2}, DECAYED | {"encoder_rank": NARROW_RANK + 0.1}),
+        (
+            "narrow features",
+            DECAYED | {"encoder_rank": rising(1.1, 1.0001)},
+            DECAYED | {"encoder_rank": rising(1.01, 1.02)},
+        ),
+        (
+            "narrow features",
+            DECAYED | {"second_encoder_rank": 1.1},
+            DECAYED | {"second_encoder_rank": rising(1.01, 1.02)},
+        ),
         ("exploding variance", {"embedding_std_mean": 2.1}, {"embedding_std_mean": 1.9}),
         ("exploding variance", {"embedding_std_mean": rising(3, 1.5)}, {"embedding_std_mean": rising(30, 0.8)}),
         ("batch too small", {"covariance_floor": HIGH_FLOOR + 1}, {"covariance_floor": HIGH_FLOOR - 1}),
@@ -143,6 +153,14 @@ def test_missing_and_broken_figures_are_no_evidence():
     assert names(lines(**dict.fromkeys(HEALTHY, math.nan))) == []
     assert names(lines(embedding_std_mean=None, embedding_rank="high")) == []
     assert names(lines(loss=[3.0, 0.0])) == []  # the hinge alone, when it is satisfied
+
+
+def test_narrow_features_are_told_in_the_second_half():
+    watch = Watch()
+    for record in lines(40, encoder_rank=1.1, learning_rate=[1e-3 * (1 - at / 40) for at in range(40)]):
+        watch.follow(record)
+    assert watch.present["narrow features"].step == 210
+    assert not names(lines(20, encoder_rank=1.1, learning_rate=[1e-3 * (1 - at / 40) for at in range(20)]))
 
 
 def test_watch_tells_once_and_remembers():
