@@ -30,7 +30,8 @@ def halve(path: Path) -> None:
     """Store weights in fp16."""
     with safe_open(path, "pt") as stored:
         metadata = stored.metadata()
-    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, metadata)
+    halved = {name: one.half() if one.is_floating_point() else one for name, one in load_file(path).items()}
+    save_file(halved, path, metadata)
 
 
 def main() -> None:

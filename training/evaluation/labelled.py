@@ -13,7 +13,7 @@ from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.arguments import LabelledDataArguments
 from hf_vicreg.training.images.files.labelled_tars import labelled_tars
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
-from hf_vicreg.training.run.places import data_setting, is_shards
+from hf_vicreg.training.run.places import data_setting, is_shards, refuse_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -211,14 +211,12 @@ def _from_file(arguments: LabelledDataArguments, path: str) -> tuple[LabelledIma
 
 
 def _from_tars(pattern: str, test_pattern: str | None, column: str) -> tuple[LabelledImages, LabelledImages]:
-    """Return the images of tars to train on and of others to test on, with the classes beside them; errors as above.
-
-    Those of training number the classes.
-    """
+    """Return images of tars to train and to test on, with the classes as training has them; errors as above."""
     from datasets import Dataset
 
     images: list[LabelledImages] = []
     for field, one in (("dataset_name", pattern), ("test_split", test_pattern)):
+        refuse_credentials(one or "", field)
         if one is None or not one.lower().endswith(".tar") or (images and one == pattern):
             raise InputError(
                 f"`{field}`: expected tars, others to test on than to train on, got {one!r}; name them as in "

@@ -64,13 +64,15 @@ def build_accelerator(
             f"`num_processes`: expected at most the {there} GPU(s) of this machine, got {local}; "
             "add --device cpu for processes on CPUs."
         )
-    if mixed_precision == "auto":
+    if mixed_precision == "auto" and AcceleratorState._shared_state:
+        mixed_precision = AcceleratorState().mixed_precision  # an earlier run's, in this Python
+    elif mixed_precision == "auto":
         mixed_precision = "bf16" if kind is not None and has_bf16(kind) else "no"
     kwargs_handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
     if patience_s is not None:
         kwargs_handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=patience_s)))
     meet()
-    _check_earlier_run(mixed_precision, kind or "cpu")
+    _check_earlier_run(mixed_precision, device)
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=use_cpu,
@@ -96,7 +98,7 @@ def build_accelerator(
 
 
 def _check_earlier_run(precision: str, device: str) -> None:
-    """Check that accelerate, which keeps one precision and one device a process, has no others from before.
+    """Check that accelerate, which keeps one precision and one device a process, has no others than what is asked for.
 
     Raises:
         InputError: It has.
@@ -106,7 +108,7 @@ def _check_earlier_run(precision: str, device: str) -> None:
     state = AcceleratorState()
     before = {"mixed_precision": state.mixed_precision, "device": state.device.type}
     for name, wanted in {"mixed_precision": precision, "device": device}.items():
-        if before[name] != wanted:
+        if wanted not in (before[name], "auto"):
             raise InputError(
                 f"`{name}`: expected {before[name]!r}, which an earlier run in this Python set for all of it, "
                 f"got {wanted!r}; start a new Python for it."

@@ -78,18 +78,26 @@ def step_cost(
     if not accelerator.is_main_process:
         return None
     captions = source.captions if isinstance(source, ImageSource) else None
-    shapes = shapes_of(model)
+    try:
+        shapes = shapes_of(model)
+    except Exception as error:  # an encoder of others may hold what cannot be copied
+        _say_why_not(error)
+        return None
 
     def count() -> StepCost | None:
         try:
             whole, held = count_step(shapes, config, captions)
-        except Exception as error:  # an encoder of others may do anything with tensors that hold no numbers
-            reason = " ".join(str(error).split())[:200]
-            logger.info("the FLOPs of a step cannot be counted, the log has none: %s", reason)
+        except Exception as error:  # or do anything with tensors that hold no numbers
+            _say_why_not(error)
             return None
         return StepCost(whole, held, config.run.expander_warmup_ratio, _peak_of(accelerator))
 
     return LateCost(count)
+
+
+def _say_why_not(error: Exception) -> None:
+    reason = " ".join(str(error).split())[:200]
+    logger.info("the FLOPs of a step cannot be counted, the log has none: %s", reason)
 
 
 def _peak_of(accelerator: Accelerator) -> float | None:

@@ -102,7 +102,10 @@ def test_a_named_field_is_of_json_alone(tmp_path):
     parts = {"png": encoded(0), "cls": "5", "json": json.dumps({"species": "owl"})}
     write_tar(tmp_path / "0.tar", [("0", parts)])
     assert labelled_tars(str(tmp_path / "0.tar"), "dataset_name", "species")[1] == ["owl"]
-    assert labelled_tars(str(tmp_path / "0.tar"), "dataset_name", "label")[1] == [5]
+    for order in (parts, dict(reversed(parts.items()))):
+        order["json"] = json.dumps({"species": "owl", "label": 7})
+        write_tar(tmp_path / "1.tar", [("0", order), ("._0", {"png": b"of another system"})])
+        assert labelled_tars(str(tmp_path / "1.tar"), "dataset_name", "label")[1] == [5], "`.cls` goes first"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,7 @@ def test_a_named_field_is_of_json_alone(tmp_path):
         ([0, None], [0], {}, r"`dataset_name`: expected a class beside each image, .* found none beside a.b/001.png"),
         ([0, 1], [0], {"label_column_name": "species"}, "'species' in NAME.json, found none beside a.b/000.png of tr"),
         ([1, 1], [1], {}, "`label_column_name`: expected at least 2 classes"),
+        ([0, 10**11], [0], {}, "`dataset_name`: expected classes below 1,000,000, found 100000000000"),
     ],
 )
 def test_what_cannot_be_a_class_is_refused(tars, train, test, flags, message):
@@ -138,6 +142,8 @@ def test_shards_that_cannot_be_evaluated_on_are_refused(tars, tmp_path, capsys):
         ((name, str(tmp_path / "absent.tar")), "`test_split`: expected tars that can be read, absent.tar cannot be: "),
         ((str(tmp_path / "cut.tar"), test), "`dataset_name`: expected tars that can be read, cut.tar cannot be: "),
         ((str(tmp_path / "none.tar"), test), "`dataset_name`: expected images in "),
+        ((name, str(tmp_path / "tset-*.tar")), "`test_split`: expected shards, found none by"),
+        (("https://store/0.tar?signature=secret", test), "`dataset_name`: expected an address of shards without"),
         (("s3://me:secret@bucket/0.tar", test), "`dataset_name`: expected an address of shards without credentials"),
     ):
         with pytest.raises(InputError, match=message) as caught:

@@ -53,8 +53,8 @@ def test_density_is_that_of_the_encoder():
 
 @pytest.mark.parametrize(
     ("images", "side", "patches"),
-    [(Images(5_000, 28, 28, True), 24, 5), (Images(5_000, 70, 64, True), 48, 5), (Images(5_000, 96, 96, True), 96, 7)],
-    ids=["28", "64", "96"],
+    [(Images(5_000, 28, 28, True), 24, 5), (Images(5_000, 70, 64, True), 48, 5), (Images(5_000, 70, 70, True), 64, 7)],
+    ids=["28", "64", "70"],
 )
 def test_views_of_small_images_have_the_pixels_of_their_crops(images, side, patches):
     model = choose({}, images, CPU, 900).settings["model"]
@@ -82,11 +82,12 @@ def test_flops_of_the_ladder_by_hand():
     [
         ({"model": {"hidden_size": 96, "num_attention_heads": 2}}, {"hidden_size": 96, "num_attention_heads": 2}),
         ({"model": {"image_size": 64}}, {"image_size": 64, "patch_size": 16, "patch_stride": 8}),
-        ({"model": {"patch_size": 4}}, {"image_size": 24, "patch_size": 4}),
+        ({"model": {"patch_size": 4}}, {"image_size": 32, "patch_size": 4}),
+        ({"views": {"num_local_views": 2, "local_image_size": 24}}, {"image_size": 32, "patch_size": 8}),
         ({"model": {"tile_size": 1}}, {"tile_size": 1}),
         ({"views": {"image_size": 48}}, {"image_size": 48, "patch_size": 12, "patch_stride": 6}),
     ],
-    ids=["width", "image", "patch", "tile", "views"],
+    ids=["width", "image", "patch", "local views", "tile", "views"],
 )
 def test_the_rest_adapts_to_what_is_given(given, found):
     made = choose(given, FOLDERS["cifar"], CPU, 900)

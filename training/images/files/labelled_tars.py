@@ -18,6 +18,8 @@ from hf_vicreg.training.images.sources import fingerprinted
 from hf_vicreg.training.run.places import IMAGE_SUFFIXES, refuse_credentials
 
 CLASS, FIELDS = "cls", "json"  # suffixes of what lies beside an image
+NEARLY_ALONE = 4096  # bytes beyond an image that a store is asked for
+MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class TarImages:
             OSError: It cannot be read.
         """
         shard, start, size = self.places[3 * index : 3 * index + 3]
-        file, found = ShardFile(self.shards[shard], start), b""
+        file, found = ShardFile(self.shards[shard], start, NEARLY_ALONE), b""
         try:
             while len(found) < size and (more := file.read(size - len(found))):
                 found += more
@@ -64,7 +66,7 @@ def labelled_tars(pattern: str, field: str, column: str) -> tuple[ImageSource, l
         InputError: No tars, one that cannot be read to its end, an image without a class, or none at all.
     """
     refuse_credentials(pattern, field)
-    shards = list_shards(pattern)
+    shards = list_shards(pattern, field)
     places, names, classes = array("q"), [], []
     for shard, name in enumerate(shards):
         short = short_name(shards, shard)
@@ -91,6 +93,11 @@ def labelled_tars(pattern: str, field: str, column: str) -> tuple[ImageSource, l
             f"`{field}`: expected classes in {pattern!r} that are all whole numbers or all names, got {wrong!r} among "
             "others; name another field of JSON by --label_column_name."
         )
+    if kinds == {int} and max(classes) >= MOST_CLASSES:
+        raise InputError(
+            f"`{field}`: expected classes below {MOST_CLASSES:,}, found {max(classes)}, which looks like an id; name "
+            "another field of JSON by --label_column_name."
+        )
     source = fingerprinted(pattern.rsplit("/", 1)[-1], len(names), TarImages(shards, places), None)
     return ImageSource(source.name, len(source), source.read_bytes, source.fingerprint, file_names=names), classes
 
@@ -104,13 +111,15 @@ def _contents(name: str, column: str) -> tuple[list[tuple[str, int, int]], dict[
             with tarfile.open(fileobj=file, mode="r:", tarinfo=ShardHeader) as tar:  # type: ignore[call-overload]
                 for member in tar:
                     if member.isfile():
+                        if os.path.basename(member.name).startswith("."):
+                            continue  # what other systems leave there
                         if os.path.splitext(member.name)[1].lower() in IMAGE_SUFFIXES:
                             images.append((member.name, member.offset_data, member.size))
                         suffix = os.path.basename(member.name).partition(".")[2].lower()
                         if suffix == FIELDS or (suffix == CLASS and column == "label"):
                             content = tar.extractfile(member)
                             value = _class_of(b"" if content is None else content.read(), suffix, column)
-                            if value is not None:
+                            if value is not None and (suffix == CLASS or _key(member.name) not in classes):
                                 classes[_key(member.name)] = value
                     tar.members = []  # it would remember them all
         finally:

@@ -51,12 +51,13 @@ class Member:
     content: bytes
 
 
-def list_shards(pattern: str) -> list[str]:
+def list_shards(pattern: str, field: str = "dataset_name") -> list[str]:
     """Return the shards that a pattern names, in its order.
 
     Args:
         pattern: A path or an address that ends in `.tar` or `.parquet`. `{000..123}` and `{a,b}` stand for each of
             several words, `*` for what is found there.
+        field: What named it, for errors.
 
     Raises:
         InputError: A pattern that names none, a store that cannot be asked, or too many.
@@ -67,13 +68,13 @@ def list_shards(pattern: str) -> list[str]:
     for words in choices:
         count *= len(words)
     if count > MOST_SHARDS:
-        raise InputError(f"`dataset_name`: expected at most {MOST_SHARDS:,} shards, got {count:,} by {pattern!r}.")
+        raise InputError(f"`{field}`: expected at most {MOST_SHARDS:,} shards, got {count:,} by {pattern!r}.")
     named = ["".join(words) for words in product(*choices)]
     if "*" not in pattern:
         return named
     found = [one for name in named for one in _found(name)]
     if not found:
-        raise InputError(f"`dataset_name`: expected shards, found none by {pattern!r}.")
+        raise InputError(f"`{field}`: expected shards, found none by {pattern!r}.")
     return found
 
 
@@ -143,8 +144,9 @@ class ShardFile:
     A store whose library knows no seeking is read from its beginning and what comes before is thrown away.
     """
 
-    def __init__(self, name: str, start: int = 0):
-        self.name, self.position = name, start
+    def __init__(self, name: str, start: int = 0, ahead: int = READ_AHEAD):
+        """Read `ahead` bytes of a store beyond what is asked for."""
+        self.name, self.position, self.ahead = name, start, ahead
         self.tries = TRIES if "://" in name else 1
         self.file: Any = None
 
@@ -187,7 +189,7 @@ class ShardFile:
                 raise refused(self.name, error) from error
             # what it remembers of a file may be what a fault has left
             system.invalidate_cache(path)
-            file = system.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead")
+            file = system.open(path, "rb", block_size=self.ahead, cache_type="readahead")
         if self.position:
             try:
                 file.seek(self.position)
