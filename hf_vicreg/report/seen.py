@@ -181,7 +181,7 @@ def map_part(run: int, space: Space, images: ReportImages) -> str:
     """Return the place that the page's script draws a map into."""
     number, everything = len(space.held_out.places), images.all_held_out
     of = f"{number:,} of {everything:,}" if number < everything else f"{number:,}"
-    of_which = " of the test split" if images.is_apart else ", without a test split: it may have learned from them"
+    of_which = " of the test split" if images.is_apart else ". There is no test split: the encoder may know them"
     return f'<div class="map" data-run="{run}"></div><p class="hint">{of} images{of_which}.</p>'
 
 

@@ -168,9 +168,9 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
     model = made.settings.setdefault("model", {})
     if made.settings.get("views", {}).get("image_size") is None:
         why = _why_side(side, images)
-        free = not {"image_size", "patch_size", "patch_stride"} & model.keys()
-        free = free and not made.settings.get("views", {}).get("num_local_views")
-        if free and side <= 64 and cells == SMALL_CELLS and min(images.height, images.width) <= 64:
+        given = {"image_size", "patch_size", "patch_stride"} & model.keys()
+        given = given or made.settings.get("views", {}).get("num_local_views")
+        if not given and cells == SMALL_CELLS and min(images.height, images.width) <= 64:
             # a crop of a fifth to all of an image has 0.6 of its pixels on average, 0.77 of its side: the rest of a
             # larger view is interpolated
             why = f"three quarters of {side}: crops have no more pixels"

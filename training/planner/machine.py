@@ -50,9 +50,8 @@ def this_machine(
         local_processes: Of them on this machine: they share its memory and cores.
     """
     cores = max(1, _num_cores() // local_processes)
-    asked = getattr(
-        device_module(device), "mem_get_info", None
-    )  # the CPU has none, nor `mps`, which shares its memory
+    # the CPU has none, nor `mps`, which shares its memory
+    asked = getattr(device_module(device), "mem_get_info", None)
     if asked is not None:
         memory, name = asked(device)[0], device_name(device)
     else:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -130,16 +129,15 @@ def try_steps(
     stop = StopRequest(Path(run.output_dir), None)
     with _quietly():
         loop = pretraining_loop(replace(config, run=run), source, model, accelerator, None, stop)
-    held: Any = device_module(machine.device)
-    held = (
-        held if hasattr(held, "max_memory_reserved") else None
-    )  # the CPU has none, nor `mps`, which shares its memory
-    if held is not None:
-        held.reset_peak_memory_stats()
+    module = device_module(machine.device)
+    # the CPU has none, nor `mps`, which shares its memory
+    reserved = getattr(module, "max_memory_reserved", None)
+    if module is not None and reserved is not None:
+        module.reset_peak_memory_stats()
     else:
         reset_peak()
     step_seconds, waits = loop.rehearse(seconds)
-    peak = peak_memory() if held is None else held.max_memory_reserved()
+    peak = peak_memory() if reserved is None else reserved()
     shown = source.first(min(BATCH_SIZE, len(source)))
     reading = time.perf_counter()
     for index in range(len(shown)):

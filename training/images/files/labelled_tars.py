@@ -15,7 +15,7 @@ from hf_vicreg.training.images.files.parquet_shards import SeekableShard
 from hf_vicreg.training.images.files.shards import ShardFile, ShardHeader, ShardLost, list_shards, short_name
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.sources import fingerprinted
-from hf_vicreg.training.run.places import IMAGE_SUFFIXES, refuse_credentials
+from hf_vicreg.training.run.places import IMAGE_SUFFIXES
 
 CLASS, FIELDS = "cls", "json"  # suffixes of what lies beside an image
 NEARLY_ALONE = 4096  # bytes beyond an image that a store is asked for
@@ -58,14 +58,13 @@ def labelled_tars(pattern: str, field: str, column: str) -> tuple[ImageSource, l
     A class is the text of `NAME.cls`, or what `NAME.json` says under `column`, beside the image `NAME.jpg`.
 
     Args:
-        pattern: As of `list_shards`.
+        pattern: As of `list_shards`, without credentials.
         field: The flag that named it, for errors.
         column: `label` looks into either, anything else into JSON alone.
 
     Raises:
         InputError: No tars, one that cannot be read to its end, an image without a class, or none at all.
     """
-    refuse_credentials(pattern, field)
     shards = list_shards(pattern, field)
     places, names, classes = array("q"), [], []
     for shard, name in enumerate(shards):
