@@ -88,19 +88,8 @@ def spread(length: int, most: int) -> list[int]:
 
 def subset(source: ImageSource, places: Sequence[int]) -> ImageSource:
     """Return a source of the images at some places."""
-    places = list(places)
-
-    def at(values: Sequence | None) -> list | None:
-        return None if values is None else [values[place] for place in places]
-
-    return replace(
-        source,
-        length=len(places),
-        read_bytes=lambda index: source.read_bytes(places[index]),
-        labels=at(source.labels),
-        file_names=at(source.file_names) or [f"row {place}" for place in places],
-        paths=at(source.paths),
-    )
+    chosen = source.select(places)
+    return replace(chosen, file_names=chosen.file_names or [f"row {place}" for place in places])
 
 
 def readable(source: ImageSource, wanted: int) -> dict[int, Image.Image]:
