@@ -266,7 +266,7 @@ def begin(run: Run) -> None:
 
 
 def attention_density(config: RunConfig) -> float:
-    """Return the mean density of the encoder's attention at its own image size; 1 for encoders without a pattern.
+    """Return the mean density of the encoder's attention on the views; 1 for encoders without a pattern.
 
     Raises:
         ValueError: The image is smaller than one patch.
@@ -275,7 +275,7 @@ def attention_density(config: RunConfig) -> float:
     if encoder.model_type != BigBirdViTModel.config_class.model_type:
         return 1.0
     with torch.device("meta"):
-        patterns = BigBirdViTModel(encoder).attention_patterns(*encoder.image_size_hw)
+        patterns = BigBirdViTModel(encoder).attention_patterns(*config.image_size)
     return sum(pattern.density for pattern in patterns) / len(patterns)
 
 

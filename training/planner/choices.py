@@ -23,6 +23,7 @@ MAX_DENSITY = 0.6
 MIN_IMAGES = 16
 SMALL = 128  # width of an encoder
 SMALL_CELLS = 8  # a side, of the first rungs
+USED_RATIO = 4 / 3  # of the images the encoder is used with to the views, which are crops of three quarters of a side
 MAX_EPOCHS = 1000  # beyond that a small set of images teaches nothing new
 EVENING_SECONDS = 3 * 3600.0
 # of training, for each core of a CPU; of kinds that are not here, that of a GPU
@@ -164,22 +165,22 @@ def training_flops(size: Size) -> float:
 
 
 def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
-    """Fill image size, patches and the pattern of attention, sparse on its own grid."""
+    """Fill image sizes, patches and the pattern of attention, sparse on the grid of the views."""
     model = made.settings.setdefault("model", {})
-    if made.settings.get("views", {}).get("image_size") is None:
+    is_open = model.get("image_size") is None and made.settings.get("views", {}).get("image_size") is None
+    if is_open:
         why = _why_side(side, images)
-        given = {"image_size", "patch_size", "patch_stride"} & model.keys()
+        given = {"patch_size", "patch_stride"} & model.keys()
         given = given or made.settings.get("views", {}).get("num_local_views")
         if not given and cells == SMALL_CELLS and min(images.height, images.width) <= 64:
             # a crop of a fifth to all of an image has 0.6 of its pixels on average, 0.77 of its side: the rest of a
             # larger view is interpolated
             why = f"three quarters of {side}: crops have no more pixels"
             side, cells = side * 3 // 4, cells * 3 // 4
-        side = made.fill("model.image_size", side, why)
+        made.fill("views.image_size", side, why)
     else:
-        side = made.settings["views"]["image_size"]
-        model.setdefault("image_size", side)
-        made.reasons["model.image_size"] = "given"
+        side = made.settings.get("views", {}).get("image_size") or model["image_size"]
+        made.reasons["views.image_size"] = "given"
     shortest = min(side) if isinstance(side, list | tuple) else side
     if "patch_size" not in model and "patch_stride" not in model:
         stride = max(1, shortest // cells)
@@ -191,9 +192,15 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
             made.fill("model.patch_stride", stride, "overlapping by half")
     elif "patch_size" not in model:
         made.fill("model.patch_size", 2 * model["patch_stride"], "overlapping by half")
+    if is_open:
+        stride = model.get("patch_stride") or model["patch_size"]
+        stride = min(stride) if isinstance(stride, list | tuple) else stride
+        made.fill("model.image_size", round(side * USED_RATIO / stride) * stride, "a crop shows things larger")
+    else:
+        model.setdefault("image_size", side)
     if model.get("attention_type") == "original_full" or model.get("attention_layout") == "raster":
         return
-    tile, links = _sparse_tile(model)
+    tile, links = _sparse_tile(model | {"image_size": side})
     made.fill("model.tile_size", tile, f"the largest with a density of at most {MAX_DENSITY}")
     made.fill("model.num_random_blocks", links, "with that tile")
 

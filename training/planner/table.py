@@ -58,7 +58,10 @@ def plan_table(
                 why.get("model.hidden_size", "given"),
             )
         )
-        rows.append(("image", f"{height} x {width} pixels", why.get("model.image_size", "given")))
+        rows.append(("views", f"{height} x {width} pixels", why.get("views.image_size", "given")))
+        if config.used_image_size != config.image_size:
+            used = " x ".join(map(str, config.used_image_size))
+            rows.append(("used with", f"{used} pixels", why.get("model.image_size", "given")))
         grid = "x".join(map(str, encoder.grid_size(height, width)))
         (patch, _), (stride, _) = encoder.patch_size_hw, encoder.patch_stride_hw
         rows.append(
@@ -68,17 +71,17 @@ def plan_table(
                 why.get("model.patch_stride", why.get("model.patch_size", "given")),
             )
         )
+        on_views = density(encoder.to_dict() | model | {"image_size": (height, width)})
         rows.append(
             (
                 "attention",
-                f"density {density(encoder.to_dict() | model):.3f}: tile {encoder.tile_size}, "
-                f"{encoder.num_random_blocks} random",
+                f"density {on_views:.3f}: tile {encoder.tile_size}, {encoder.num_random_blocks} random",
                 why.get("model.tile_size", "given"),
             )
         )
     else:
         rows.append(("encoder", f"{config.vicreg.encoder.model_type}, {parameters / 1e6:.2f} M parameters", "given"))
-        rows.append(("image", f"{height} x {width} pixels", why.get("views.image_size", "given")))
+        rows.append(("views", f"{height} x {width} pixels", why.get("views.image_size", "given")))
     batch = f"{config.step_size}"
     if config.step_size != run.batch_size:
         batch += f", {run.batch_size} at once"

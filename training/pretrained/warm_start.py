@@ -66,7 +66,7 @@ def with_source(settings: dict[str, Any]) -> dict[str, Any]:
     where = os.path.abspath(name) if os.path.isdir(name) else name  # a Hub id and a relative path look alike
     settings = settings | {FIELD: where, "model": fields, "views": views}
     config = resolve(settings)
-    _fit(encoder, missing, _build(config), config.image_size)
+    _fit(encoder, missing, _build(config), config.used_image_size)
     return settings
 
 
@@ -79,7 +79,7 @@ def take_source_weights(model: VicRegForPreTraining, config: RunConfig) -> None:
     name = config.run.model_name_or_path
     assert name is not None
     source, missing = load_source(name, sparse=config.run.sparse)
-    resampled = _fit(source, missing, model.encoder, config.image_size)
+    resampled = _fit(source, missing, model.encoder, config.used_image_size)
     logger.info("the encoder begins with the weights of %s, a %s", public_name(name), source.config.model_type)
     if any("pooler" in one for one in missing):
         logger.warning("%s has no weights for its pooler, which begins at random", public_name(name))

@@ -29,6 +29,15 @@ class RunConfig:
         return (size, size) if isinstance(size, int) else tuple(size)
 
     @property
+    def used_image_size(self) -> tuple[int, int]:
+        """Size of the images that the finished encoder is used with, of its processor and of k-NN during the run.
+
+        The encoder's own where it has one: `model.image_size` may differ from that of the views.
+        """
+        size = getattr(self.vicreg.encoder, "image_size", None) or self.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
     def normalisation(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel by which pixels in [0, 1] are normalised: given, or ImageNet's."""
         given, channels = (self.views.image_mean, self.views.image_std), self.num_channels

@@ -9,8 +9,8 @@ from hf_vicreg.training.run.config import RunConfig
 
 
 def build_processor(config: RunConfig) -> BaseImageProcessor:
-    """Return the image processor saved with the encoder, at its image size; it normalises as the views are."""
-    height, width = config.image_size
+    """Return the image processor saved with the encoder, of the size it is used at; it normalises as the views are."""
+    height, width = config.used_image_size
     mean, std = config.normalisation
     settings: dict[str, Any] = {"size": {"height": height, "width": width}, "image_mean": mean, "image_std": std}
     if config.channel_ranges is not None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig, encoder_config
 from hf_vicreg.modeling.objectives import complete_settings
 from hf_vicreg.training.errors import InputError, as_input_error, hint
@@ -60,7 +61,7 @@ def _objective_settings(objective: str, sections: dict[str, Any]) -> dict[str, A
 
 
 def _encoder(settings: dict[str, Any], section: str, views: ViewsConfig) -> PreTrainedConfig:
-    """Return an encoder's configuration from its section of the settings; its image size is the views' if it has one.
+    """Return an encoder's configuration from its section of the settings; its image size is the views' unless given.
 
     Raises:
         InputError: An unknown key or model type, or fields that make no encoder of RGB images of the views' size.
@@ -79,13 +80,11 @@ def _encoder(settings: dict[str, Any], section: str, views: ViewsConfig) -> PreT
         if views.image_size is not None and hasattr(encoder, "image_size"):
             settings = {"image_size": views.image_size} | settings
         encoder = encoder_config(settings)
-        if views.image_size is not None and _pair(getattr(encoder, "image_size", None)) not in (
-            None,
-            _pair(views.image_size),
-        ):
+        own, wanted = (_pair(size) for size in (getattr(encoder, "image_size", None), views.image_size))
+        if None not in (own, wanted) and own != wanted and not isinstance(encoder, BigBirdViTConfig):
             raise InputError(
                 f"`views.image_size`: expected `{section}.image_size`, {encoder.image_size}, or one of the two alone, "
-                f"got {views.image_size}."
+                f"got {views.image_size}; two sizes need a `bigbird_vit`."
             )
         channels = getattr(encoder, "num_channels", 3)
         if not 1 <= channels <= MAX_CHANNELS:

@@ -29,6 +29,15 @@ FOLDERS = {
 }
 
 
+def _views(made):
+    size = made.settings["views"].get("image_size") or made.settings["model"]["image_size"]
+    return (size, size)
+
+
+def _density(made):
+    return density(made.settings["model"] | {"image_size": _views(made)})
+
+
 @pytest.mark.parametrize("seconds", [60, 900, 10_800, 10**6], ids=["1m", "15m", "3h", "11d"])
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("name", FOLDERS)
@@ -36,8 +45,10 @@ def test_every_plan_is_sparse_and_builds(name, machine, seconds):
     images = FOLDERS[name]
     made = choose({}, images, machine, seconds)
     config = BigBirdViTConfig(**made.settings["model"])
-    grid = config.grid_size(*config.image_size_hw)
-    assert density(made.settings["model"]) <= MAX_DENSITY
+    grid = config.grid_size(*_views(made))
+    assert _density(made) <= MAX_DENSITY
+    used, side = config.image_size_hw[0], _views(made)[0]
+    assert abs(used - side * 4 / 3) <= config.patch_stride_hw[0] / 2
     assert min(grid) >= 5  # fewer patches could not be sparse
     assert 2 <= made.settings["batch_size"] <= images.count
     assert min(config.patch_size_hw) <= max(8, min(images.height, images.width))
@@ -45,10 +56,10 @@ def test_every_plan_is_sparse_and_builds(name, machine, seconds):
 
 
 def test_density_is_that_of_the_encoder():
-    model = choose({}, FOLDERS["cifar"], CPU, 900).settings["model"]
-    encoder = BigBirdViTModel(BigBirdViTConfig(**model))
+    made = choose({}, FOLDERS["cifar"], CPU, 900)
+    encoder = BigBirdViTModel(BigBirdViTConfig(**made.settings["model"]))
     found = [pattern.density for pattern in encoder.attention_patterns(24, 24)]
-    assert density(model) == pytest.approx(sum(found) / len(found))
+    assert _density(made) == pytest.approx(sum(found) / len(found))
 
 
 @pytest.mark.parametrize(
@@ -57,9 +68,9 @@ def test_density_is_that_of_the_encoder():
     ids=["28", "64", "70"],
 )
 def test_views_of_small_images_have_the_pixels_of_their_crops(images, side, patches):
-    model = choose({}, images, CPU, 900).settings["model"]
-    assert model["image_size"] == side
-    assert BigBirdViTConfig(**model).grid_size(side, side) == (patches, patches)
+    made = choose({}, images, CPU, 900)
+    assert _views(made) == (side, side)
+    assert BigBirdViTConfig(**made.settings["model"]).grid_size(side, side) == (patches, patches)
 
 
 def test_more_time_a_larger_encoder_and_never_a_smaller_one():
@@ -82,8 +93,8 @@ def test_flops_of_the_ladder_by_hand():
     [
         ({"model": {"hidden_size": 96, "num_attention_heads": 2}}, {"hidden_size": 96, "num_attention_heads": 2}),
         ({"model": {"image_size": 64}}, {"image_size": 64, "patch_size": 16, "patch_stride": 8}),
-        ({"model": {"patch_size": 4}}, {"image_size": 32, "patch_size": 4}),
-        ({"views": {"num_local_views": 2, "local_image_size": 24}}, {"image_size": 32, "patch_size": 8}),
+        ({"model": {"patch_size": 4}}, {"image_size": 44, "patch_size": 4}),
+        ({"views": {"num_local_views": 2, "local_image_size": 24}}, {"image_size": 44, "patch_size": 8}),
         ({"model": {"tile_size": 1}}, {"tile_size": 1}),
         ({"views": {"image_size": 48}}, {"image_size": 48, "patch_size": 12, "patch_stride": 6}),
     ],
@@ -93,7 +104,7 @@ def test_the_rest_adapts_to_what_is_given(given, found):
     made = choose(given, FOLDERS["cifar"], CPU, 900)
     model = made.settings["model"]
     assert {key: model.get(key) for key in found} == found
-    assert density(model) <= MAX_DENSITY
+    assert _density(made) <= MAX_DENSITY
     BigBirdViTConfig(**model)
 
 

@@ -30,7 +30,8 @@ def test_a_run_without_a_recipe_plans_itself(tmp_path, image_folder, caplog):
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert recipe["num_train_epochs"] == 1
     assert recipe["model"]["hidden_size"] == 32
-    assert (recipe["model"]["tile_size"], recipe["model"]["image_size"]) == (1, 24), "small images, small views"
+    assert (recipe["model"]["tile_size"], recipe["views"]["image_size"]) == (1, 24), "small images, small views"
+    assert recipe["model"]["image_size"] == 32, "the encoder is used with what a crop was cut from"
     assert recipe["time_budget"] == "10m"
     assert recipe["dataloader_num_workers"] is not None
     assert result.results["attention_density"] <= 0.6

@@ -238,9 +238,26 @@ def test_size_of_the_views_is_the_encoders(given, views, encoder):
     assert (tuple(found) if isinstance(found, list) else found) == encoder
 
 
-def test_two_sizes_that_differ_are_refused():
+def test_a_bigbird_vit_is_used_at_a_size_of_its_own():
+    config = resolve(NEEDED | {"views": {"image_size": 24}, "model": {"image_size": [40, 48], "patch_size": 8}})
+    assert config.image_size == (24, 24)
+    assert config.used_image_size == (40, 48)
+    again = resolve(NEEDED | config.to_recipe())
+    assert (again.image_size, again.used_image_size) == ((24, 24), (40, 48))
+
+
+def test_one_of_two_sizes_given_above_a_recipe_is_both(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"views": {"image_size": 24}, "model": {"image_size": 40, "patch_size": 8}}))
+    for above in ({"views": {"image_size": 32}}, {"model": {"image_size": 32}}):
+        config = resolve(NEEDED | {"config": str(recipe)} | above)
+        assert (config.image_size, config.used_image_size) == ((32, 32), (32, 32))
+
+
+def test_two_sizes_of_another_encoder_are_refused():
+    vit = {"model_type": "vit", "image_size": 32}
     with pytest.raises(InputError, match=r"`views.image_size`: expected `model.image_size`, 32"):
-        resolve(NEEDED | {"views": {"image_size": 64}, "model": {"image_size": 32}})
+        resolve(NEEDED | {"views": {"image_size": 64}, "model": vit})
 
 
 @pytest.mark.parametrize(
