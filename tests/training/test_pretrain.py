@@ -173,6 +173,8 @@ def test_multi_crop_trains_and_resumes(tmp_path, tiny_recipe, image_folder):
     )
     for name, tensor in whole.encoder.state_dict().items():
         assert torch.equal(again.encoder.state_dict()[name], tensor)
+    stored = yaml.safe_load((tmp_path / "again" / "recipe.yaml").read_text())
+    assert stored["resume_from_checkpoint"] is None, "the recipe begins anew in another folder"
 
 
 def test_larger_statistics_in_two_passes_are_the_larger_batch(tmp_path, tiny_recipe, image_folder):

@@ -106,6 +106,8 @@ def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, Lab
         splits = load_splits(name, arguments.dataset_config_name)
         test_split = arguments.test_split or next((one for one in ("test", "validation") if one in splits), None)
         if test_split is None:
+            if arguments.train_split in splits:  # without labels, that is what to say
+                _class_names(name, splits[arguments.train_split], column)
             raise InputError(
                 f"`test_split`: expected a split `test` or `validation` in {name}, found {sorted(splits)}; name the "
                 "one to test on with --test_split."

@@ -100,7 +100,8 @@ class RunConfig:
         del vicreg["model_type"]
         if not entry_of({"objective": self.run.objective}).vicreg_weights:
             vicreg = {name: value for name, value in vicreg.items() if name not in VICREG_WEIGHTS}
-        return dataclasses.asdict(self.run) | {
+        run = dataclasses.asdict(self.run) | {"resume_from_checkpoint": None}  # to read it again is to begin anew
+        return run | {
             "model": _plain(model),
             **({"second_model": _plain(second)} if second else {}),
             "vicreg": _plain(vicreg),

@@ -93,6 +93,7 @@ GOOD = [0, 1]
             {},
             "at least 2 classes among the 2 training images, found only",
         ),
+        ({"train": split(GOOD, column="score")}, {}, "`label_column_name`: expected a column 'label'"),
         ({"train": split(GOOD), "test": split([])}, {}, "`test_split`: expected images in split 'test'"),
         ({"train": split([]), "test": split(GOOD)}, {}, "`train_split`: expected images in split 'train'"),
         ({"train": split(GOOD)}, {}, "expected a split `test` or `validation`"),
@@ -111,6 +112,7 @@ GOOD = [0, 1]
     ids=[
         "no-column",
         "one-class",
+        "no-labels",
         "empty-test",
         "empty-train",
         "no-test",
