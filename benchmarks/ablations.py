@@ -39,17 +39,22 @@ from hf_vicreg.training.run.processors import build_processor
 from hf_vicreg.training.run.resolve import resolve
 
 TEMPERATURE = 0.5
+# what the recipe had when the figures were made
+THEN = {"image_size": 32, "tile_size": 2, "num_random_blocks": 2}
 SMALL = {
     "max_train_samples": 10_000,
     "num_train_epochs": 3,
-    "model": {"hidden_size": 96, "intermediate_size": 288},
+    "learning_rate": 1e-3,
+    "model": THEN | {"hidden_size": 96, "intermediate_size": 288},
     "vicreg": {"expander_sizes": [1024, 1024, 1024]},
 }
 GRID16 = {
     "max_train_samples": 5_000,
     "num_train_epochs": 3,
+    "learning_rate": 1e-3,
     "batch_size": 128,
-    "model": {
+    "model": THEN
+    | {
         "hidden_size": 64,
         "intermediate_size": 192,
         "num_attention_heads": 2,

@@ -177,6 +177,28 @@ def test_multi_crop_trains_and_resumes(tmp_path, tiny_recipe, image_folder):
     assert stored["resume_from_checkpoint"] is None, "the recipe begins anew in another folder"
 
 
+@pytest.mark.parametrize("positions", ["rope", "absolute"])
+def test_a_finished_run_is_used_with_larger_images(tmp_path, tiny_recipe, image_folder, positions):
+    tiny_recipe["model"]["position_embedding_type"] = positions
+    settings = {"out": tmp_path / "run", "data": image_folder(64), **tiny_recipe}
+    whole = pretrain(**settings)
+    larger = {"model": tiny_recipe["model"] | {"image_size": 48}, "views": {"image_size": 32}}
+    settings |= larger | {"resume_from_checkpoint": "latest"}
+    if positions == "absolute":  # the table of positions is a weight, and of another shape
+        with pytest.raises(InputError, match=r"another configuration: `model` is .*'image_size': 48"):
+            pretrain(**settings)
+        return
+    pretrain(**settings)
+    encoder = AutoModel.from_pretrained(tmp_path / "run")
+    assert encoder.config.image_size == 48
+    size = AutoImageProcessor.from_pretrained(tmp_path / "run").size
+    assert (size["height"], size["width"]) == (48, 48)
+    for name, tensor in whole.encoder.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor)
+    with pytest.raises(InputError, match=r"another configuration: `views` is .*'image_size': 24"):
+        pretrain(**settings | {"views": {"image_size": 24}})
+
+
 def test_larger_statistics_in_two_passes_are_the_larger_batch(tmp_path, tiny_recipe, image_folder):
     data = image_folder(64)
     settings = tiny_recipe | {"num_train_epochs": 3, "model": tiny_recipe["model"] | {"drop_path_rate": 0.0}}

@@ -149,6 +149,9 @@ def refuse_other_configuration(found: RunState, expected: RunState) -> None:
         for section in ("model", "second_model"):
             if (recipe.get(section) or {}).get("model_type") == DEFAULT_MODEL_TYPE:
                 recipe[section] = MODEL_DEFAULTS | recipe[section]
+                recipe["views"]["image_size"] = recipe["views"]["image_size"] or recipe[section]["image_size"]
+                if recipe[section]["position_embedding_type"] == "rope":
+                    del recipe[section]["image_size"]  # of use alone: no weight depends on it
     differences = [
         f"`{key}` is {one.get(key)!r}, the checkpoint has {other.get(key)!r}"
         for key in sorted(one.keys() | other.keys())
