@@ -34,7 +34,8 @@ cifar10_cpu_long)
     done ;;
 student)
     images CIFAR10
-    half=(--config cifar10_cpu --max_train_samples 20000 --model.image_size 24 --model.hidden_size 64 --model.num_attention_heads 2 --model.intermediate_size 192)
+    half=(--config cifar10_cpu --max_train_samples 20000 --model.image_size 24 --model.hidden_size 64
+        --model.num_attention_heads 2 --model.intermediate_size 192)
     for seed in 0 1 2; do
         pretrain "$CIFAR10" "${half[@]}" --seed "$seed" --max_steps 914 --knn_every_epochs 0 --ema_decay 0.99 \
             --output_dir "$OUT/student/alone-seed$seed" "$@"
