@@ -23,7 +23,7 @@ MAX_DENSITY = 0.6
 MIN_IMAGES = 16
 SMALL = 128  # width of an encoder
 SMALL_CELLS = 8  # a side, of the first rungs
-USED_RATIO = 4 / 3  # of the images the encoder is used with to the views, which are crops of three quarters of a side
+CROP_MIN_RATIO = 0.2  # of small or few images
 MAX_EPOCHS = 1000  # beyond that a small set of images teaches nothing new
 EVENING_SECONDS = 3 * 3600.0
 # of training, for each core of a CPU; of kinds that are not here, that of a GPU
@@ -129,7 +129,8 @@ def choose(
             made.fill("views.image_size", side, _why_side(side, images))
     _choose_batch(made, size.batch, images, machine)
     views_side = _side_of(made.settings, side)
-    made.fill("views.crop_min_ratio", 0.2 if views_side <= 64 or images.count < 5000 else 0.08, _why_crop(views_side))
+    crop = CROP_MIN_RATIO if views_side <= 64 or images.count < 5000 else 0.08
+    made.fill("views.crop_min_ratio", crop, _why_crop(views_side))
     if views_side <= 64:
         made.fill("views.blur_probability", 0.0, "small images have no detail to spare")
     return made
@@ -195,7 +196,9 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
     if is_open:
         stride = model.get("patch_stride") or model["patch_size"]
         stride = min(stride) if isinstance(stride, list | tuple) else stride
-        made.fill("model.image_size", round(side * USED_RATIO / stride) * stride, "a crop shows things larger")
+        # a crop has on average this share of the image's side less, and what it shows is that much larger
+        shown = math.sqrt((1 + made.settings["views"].get("crop_min_ratio", CROP_MIN_RATIO)) / 2)
+        made.fill("model.image_size", round(side / shown / stride) * stride, "crops show things as much larger")
     else:
         model.setdefault("image_size", side)
     if model.get("attention_type") == "original_full" or model.get("attention_layout") == "raster":

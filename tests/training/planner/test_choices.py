@@ -48,7 +48,7 @@ def test_every_plan_is_sparse_and_builds(name, machine, seconds):
     grid = config.grid_size(*_views(made))
     assert _density(made) <= MAX_DENSITY
     used, side = config.image_size_hw[0], _views(made)[0]
-    assert abs(used - side * 4 / 3) <= config.patch_stride_hw[0] / 2
+    assert abs(used - side * 1.29) <= config.patch_stride_hw[0] / 2
     assert min(grid) >= 5  # fewer patches could not be sparse
     assert 2 <= made.settings["batch_size"] <= images.count
     assert min(config.patch_size_hw) <= max(8, min(images.height, images.width))
@@ -93,8 +93,8 @@ def test_flops_of_the_ladder_by_hand():
     [
         ({"model": {"hidden_size": 96, "num_attention_heads": 2}}, {"hidden_size": 96, "num_attention_heads": 2}),
         ({"model": {"image_size": 64}}, {"image_size": 64, "patch_size": 16, "patch_stride": 8}),
-        ({"model": {"patch_size": 4}}, {"image_size": 44, "patch_size": 4}),
-        ({"views": {"num_local_views": 2, "local_image_size": 24}}, {"image_size": 44, "patch_size": 8}),
+        ({"model": {"patch_size": 4}}, {"image_size": 40, "patch_size": 4}),
+        ({"views": {"num_local_views": 2, "local_image_size": 24}}, {"image_size": 40, "patch_size": 8}),
         ({"model": {"tile_size": 1}}, {"tile_size": 1}),
         ({"views": {"image_size": 48}}, {"image_size": 48, "patch_size": 12, "patch_stride": 6}),
     ],
@@ -106,6 +106,12 @@ def test_the_rest_adapts_to_what_is_given(given, found):
     assert {key: model.get(key) for key in found} == found
     assert _density(made) <= MAX_DENSITY
     BigBirdViTConfig(**model)
+
+
+@pytest.mark.parametrize(("crop", "used"), [(1.0, 24), (0.6, 28), (0.2, 32), (0.02, 32)])
+def test_the_encoder_is_used_with_images_as_large_as_crops_made_them_look(crop, used):
+    made = choose({"views": {"crop_min_ratio": crop}}, FOLDERS["cifar"], CPU, 900)
+    assert (made.settings["views"]["image_size"], made.settings["model"]["image_size"]) == (24, used)
 
 
 def test_batch_and_expander_follow_each_other():
