@@ -86,7 +86,9 @@ def finish(run: Run) -> dict[str, Any]:
             if run.pictures is not None:
                 run.pictures.draw()
             export_run(run.folder, run.model, exports, run.config.to_recipe(), results)
-        print(summary(run.folder, results, records, is_dual=run.config.run.caption_column is not None))
+        flags = run.config.run
+        is_dual = flags.caption_column is not None
+        print(summary(run.folder, results, records, is_dual=is_dual, time_budget=flags.time_budget))
 
     run_on_main(write, run.accelerator)
     run.accelerator.wait_for_everyone()  # or the main process would leave while others still listen to it

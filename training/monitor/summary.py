@@ -10,9 +10,17 @@ from hf_vicreg.model_cards.escaping import python_string
 from hf_vicreg.training.monitor.doctor import health_table
 from hf_vicreg.training.objectives.pair_losses import PAIR_LOSSES
 from hf_vicreg.training.objectives.registry import entry_of
+from hf_vicreg.training.run.arguments import seconds_of
 
 
-def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]], *, is_dual: bool = False) -> str:
+def summary(
+    folder: Path,
+    results: dict[str, Any],
+    records: list[dict[str, Any]],
+    *,
+    is_dual: bool = False,
+    time_budget: str | None = None,
+) -> str:
     """Return what a finished run says at its end: accuracies side by side, its health, and how to load it.
 
     Args:
@@ -20,8 +28,11 @@ def summary(folder: Path, results: dict[str, Any], records: list[dict[str, Any]]
         results: What `results.json` holds.
         records: The lines of its log.
         is_dual: Whether it is a run of images and captions.
+        time_budget: What was given for the whole command.
     """
     lines = [f"Trained in {results['training_seconds']:.0f} s; attention density {results['attention_density']:.3f}."]
+    if time_budget is not None and results["training_seconds"] > seconds_of(time_budget):
+        lines.append(f"Longer than the {time_budget} given: the machine was faster when the plan was made.")
     kinds = {"knn_accuracy": f"{results['knn_neighbours']}-NN", "linear_accuracy": "linear"}
     measured = {title: results[kind] for kind, title in kinds.items() if results[kind]}
     if measured:

@@ -10,6 +10,7 @@ from hf_vicreg import pretrain
 from hf_vicreg.cli import main
 from hf_vicreg.training.engine.step import short
 from hf_vicreg.training.monitor.doctor import FIGURES, health_table
+from hf_vicreg.training.monitor.summary import summary
 from hf_vicreg.training.objectives.registry import ENTRIES, entry_of
 
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "health.md"
@@ -114,6 +115,9 @@ def test_the_guide_documents_every_field_that_a_run_writes(tmp_path, tiny_recipe
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["health"]) == set(FIGURES)  # with a second encoder all of them are there
     assert health_table(lines) in printed  # the summary at the end
+    took = results | {"training_seconds": 61.0}
+    assert "Longer than the 1m given" in summary(tmp_path, took, lines, time_budget="1m")
+    assert "Longer" not in summary(tmp_path, took, lines, time_budget="2m")
     assert main(["doctor", str(tmp_path / "run")]) == 0
     assert "second_encoder_spread" in capsys.readouterr().out
 
