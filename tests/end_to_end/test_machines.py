@@ -93,8 +93,14 @@ C10D = ["--rdzv_backend", "c10d"]
 
 @pytest.mark.parametrize(
     ("processes", "rendezvous", "more"),
-    [(2, [], []), (4, C10D, []), (2, C10D, ["--shard_weights"]), (4, [], ["--shard_weights"])],
-    ids=["2-static", "4-c10d", "2-c10d-shared", "4-static-shared"],
+    [
+        (2, [], []),
+        (4, C10D, []),
+        (2, C10D, ["--shard_weights"]),
+        (4, [], ["--shard_weights"]),
+        (4, C10D, ["--shard_weights", "--dp_shard_size", 2]),
+    ],
+    ids=["2-static", "4-c10d", "2-c10d-shared", "4-static-shared", "4-c10d-copies"],
 )
 def test_two_launchers_train_as_one_does_and_resume(
     processes, rendezvous, more, flags, machines, run_process, one_core, free_port, tmp_path

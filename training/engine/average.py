@@ -34,7 +34,8 @@ class WeightAverage:
         self.averaged = AveragedModel(copies, multi_avg_fn=self._follow, use_buffers=True)
         self.averaged.requires_grad_(False).eval()
         if is_sharded(encoders[0]):
-            shard_weights(self.averaged, self.averages, next(copies.parameters()).device)
+            known: Any = next(encoders[0].parameters())
+            shard_weights(self.averaged, self.averages, next(copies.parameters()).device, known.device_mesh)
 
     @property
     def averages(self) -> list[nn.Module]:

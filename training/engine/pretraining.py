@@ -30,7 +30,7 @@ from hf_vicreg.training.images.streaming import ImageStream, stream_batches
 from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.launch.devices import free_cache
 from hf_vicreg.training.launch.distributed import gather_sets
-from hf_vicreg.training.launch.sharding import shard_weights, whole
+from hf_vicreg.training.launch.sharding import mesh_over, shard_weights, whole
 from hf_vicreg.training.launch.signals import StopRequest, outlive_signals
 from hf_vicreg.training.monitor.health import measure_health
 from hf_vicreg.training.run.config import RunConfig
@@ -124,7 +124,7 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
             freeze_second=run.freeze_text,
         )
         if run.shard_weights and accelerator.num_processes > 1:
-            shard_weights(model, model.branches, accelerator.device)
+            shard_weights(model, model.branches, accelerator.device, mesh_over(accelerator.device, run.dp_shard_size))
         betas = (run.adam_beta1, run.adam_beta2)
         rates = run.layer_decay, run.expander_lr_scale
         optimizer = build_optimizer(model, run.optim, run.learning_rate, run.weight_decay, betas, *rates)

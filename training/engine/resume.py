@@ -47,6 +47,7 @@ RESUMABLE_CHANGES = {
     "gradient_checkpointing",
     "torch_compile",
     "shard_weights",
+    "dp_shard_size",
     "attn_implementation",
     "knn_every_epochs",
     "linear_probe",

@@ -23,7 +23,7 @@ from hf_vicreg.training.engine.step import DeviceFull
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.launch.devices import restore_rng, rng_states
 from hf_vicreg.training.launch.distributed import host_group
-from hf_vicreg.training.launch.sharding import is_sharded
+from hf_vicreg.training.launch.sharding import average_copies, is_sharded
 
 Result = TypeVar("Result")
 
@@ -76,6 +76,8 @@ def two_pass_backward(
                 for one, gradient in zip(again, [leaf.grad for leaf in leaves], strict=True)
                 if one.requires_grad and gradient is not None
             ]
+            if sharded:  # between copies of the weights the gradient goes once, after the last piece
+                average_copies(model, now=end == len(leaves[0]))
             if seen:
                 torch.autograd.backward([one for one, _ in seen], [gradient for _, gradient in seen])
             start = end

@@ -4,12 +4,16 @@ Each process holds an n-th of every weight. A layer's weights are gathered when 
 gradient is averaged over the processes, and each keeps its part. What leaves the training, checkpoints and models, is
 gathered to whole tensors again, so that it is the same with any number of processes, shared out or not.
 
-Source: Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277); Rajbhandari et al. 2019, ZeRO (arXiv 1910.02054), stage 3.
+Where fewer than all processes share a copy of the weights (HSDP) there are several copies: weights are gathered within
+the group that shares one, gradients averaged within it and then, of each part, between the groups.
+
+Source: Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277), section 3.2.2 on hybrid sharding; Rajbhandari et al. 2019,
+ZeRO (arXiv 1910.02054), stage 3.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,10 +22,36 @@ from torch import nn
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.launch.devices import restore_rng, rng_states
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def shard_weights(model: nn.Module, modules: Sequence[nn.Module], device: torch.device) -> None:
+def refuse_shard_size(shard_size: int | None, processes: int) -> None:
+    """Raise InputError for a number of processes that does not divide into groups of so many."""
+    if shard_size is not None and processes % shard_size:
+        fitting = ", ".join(str(one) for one in range(1, processes + 1) if processes % one == 0)
+        raise InputError(
+            f"`dp_shard_size`: expected a divisor of {processes} process(es), got {shard_size}; choose from {fitting}."
+        )
+
+
+def mesh_over(device: torch.device, shard_size: int | None) -> "DeviceMesh":
+    """Return all processes in a row, or one row for each `shard_size` of them that share a copy of the weights.
+
+    The processes of a row follow each other, as those of a machine do. Every process must call.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    processes = dist.get_world_size()
+    if shard_size in (None, processes):
+        return init_device_mesh(device.type, (processes,))
+    shape = processes // shard_size, shard_size
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard_weights(model: nn.Module, modules: Sequence[nn.Module], device: torch.device, mesh: "DeviceMesh") -> None:
     """Share out the weights of a model, in place; every process must call, with the same weights.
 
     What a transformers model names in `_no_split_modules`, its layers, is gathered one by one.
@@ -30,11 +60,11 @@ def shard_weights(model: nn.Module, modules: Sequence[nn.Module], device: torch.
         model: What has them.
         modules: Its parts, each called by itself.
         device: This process's.
+        mesh: Of `mesh_over`.
 
     Raises:
         InputError: There are weights outside these parts.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     inside = {id(one) for module in modules for one in module.parameters()}
@@ -44,11 +74,19 @@ def shard_weights(model: nn.Module, modules: Sequence[nn.Module], device: torch.
             "`shard_weights`: expected an objective without weights beside encoder and expander, found "
             f"{outside[0]} and {len(outside) - 1} more; leave it out, or choose another objective."
         )
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in modules:
         module.to(device)
         for one in units_of(module):
             fully_shard(one, mesh=mesh)
+
+
+def average_copies(model: nn.Module, *, now: bool) -> None:
+    """Let backward passes average gradients between the copies of the weights, or leave their sum to a later one."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for one in model.modules():
+        if isinstance(one, FSDPModule):
+            one.set_requires_all_reduce(now, recurse=False)
 
 
 def units_of(module: nn.Module) -> list[nn.Module]:

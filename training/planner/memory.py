@@ -73,7 +73,7 @@ def step_memory(
         config: The run's; encoders, expander and views.
         images: That go through the encoder at once in this process.
         autocast: Precision of the forward pass, None for full.
-        processes: That weights may be shared out over.
+        processes: Of the run; weights may be shared out over them, or over `dp_shard_size` of them.
     """
     height, width = config.image_size
     local, side = config.views.num_local_views, config.views.local_image_size
@@ -121,7 +121,7 @@ def step_memory(
     if config.run.ema_decay:
         weights += sum(one.nbytes for encoder in model.encoders for one in encoder.parameters())
     if config.run.shard_weights and processes > 1:  # and a unit's weights and gradients as a whole, while it computes
-        weights = weights // processes + 2 * largest_unit(model.branches)
+        weights = weights // (config.run.dp_shard_size or processes) + 2 * largest_unit(model.branches)
     return StepMemory(
         weights=weights,
         encoder=encoder_bytes,

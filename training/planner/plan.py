@@ -14,6 +14,7 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream
 from hf_vicreg.training.launch.distributed import run_on_main
+from hf_vicreg.training.launch.sharding import refuse_shard_size
 from hf_vicreg.training.planner.choices import (
     EVENING_SECONDS,
     LADDER,
@@ -73,9 +74,11 @@ def configure(
         began: When the command began, by `time.monotonic`.
 
     Raises:
-        InputError: As `plan_run`; or a batch of fewer than two images.
+        InputError: As `plan_run`; or a batch of fewer than two images, or a number of processes that `dp_shard_size`
+            does not divide.
     """
     run, processes = config.run, accelerator.num_processes
+    refuse_shard_size(run.dp_shard_size, processes)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     machine = this_machine(
         accelerator.device,

@@ -232,9 +232,8 @@ class PretrainArguments:
         "Form of attention: `auto` times those that this device has, `sdpa`, `eager` or, on GPUs, `flex_attention`; "
         "default: `auto` on a GPU, else `sdpa`.",
     )
-    shard_weights: bool = _model(
-        False, "Share weights, gradients and AdamW's moments over the processes (FSDP2): less memory, more traffic."
-    )
+    shard_weights: bool = _model(False, "Share weights and AdamW's moments over the processes (FSDP2): less memory.")
+    dp_shard_size: int | None = _model(None, "Processes that share one copy of the weights (HSDP); default: all.")
     torch_compile: bool = _model(False, "Compile the encoder, and only it, with torch.compile.")
     dataloader_num_workers: int | None = _run(None, "Loader processes; default: 0 on a CPU, else up to 8.")
     logging_steps: int = _run(10, "Steps between lines of log.jsonl.")

@@ -44,6 +44,7 @@ def check_ranges(run: PretrainArguments, given: Collection[str] | None = None) -
         "checkpointing_steps": 1,
         "checkpoints_total_limit": 1,
         "checkpoints_keep_every_steps": 1,
+        "dp_shard_size": 1,
         "max_time": 0,
         "max_text_length": 2,
         "max_skipped_steps": 1,
@@ -141,6 +142,8 @@ def check_shards(run: PretrainArguments) -> None:
 def check_shared_weights(run: PretrainArguments) -> None:
     """Raise InputError for what cannot be had while weights are shared out over the processes."""
     if not run.shard_weights:
+        if run.dp_shard_size is not None:
+            raise InputError("`dp_shard_size`: expected `shard_weights` beside it, got none; add --shard_weights.")
         return
     beside = {
         "torch_compile": "false",

@@ -11,32 +11,41 @@ from safetensors.torch import load_file
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.launch.sharding import gathered, is_sharded, own_share, placed_like, unsharded, whole
+from hf_vicreg.training.pretrain import pretrain
 from hf_vicreg.training.run.resolve import resolve
 
 pytestmark = pytest.mark.distributed
 MODULE = "hf_vicreg.training.pretrain"
+MAX_NORM = 0.5  # that the worker clips to
+ALL_CASES = ["one-pass", "two-passes", "local-views"]
 WORKER = Path(__file__).with_name("worker_sharding.py")
 
 
 @pytest.mark.parametrize(
-    ("processes", "steps", "cases"),
+    ("processes", "sizes", "steps", "cases"),
     [
-        (2, 6, ["two-passes"]),
-        pytest.param(2, 20, ["one-pass", "two-passes", "local-views"], marks=pytest.mark.slow),
-        pytest.param(4, 20, ["one-pass", "two-passes", "local-views"], marks=pytest.mark.slow),
+        (4, [2], 2, ["two-passes"]),
+        pytest.param(2, [2, 1], 20, ALL_CASES, marks=pytest.mark.slow),
+        pytest.param(4, [4, 2, 1], 20, ALL_CASES, marks=pytest.mark.slow),
     ],
+    ids=["4", "2-all", "4-all"],
 )
-def test_shared_weights_train_like_whole_ones(processes, steps, cases, ranks, tmp_path):
-    done = ranks(processes, WORKER, tmp_path / "found.safetensors", steps, *cases)
+def test_shared_weights_train_like_whole_ones(processes, sizes, steps, cases, ranks, tmp_path):
+    asked = [steps, ",".join(map(str, sizes)), *cases]
+    done = ranks(processes, WORKER, tmp_path / "found.safetensors", *asked)
     assert done.returncode == 0, done.stderr
     assert f"{processes} processes" in done.stdout
     found = load_file(tmp_path / "found.safetensors")
-    names = [name for name in found if " shared " in name]
-    assert len(names) > 40 * len(cases)  # losses, norms, weights, moments and averages
-    for name in names:
-        torch.testing.assert_close(found[name], found[name.replace(" shared ", " whole ")], rtol=0, atol=1e-10)
-    first, last = (found[f"{cases[0]} shared loss {step}"] for step in (0, steps - 1))
-    assert abs(first - last) > 1e-3
+    for case in cases:
+        names = [name for name in found if name.startswith(f"{case} whole ")]
+        assert len(names) > 40  # losses, norms, weights, moments and averages
+        for name in names:
+            for size in sizes:
+                other = found[name.replace(" whole ", f" shared by {size} ")]
+                torch.testing.assert_close(other, found[name], rtol=0, atol=1e-10)
+        first, last = (found[f"{case} whole loss {step}"] for step in (0, steps - 1))
+        assert abs(first - last) > 1e-3
+        assert min(found[f"{case} whole norm {step}"] for step in range(steps)) > 2 * MAX_NORM
 
 
 @pytest.fixture
@@ -103,12 +112,21 @@ def test_a_run_of_two_goes_on_to_the_bit_and_with_whole_weights(start, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_then_four_then_one(start, tmp_path):
+@pytest.mark.parametrize(
+    "moves",
+    [
+        [(2, 4, True, None), (4, 2, False, None), (6, 4, True, None), (2, 1, True, None), (4, 1, False, None)],
+        # from two copies in four processes to one in two, to four in four, back to two, and to whole weights
+        [(2, 4, True, 2), (4, 2, True, 2), (4, 4, True, 1), (6, 4, True, 2), (4, 1, False, None)],
+    ],
+    ids=["one-copy", "copies"],
+)
+def test_a_run_goes_on_with_other_numbers_of_processes(moves, start, tmp_path):
     undisturbed, _ = start("undisturbed", 2, shared=True)
     shutil.copytree(undisturbed, tmp_path / "moved")
-    for step, processes, shared in ((2, 4, True), (4, 2, False), (6, 4, True), (2, 1, True), (4, 1, False)):
+    for step, processes, shared, size in moves:
         back_to(tmp_path / "moved", step)
-        moved, said = start("moved", processes, shared=shared)
+        moved, said = start("moved", processes, shared=shared, dp_shard_size=size)
         assert f"resumed from step_{step:08d}" in said
         assert_close(moved, undisturbed, ROUNDING)
 
@@ -120,9 +138,27 @@ def test_an_objective_with_a_head_of_its_own_is_refused(start, tmp_path):
     assert not (tmp_path / "head").exists()
 
 
+@pytest.mark.slow
+def test_processes_that_do_not_divide_are_one_line(start, tmp_path):
+    _, said = start("odd", 3, shared=True, expected=2, dp_shard_size=2)
+    (line,) = {line for line in said.splitlines() if line.startswith("error: ")}
+    assert line.startswith("error: `dp_shard_size`: expected a divisor of 3 process(es), got 2; choose from 1, 3.")
+    assert "Traceback" not in said
+    assert not (tmp_path / "odd").exists()
+
+
+def test_one_process_does_not_divide_by_two(tiny_recipe, tmp_path):
+    settings = tiny_recipe | {"max_train_samples": 32, "shard_weights": True, "dp_shard_size": 2, "device": "cpu"}
+    with pytest.raises(InputError, match=r"`dp_shard_size`: expected a divisor of 1 process\(es\), got 2"):
+        pretrain(out=tmp_path / "odd", data="digits", **settings)
+    assert not (tmp_path / "odd").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"shard_weights": False, "dp_shard_size": 2}, "`dp_shard_size`: expected `shard_weights` beside it"),
+        ({"dp_shard_size": 0}, "`dp_shard_size`: expected at least 1, got 0"),
         ({"torch_compile": True}, "`torch_compile`: expected false with --shard_weights, got True"),
         ({"optim": "lars"}, "`optim`: expected 'adamw' with --shard_weights, got 'lars'"),
         ({"mixed_precision": "fp16"}, "`mixed_precision`: expected 'bf16' or 'no' with --shard_weights"),

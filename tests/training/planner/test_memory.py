@@ -56,6 +56,8 @@ def test_weights_are_counted_with_gradients_and_moments(tiny_recipe):
     model = VicRegForPreTraining(_config(wide).vicreg)
     numbers, expander = (sum(one.numel() for one in part.parameters()) for part in (model, model.expander))
     assert step_memory(_config(wide, shard_weights=True), 4, processes=4).weights == 4 * numbers + 8 * expander
+    two_copies = _config(wide, shard_weights=True, dp_shard_size=2)
+    assert step_memory(two_copies, 4, processes=4).weights == 8 * numbers + 8 * expander
     assert step_memory(_config(wide, shard_weights=True), 4).weights == 16 * numbers
 
 
