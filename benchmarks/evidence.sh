@@ -65,6 +65,41 @@ emoji)
     pretrain "$OUT/emoji_images" --config benchmarks/emoji.yaml --output_dir "$OUT/emoji" "$@"
     "$PYTHON" -m hf_vicreg.cli evaluate image-text "$OUT/emoji" --dataset_name "$EMOJI" --image_column_name image \
         --caption_column caption --second_image_column_name other_image ;;
+emoji_rivals)
+    images EMOJI
+    here="$OUT/emoji_rivals"
+    test=(--dataset_name "$EMOJI" --image_column_name image --caption_column caption --second_image_column_name other_image)
+    "$PYTHON" -m benchmarks.emoji "$EMOJI" "$OUT/emoji_images"
+    for seed in 0 1 2; do
+        for loss in vicreg infonce; do
+            length=374
+            [ $loss = vicreg ] || length=367  # as many as the same time holds
+            pretrain "$OUT/emoji_images" --config benchmarks/emoji.yaml --vicreg.pair_loss $loss --max_steps $length \
+                --seed $seed --output_dir "$here/$loss-seed$seed" "$@"
+            "$PYTHON" -m hf_vicreg.cli evaluate image-text "$here/$loss-seed$seed" "${test[@]}"
+        done
+    done ;;
+class_names)
+    images CIFAR10
+    here="$OUT/class_names"
+    "$PYTHON" -m benchmarks.class_captions --dataset_name "$CIFAR10" --out "$OUT/class_captions"
+    pretrain "$OUT/class_captions" --config benchmarks/class_names.yaml --output_dir "$here" "$@"
+    "$PYTHON" -m hf_vicreg.cli evaluate image-text "$here" --dataset_name "$CIFAR10" --label_column_name label \
+        --templates "a photo of a {}"
+    "$PYTHON" -m hf_vicreg.cli evaluate linear "$here/image_encoder" --dataset_name "$CIFAR10" --max_train_samples 10000 \
+        --output_dir "$here/linear" ;;
+local_features)
+    images NUCLEI
+    for seed in 0 1 2; do
+        for objective in vicreg vicregl; do
+            here="$OUT/local_features/$objective-seed$seed"
+            pretrain "$NUCLEI" --image_column_name image --config benchmarks/nuclei.yaml --objective $objective \
+                --max_steps 100 --seed $seed --output_dir "$here" "$@"
+            "$PYTHON" -m hf_vicreg.cli evaluate dense "$here" --dataset_name "$NUCLEI" --image_column_name image \
+                --mask_column_name instances --instances --image_height 128 --image_width 128 --max_train_samples 100 \
+                --max_test_samples 30
+        done
+    done ;;
 dense_source)
     images CIFAR10 && images NUCLEI
     here="$OUT/dense_source"
