@@ -292,7 +292,8 @@ def _results(facts: CardFacts) -> Iterator[str]:
     if facts.is_dual:
         yield from retrieval_table(facts.results)
     elif not facts.is_classifier and not facts.multitask:
-        yield from knn_table(facts.results, facts.dataset, second_encoder=facts.has_second_encoder)
+        source = bool(facts.recipe.get("model_name_or_path"))
+        yield from knn_table(facts.results, facts.dataset, second_encoder=facts.has_second_encoder, has_source=source)
     elif facts.is_classifier and not facts.results.get("evaluations"):
         yield f"Accuracy on held-out images: {MISSING}."
     yield from dense_tables(facts.results)

@@ -59,14 +59,17 @@ def compute(flops: int, records: list[dict[str, Any]]) -> str:
     return ", ".join(found) + (" (medians of the log)" if rates else "")
 
 
-def knn_table(results: dict[str, Any], dataset: str, *, second_encoder: bool) -> Iterator[str]:
-    """Yield lines of the table of the run's own k-NN accuracies."""
+def knn_table(
+    results: dict[str, Any], dataset: str, *, second_encoder: bool, has_source: bool = False
+) -> Iterator[str]:
+    """Yield lines of the table of the run's own k-NN accuracies; some runs begin with a source's weights."""
     knn = results.get("knn_accuracy") or {}
     if not knn:
         if not results.get("evaluations"):  # else there is something to show
             yield f"k-NN accuracy on held-out images: {MISSING}."
         return
-    rows = [("raw pixels", "raw_pixels"), ("untrained encoder", "untrained"), ("**this encoder**", "trained")]
+    before = "what it began with" if has_source else "untrained encoder"
+    rows = [("raw pixels", "raw_pixels"), (before, "untrained"), ("**this encoder**", "trained")]
     if "raw_trained" in knn:
         rows.append(("its weights, not averaged", "raw_trained"))
     if second_encoder:

@@ -87,8 +87,11 @@ def finish(run: Run) -> dict[str, Any]:
                 run.pictures.draw()
             export_run(run.folder, run.model, exports, run.config.to_recipe(), results)
         flags = run.config.run
-        is_dual = flags.caption_column is not None
-        print(summary(run.folder, results, records, is_dual=is_dual, time_budget=flags.time_budget))
+        kinds = {
+            "is_dual": flags.caption_column is not None,
+            "has_source": flags.model_name_or_path is not None,
+        }
+        print(summary(run.folder, results, records, time_budget=flags.time_budget, **kinds))
 
     run_on_main(write, run.accelerator)
     run.accelerator.wait_for_everyone()  # or the main process would leave while others still listen to it

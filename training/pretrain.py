@@ -19,7 +19,7 @@ from hf_vicreg.training.command import main
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.finishing import finish, fit
 from hf_vicreg.training.launch.meeting import refuse
-from hf_vicreg.training.planner.plan import configure, with_stored_plan
+from hf_vicreg.training.planner.plan import configure, drafted, with_stored_plan
 from hf_vicreg.training.planner.schedule import seconds_since_start
 from hf_vicreg.training.pretrained.text_source import with_text
 from hf_vicreg.training.pretrained.warm_start import with_source
@@ -92,7 +92,7 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
     """
     began = time.monotonic() - seconds_since_start() if began is None else began
     settings = with_text(with_source(with_stored_plan(settings)))
-    config = resolve(settings)
+    config = resolve(drafted(settings))
     opened = open_run(config)
     settings, config = with_measured(settings, config, opened)
     accelerator = opened.accelerator

@@ -153,6 +153,7 @@ def refuse_other_configuration(found: RunState, expected: RunState) -> None:
                 recipe["views"]["image_size"] = recipe["views"]["image_size"] or recipe[section]["image_size"]
                 if recipe[section]["position_embedding_type"] == "rope":
                     del recipe[section]["image_size"]  # of use alone: no weight depends on it
+    one, other = _flat(one), _flat(other)
     differences = [
         f"`{key}` is {one.get(key)!r}, the checkpoint has {other.get(key)!r}"
         for key in sorted(one.keys() | other.keys())
@@ -165,6 +166,14 @@ def refuse_other_configuration(found: RunState, expected: RunState) -> None:
             f"`resume_from_checkpoint`: the checkpoint is of another configuration: {'; '.join(differences)}; "
             "resume with the run's own settings or start in a new folder."
         )
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe's sections by their dotted names, beside the others."""
+    found: dict[str, Any] = {}
+    for key, value in recipe.items():
+        found |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+    return found
 
 
 def checkpoint_together(

@@ -146,6 +146,10 @@ def load_splits(name: str, config: str | None, *, streaming: bool = False) -> di
                 f"`dataset_name`: cannot load {name}: there is no folder of that name here, nothing of it in the "
                 f"cache, and {trouble}."
             ) from error
+        if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError") and os.path.isdir(name):
+            raise InputError(
+                f"`dataset_name`: expected images, or parquet files that hold some, in {name}, found none."
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"`dataset_name`: cannot load {name}: {type(error).__name__}: {reason}") from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}

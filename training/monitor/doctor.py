@@ -114,13 +114,15 @@ def report(records: list[Record], gamma: float, objective: ObjectiveEntry = VICR
         for name, verdict in watch.past.items()
         if name not in watch.present
     ]
+    step = records[-1]["step"]
     if lines < MIN_LINES:
         paragraphs.append(f"The log has {lines} line(s) so far; trends need {MIN_LINES} and the end of the warm-up.")
-    paragraphs.append(
-        f"{len(watch.present)} thing(s) wrong."
-        if watch.present
-        else f"Healthy: nothing wrong at step {records[-1]['step']}."
-    )
+    if watch.present:
+        paragraphs.append(f"{len(watch.present)} thing(s) wrong.")
+    elif lines < MIN_LINES:
+        paragraphs.append(f"Nothing wrong so far at step {step}, but the log is too short to tell more.")
+    else:
+        paragraphs.append(f"Healthy: nothing wrong at step {step}.")
     return "\n\n".join(paragraphs), not watch.present
 
 

@@ -19,6 +19,7 @@ def summary(
     records: list[dict[str, Any]],
     *,
     is_dual: bool = False,
+    has_source: bool = False,
     time_budget: str | None = None,
 ) -> str:
     """Return what a finished run says at its end: accuracies side by side, its health, and how to load it.
@@ -28,6 +29,7 @@ def summary(
         results: What `results.json` holds.
         records: The lines of its log.
         is_dual: Whether it is a run of images and captions.
+        has_source: Whether its encoder began with the weights of another.
         time_budget: What was given for the whole command.
     """
     lines = [f"Trained in {results['training_seconds']:.0f} s; attention density {results['attention_density']:.3f}."]
@@ -43,7 +45,7 @@ def summary(
         lines.append(f"  {'':<18} " + "  ".join(f"{title:<6}" for title in measured))
         for key, text in (
             ("raw_pixels", "raw pixels"),
-            ("untrained", "untrained encoder"),
+            ("untrained", "what it began with" if has_source else "untrained encoder"),
             ("trained", "trained encoder"),
             ("raw_trained", "its weights, not averaged"),
             ("second_untrained", "second, untrained"),

@@ -29,6 +29,7 @@ EVENING_SECONDS = 3 * 3600.0
 # of training, for each core of a CPU; of kinds that are not here, that of a GPU
 FLOPS_PER_SECOND = {"cpu": 35e9, "cuda": 25e12, "mps": 1e12}
 SHORT_STEPS = 10_000
+LOG_LINES = 20  # at least, where there are as many steps
 MEASURING_RATIO = 0.08  # of the time, for k-NN between the first step and the last
 
 
@@ -269,6 +270,7 @@ def choose_schedule(
     if not settings.keys() & {"num_train_epochs", "max_steps"}:
         made.fill("max_steps", num_steps, "what the time holds" if epochs < MAX_EPOCHS else "more would teach no more")
         made.fill("num_train_epochs", epochs, "passes over the images")
+    made.fill("logging_steps", max(1, min(10, num_steps // LOG_LINES)), "lines enough to judge the run by")
     short = num_steps < SHORT_STEPS
     for name in ("vicreg.invariance_weight", "vicreg.variance_weight") if entry_of(settings).vicreg_weights else ():
         made.fill(name, 10.0 if short else 25.0, "more decorrelation, for a short run" if short else "the paper's")

@@ -133,6 +133,16 @@ def with_stored_plan(settings: dict[str, Any]) -> dict[str, Any]:
     return explicit_settings({"config": str(recipe)} | kept)
 
 
+def drafted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings to open the images with: the default patches refuse no small image that is planned for."""
+    model, views = settings.get("model", {}), settings.get("views", {})
+    size = views.get("image_size") or model.get("image_size")
+    chosen = model.keys() & {"patch_size", "model_type"} or settings.get("model_name_or_path")
+    if size is None or chosen or not is_open(settings):
+        return settings
+    return settings | {"model": model | {"patch_size": min(16, *(size if isinstance(size, list | tuple) else [size]))}}
+
+
 def plan_run(
     settings: dict[str, Any],
     source: ImageSource,

@@ -261,6 +261,8 @@ def test_saved_datasets_are_read_too(tmp_path):
 
 def test_bad_data_is_named(tmp_path, image_folder):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("no image")
     no_images = parquet_folder(tmp_path / "text", {"text": ["a"]}, {"text": datasets.Value("string")})
     pictures = {"left": [Image.new("RGB", (8, 8))], "right": [Image.new("RGB", (8, 8))]}
     two_columns = parquet_folder(tmp_path / "two", pictures, {"left": datasets.Image(), "right": datasets.Image()})
@@ -268,6 +270,7 @@ def test_bad_data_is_named(tmp_path, image_folder):
         ({"train_dir": str(tmp_path / "nowhere")}, "`train_dir`: expected a folder of images"),
         ({"train_dir": str(tmp_path / "empty")}, "found none"),
         ({"dataset_name": str(tmp_path / "empty")}, "empty or a file"),
+        ({"dataset_name": str(tmp_path / "notes")}, "expected images, or parquet files that hold some, in"),
         ({"dataset_name": str(tmp_path / "nowhere")}, "does not exist"),
         ({"dataset_name": "nobody/nothing"}, "cannot load nobody/nothing"),
         ({"dataset_name": str(no_images)}, "; files of images end in .avif"),

@@ -9,7 +9,7 @@ import pytest
 from hf_vicreg import pretrain
 from hf_vicreg.cli import main
 from hf_vicreg.training.engine.step import short
-from hf_vicreg.training.monitor.doctor import FIGURES, health_table
+from hf_vicreg.training.monitor.doctor import FIGURES, health_table, report
 from hf_vicreg.training.monitor.summary import summary
 from hf_vicreg.training.objectives.registry import ENTRIES, entry_of
 
@@ -115,6 +115,7 @@ def test_the_guide_documents_every_field_that_a_run_writes(tmp_path, tiny_recipe
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["health"]) == set(FIGURES)  # with a second encoder all of them are there
     assert health_table(lines) in printed  # the summary at the end
+    assert "Nothing wrong so far at step 4, but the log is too short" in report(lines, 1.0)[0]
     took = results | {"training_seconds": 61.0}
     assert "Longer than the 1m given" in summary(tmp_path, took, lines, time_budget="1m")
     assert "Longer" not in summary(tmp_path, took, lines, time_budget="2m")

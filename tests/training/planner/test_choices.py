@@ -167,6 +167,10 @@ def test_what_is_open_is_planned(settings, expected):
 def test_schedule_of_a_short_and_of_a_long_run():
     short = choose({}, FOLDERS["cifar"], CPU, 900)
     choose_schedule(short, 800, 78, 1.0, 10.0)
+    assert short.settings["logging_steps"] == 10
+    few = choose({}, FOLDERS["few"], CPU, 900)
+    choose_schedule(few, 38, 2, 1.0, 0.0)
+    assert few.settings["logging_steps"] == 1, "a run of 38 steps can be judged as well"
     settings = short.settings
     assert (settings["max_steps"], settings["num_train_epochs"]) == (800, 11)
     assert settings["vicreg"]["variance_weight"] == 10.0

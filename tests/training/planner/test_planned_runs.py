@@ -55,6 +55,7 @@ def test_the_time_sets_the_length(tmp_path, image_folder, capsys):
 def test_a_plan_is_printed_and_nothing_is_written(tmp_path, image_folder, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--plan_only", "--max_memory", "6g", "--model.hidden_size", "32", "--model.num_attention_heads", "2"]
+    flags += ["--model.image_size", "12"]  # fewer pixels than a patch has that nobody chose
     assert main(["pretrain", str(image_folder(40)), *flags]) == 0
     printed = capsys.readouterr().out
     assert "Plan for 40 images" in printed
