@@ -86,7 +86,7 @@ class_names)
     pretrain "$OUT/class_captions" --config benchmarks/class_names.yaml --output_dir "$here" "$@"
     "$PYTHON" -m hf_vicreg.cli evaluate image-text "$here" --dataset_name "$CIFAR10" --label_column_name label \
         --templates "a photo of a {}"
-    "$PYTHON" -m hf_vicreg.cli evaluate linear "$here/image_encoder" --dataset_name "$CIFAR10" --max_train_samples 10000 \
+    "$PYTHON" -m hf_vicreg.cli evaluate linear "$here/image_encoder" --dataset_name "$CIFAR10" \
         --output_dir "$here/linear" ;;
 local_features)
     images NUCLEI
