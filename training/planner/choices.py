@@ -197,7 +197,7 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
     if is_open:
         stride = model.get("patch_stride") or model["patch_size"]
         stride = min(stride) if isinstance(stride, list | tuple) else stride
-        # a crop has on average this share of the image's side less, and what it shows is that much larger
+        # a crop has on average this share of the image's side: what it shows looks larger by as much
         shown = math.sqrt((1 + made.settings["views"].get("crop_min_ratio", CROP_MIN_RATIO)) / 2)
         made.fill("model.image_size", round(side / shown / stride) * stride, "crops show things as much larger")
     else:
