@@ -34,7 +34,7 @@ def summary(
     """
     lines = [f"Trained in {results['training_seconds']:.0f} s; attention density {results['attention_density']:.3f}."]
     if time_budget is not None and results["training_seconds"] > seconds_of(time_budget):
-        lines.append(f"Longer than the {time_budget} given: the machine was faster when the plan was made.")
+        lines.append(f"Longer than the {time_budget} given.")
     kinds = {"knn_accuracy": f"{results['knn_neighbours']}-NN", "linear_accuracy": "linear"}
     measured = {title: results[kind] for kind, title in kinds.items() if results[kind]}
     if measured:

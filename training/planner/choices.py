@@ -194,7 +194,7 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
             made.fill("model.patch_stride", stride, "overlapping by half")
     elif "patch_size" not in model:
         made.fill("model.patch_size", 2 * model["patch_stride"], "overlapping by half")
-    if is_open:
+    if is_open and not made.settings.get("second_model"):  # two encoders have one image processor
         stride = model.get("patch_stride") or model["patch_size"]
         stride = min(stride) if isinstance(stride, list | tuple) else stride
         # a crop has on average this share of the image's side: what it shows looks larger by as much

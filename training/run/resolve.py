@@ -34,6 +34,12 @@ def resolve(given: dict[str, Any]) -> RunConfig:
     views = ViewsConfig(**sections["views"])
     encoder = _encoder(sections["model"], "model", views)
     second = _encoder(sections["second_model"], "second_model", views) if sections["second_model"] else None
+    sizes = [_pair(getattr(one, "image_size", None)) for one in (encoder, second)]
+    if views.image_size is not None and None not in sizes and sizes[0] != sizes[1]:
+        raise InputError(
+            f"`model.image_size`: expected that of the second encoder, {sizes[1]}, got {sizes[0]}: both have one "
+            "image processor; give `views.image_size` alone."
+        )
     with as_input_error("vicreg"):
         _check_keys(sections["vicreg"], VicRegConfig(), "vicreg")
         vicreg = VicRegConfig(encoder=encoder, second_encoder=second, **sections["vicreg"])

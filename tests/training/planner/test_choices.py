@@ -114,6 +114,11 @@ def test_the_encoder_is_used_with_images_as_large_as_crops_made_them_look(crop, 
     assert (made.settings["views"]["image_size"], made.settings["model"]["image_size"]) == (24, used)
 
 
+def test_two_encoders_have_one_size():
+    made = choose({"second_model": {"model_type": "vit"}}, FOLDERS["cifar"], CPU, 900)
+    assert made.settings["model"]["image_size"] == made.settings["views"]["image_size"] == 24
+
+
 def test_batch_and_expander_follow_each_other():
     assert choose({}, FOLDERS["cifar"], CPU, 900).settings["batch_size"] == 256
     made = choose({"batch_size": 64}, FOLDERS["cifar"], CPU, 900)

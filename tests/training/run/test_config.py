@@ -254,6 +254,16 @@ def test_one_of_two_sizes_given_above_a_recipe_is_both(tmp_path):
         assert (config.image_size, config.used_image_size) == ((32, 32), (32, 32))
 
 
+def test_two_sizes_beside_a_second_encoder_are_refused():
+    given = {
+        "views": {"image_size": 24},
+        "model": {"image_size": 32, "patch_size": 8},
+        "second_model": {"model_type": "vit"},
+    }
+    with pytest.raises(InputError, match=r"`model.image_size`: expected that of the second encoder, \(24, 24\)"):
+        resolve(NEEDED | given)
+
+
 def test_two_sizes_of_another_encoder_are_refused():
     vit = {"model_type": "vit", "image_size": 32}
     with pytest.raises(InputError, match=r"`views.image_size`: expected `model.image_size`, 32"):
