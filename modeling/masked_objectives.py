@@ -48,9 +48,14 @@ class MaskedObjective(Objective):
     def check(cls, settings, config):
         if config.second_encoder is not None:
             raise ValueError(f"`second_encoder`: expected none with {cls.name}, which paints with one encoder.")
+        mae_config(config.encoder, settings)
+
+    @classmethod
+    def check_views(cls, settings, config, image_size):
         fields = mae_config(config.encoder, settings)
-        grid = config.encoder.grid_size(*config.encoder.image_size_hw)
-        draw_masked_patches(grid, fields.mask_tile_size_hw, fields.mask_ratio, "check")
+        draw_masked_patches(
+            config.encoder.grid_size(*image_size), fields.mask_tile_size_hw, fields.mask_ratio, "check"
+        )
 
     def begin_step(self, model, step, num_steps):
         self.step = step

@@ -76,6 +76,10 @@ class Objective(nn.Module):
     def check(cls, settings: dict[str, Any], config: Any) -> None:
         """Raise ValueError for complete settings, of the right types, that make no such loss."""
 
+    @classmethod
+    def check_views(cls, settings: dict[str, Any], config: Any, image_size: tuple[int, int]) -> None:
+        """Raise ValueError where views of so many pixels, (height, width), cannot be learned from so."""
+
     def encode(
         self, encoder: nn.Module, inputs: Sequence[dict[str, torch.Tensor]]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -1,6 +1,7 @@
 """The methods of pretraining by name, and several at once by their names with `+` between."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -73,12 +74,34 @@ def check_objective(config: Any) -> None:
         given = _checked_sections(kinds, given)
     if config.objective_settings is not None:
         config.objective_settings = given
+    for kind, settings, own in _each(config, kinds, given):
+        kind.check(settings, own)
+
+
+def check_views(config: Any, image_size: tuple[int, int]) -> None:
+    """Check a `VicRegConfig` against the size of the views it is trained on, which may not be the encoder's own.
+
+    Args:
+        config: Checked by itself.
+        image_size: Of the views, (height, width) in pixels.
+
+    Raises:
+        ValueError: Views that one of its methods cannot learn from.
+    """
+    for kind, settings, own in _each(config, kinds_of(config.objective), config.objective_settings or {}):
+        kind.check_views(settings, own, image_size)
+
+
+def _each(
+    config: Any, kinds: list[type[Objective]], given: dict[str, Any]
+) -> Iterator[tuple[type[Objective], dict[str, Any], Any]]:
+    """Each method, its complete settings, and the configuration with it alone."""
     complete = complete_settings(config.objective, given)
     for kind in kinds:
         if len(kinds) == 1:
-            kind.check(complete, config)
+            yield kind, complete, config
         else:
-            kind.check(complete.get(kind.name, {}), _of_one(config, kind, complete))
+            yield kind, complete.get(kind.name, {}), _of_one(config, kind, complete)
 
 
 def _checked(kind: type[Objective], settings: dict[str, Any]) -> dict[str, Any]:
@@ -132,4 +155,4 @@ def _typed(name: str, value: Any, default: Any) -> Any:
         raise ValueError(f"`{name}`: expected {kinds[type(default)]}, got {value!r}.") from None
 
 
-__all__ = ["OBJECTIVES", "build_objective", "check_objective", "complete_settings", "kinds_of"]
+__all__ = ["OBJECTIVES", "build_objective", "check_objective", "check_views", "complete_settings", "kinds_of"]

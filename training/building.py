@@ -185,7 +185,7 @@ def build_run(config: RunConfig, opened: OpenRun) -> Run:
         num_queries=run.knn_test_samples,
         linear=run.linear_probe,
     )
-    pictures = masked_pictures(model, processor, opened.source, opened.folder)
+    pictures = masked_pictures(model, processor, config.image_size, opened.source, opened.folder)
     captions_probe = None
     if opened.test is not None and opened.test.captions is not None:
         captions_probe = ImageTextProbe(opened.test.first(run.knn_test_samples), processor, model, accelerator)

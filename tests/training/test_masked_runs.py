@@ -140,6 +140,27 @@ def test_a_plan_has_patches_side_by_side_and_knows_its_memory(name):
     assert 1.5 < two.encoder / one.encoder < 2.5
 
 
+@pytest.mark.parametrize("flags", [["--views.image_size", "24"], ["--model.image_size", "32"], []])
+def test_small_views_can_be_planned_for(flags, image_folder, tmp_path, capsys):
+    flags += ["--objective", "mae", "--model.hidden_size", "48", "--model.num_attention_heads", "2", "--plan_only"]
+    assert main(["pretrain", str(image_folder(40)), *flags, "--output_dir", str(tmp_path / "run")]) == 0
+    assert "Plan for 40 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_masks_are_of_the_views_and_so_is_the_picture(name, tmp_path, image_folder):
+    """Used with images of a single tile: nothing is masked there, and nothing needs to be."""
+    given = {"objective": name, name: SETTINGS[name], "views": {"image_size": 32, "crop_min_ratio": 0.2}}
+    given |= {"model": MODEL | {"image_size": 16, "tile_size": 2, "num_hidden_layers": 1, "intermediate_size": 32}}
+    given |= {"batch_size": 8, "max_steps": 2, "knn_every_epochs": 1, "vicreg": {"expander_sizes": [8]}}
+    done = pretrain(out=tmp_path / "run", data=image_folder(16), **given)
+    assert done.results["steps"] == 2
+    with Image.open(tmp_path / "run" / masked_pictures.MASKED_FILE) as picture:
+        assert picture.height == 3 * (96 + 4) - 4
+    with pytest.raises(InputError, match=r"`mask_tile_size`: expected at least two tiles .* on the grid \(2, 2\)"):
+        resolve({"dataset_name": "digits", "output_dir": "x"} | given | {"views": {"image_size": 16}})
+
+
 MODEL = {"image_size": 32, "patch_size": 8, "tile_size": 1, "hidden_size": 48, "num_attention_heads": 2}
 BAD = {
     "ratio": ({"mae": {"mask_ratio": 1.0}}, r"`mask_ratio`: expected a share of the tiles in \(0, 1\), got 1.0"),

@@ -24,17 +24,20 @@ class MaskedPictures:
     """Draws the same few images with the same masks each time; nothing of it reaches the training.
 
     Attributes:
-        pixel_values: `(images, channels, height, width)`, the first usable images, as the processor gives them.
+        pixel_values: `(images, channels, height, width)`, the first usable images, as large as the views.
     """
 
-    def __init__(self, model: VicRegForPreTraining, processor: Any, source: ImageSource, path: Path):
+    def __init__(
+        self, model: VicRegForPreTraining, processor: Any, image_size: tuple[int, int], source: ImageSource, path: Path
+    ):
         self.model, self.processor, self.path = model, processor, path
         found: list[Image.Image] = []
         for index in range(min(len(source), 4 * NUM_IMAGES)):
             image = source.read(index)
             if image is not None and len(found) < NUM_IMAGES:
                 found.append(image)
-        self.pixel_values = processor(found, return_tensors="pt")["pixel_values"] if found else None
+        size = dict(zip(("height", "width"), image_size, strict=True))
+        self.pixel_values = processor(found, size=size, return_tensors="pt")["pixel_values"] if found else None
 
     def draw(self) -> None:
         """Write the picture; on the main process alone. Models are left in evaluation mode."""
@@ -74,14 +77,18 @@ def _sheet(rows: list[torch.Tensor]) -> Image.Image:
 
 
 def masked_pictures(
-    model: VicRegForPreTraining, processor: Any, source: ImageSource | ImageStream, folder: Path
+    model: VicRegForPreTraining,
+    processor: Any,
+    image_size: tuple[int, int],
+    source: ImageSource | ImageStream,
+    folder: Path,
 ) -> MaskedPictures | None:
     """Return what draws a run's picture, where one paints; None where images stream by or are not of three colours."""
     if masked_part(model.objective) is None or not isinstance(source, ImageSource):
         return None
     if model.config.encoder.num_channels != 3:
         return None
-    return MaskedPictures(model, processor, source, folder / MASKED_FILE)
+    return MaskedPictures(model, processor, image_size, source, folder / MASKED_FILE)
 
 
 def drawn_with(

@@ -128,12 +128,8 @@ def choose(
             made.reasons["model.image_size"] = made.reasons["views.image_size"] = "given, or the source's"
         else:
             made.fill("views.image_size", side, _why_side(side, images))
+        _choose_crops(made, _side_of(settings, side), images)
     _choose_batch(made, size.batch, images, machine)
-    views_side = _side_of(made.settings, side)
-    crop = CROP_MIN_RATIO if views_side <= 64 or images.count < 5000 else 0.08
-    made.fill("views.crop_min_ratio", crop, _why_crop(views_side))
-    if views_side <= 64:
-        made.fill("views.blur_probability", 0.0, "small images have no detail to spare")
     return made
 
 
@@ -194,12 +190,13 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
             made.fill("model.patch_stride", stride, "overlapping by half")
     elif "patch_size" not in model:
         made.fill("model.patch_size", 2 * model["patch_stride"], "overlapping by half")
+    crop = _choose_crops(made, shortest, images)
     if is_open and not made.settings.get("second_model"):  # two encoders have one image processor
         stride = model.get("patch_stride") or model["patch_size"]
         stride = min(stride) if isinstance(stride, list | tuple) else stride
         # a crop has on average this share of the image's side: what it shows looks larger by as much
-        shown = math.sqrt((1 + made.settings["views"].get("crop_min_ratio", CROP_MIN_RATIO)) / 2)
-        made.fill("model.image_size", round(side / shown / stride) * stride, "crops show things as much larger")
+        used = round(side / math.sqrt((1 + crop) / 2) / stride) * stride
+        made.fill("model.image_size", used, "crops show things as much larger")
     else:
         model.setdefault("image_size", side)
     if model.get("attention_type") == "original_full" or model.get("attention_layout") == "raster":
@@ -207,6 +204,16 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
     tile, links = _sparse_tile(model | {"image_size": side})
     made.fill("model.tile_size", tile, f"the largest with a density of at most {MAX_DENSITY}")
     made.fill("model.num_random_blocks", links, "with that tile")
+
+
+def _choose_crops(made: Choices, side: int, images: Images) -> float:
+    """Fill how the views are cropped, and return the smallest share of an image that they show."""
+    crop = CROP_MIN_RATIO if side <= 64 or images.count < 5000 else 0.08
+    why = "small or few images" if side <= 64 else "the paper's, or more where images are few"
+    crop = made.fill("views.crop_min_ratio", crop, why)
+    if side <= 64:
+        made.fill("views.blur_probability", 0.0, "small images have no detail to spare")
+    return float(crop)
 
 
 def _sparse_tile(model: dict[str, Any]) -> tuple[Any, int]:
@@ -291,7 +298,3 @@ def _side_of(settings: dict[str, Any], default: int) -> int:
 def _why_side(side: int, images: Images) -> str:
     own = min(images.height, images.width)
     return "the images' own" if side >= own - 15 else f"what the time affords of the images' {own}"
-
-
-def _why_crop(side: int) -> str:
-    return "small or few images" if side <= 64 else "the paper's, or more where images are few"

@@ -134,13 +134,14 @@ def with_stored_plan(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def drafted(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings to open the images with: the default patches refuse no small image that is planned for."""
+    """Return settings to open the images with: no default of patches or tiles refuses what is yet to be planned."""
     model, views = settings.get("model", {}), settings.get("views", {})
-    size = views.get("image_size") or model.get("image_size")
-    chosen = model.keys() & {"patch_size", "model_type"} or settings.get("model_name_or_path")
-    if size is None or chosen or not is_open(settings):
+    if not is_open(settings) or "model_type" in model or settings.get("model_name_or_path"):
         return settings
-    return settings | {"model": model | {"patch_size": min(16, *(size if isinstance(size, list | tuple) else [size]))}}
+    size = views.get("image_size") or model.get("image_size") or 224
+    shortest = min(size) if isinstance(size, list | tuple) else size
+    patch = model.get("patch_stride") or max(1, min(16, shortest // 8))
+    return settings | {"model": {"patch_size": patch, "tile_size": 1} | model}
 
 
 def plan_run(

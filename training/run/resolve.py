@@ -6,7 +6,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_vicreg.modeling.configuration_bigbird_vit import BigBirdViTConfig
 from hf_vicreg.modeling.configuration_vicreg import VicRegConfig, encoder_config
-from hf_vicreg.modeling.objectives import complete_settings
+from hf_vicreg.modeling.objectives import check_views, complete_settings
 from hf_vicreg.training.errors import InputError, as_input_error, hint
 from hf_vicreg.training.objectives.combined import WEIGHTS
 from hf_vicreg.training.objectives.registry import OBJECTIVE_SECTIONS
@@ -53,6 +53,8 @@ def resolve(given: dict[str, Any]) -> RunConfig:
                 **sections["vicreg"],
             )
     config = RunConfig(run=run, views=views, vicreg=vicreg)
+    with as_input_error(run.objective):
+        check_views(vicreg, config.image_size)
     check_local_views(config)
     check_channels(config)
     return config

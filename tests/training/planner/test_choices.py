@@ -1,5 +1,7 @@
 """What is chosen from images, machine and time: sparse, within the images, and around what was given."""
 
+import math
+
 import pytest
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTModel
@@ -48,7 +50,8 @@ def test_every_plan_is_sparse_and_builds(name, machine, seconds):
     grid = config.grid_size(*_views(made))
     assert _density(made) <= MAX_DENSITY
     used, side = config.image_size_hw[0], _views(made)[0]
-    assert abs(used - side * 1.29) <= config.patch_stride_hw[0] / 2
+    shown = math.sqrt((1 + made.settings["views"]["crop_min_ratio"]) / 2)
+    assert abs(used - side / shown) <= config.patch_stride_hw[0] / 2
     assert min(grid) >= 5  # fewer patches could not be sparse
     assert 2 <= made.settings["batch_size"] <= images.count
     assert min(config.patch_size_hw) <= max(8, min(images.height, images.width))
@@ -112,6 +115,13 @@ def test_the_rest_adapts_to_what_is_given(given, found):
 def test_the_encoder_is_used_with_images_as_large_as_crops_made_them_look(crop, used):
     made = choose({"views": {"crop_min_ratio": crop}}, FOLDERS["cifar"], CPU, 900)
     assert (made.settings["views"]["image_size"], made.settings["model"]["image_size"]) == (24, used)
+
+
+@pytest.mark.parametrize(("count", "crop", "used"), [(10_000, 0.08, 304), (1000, 0.2, 280)])
+def test_many_large_images_have_the_papers_crops_and_their_size(count, crop, used):
+    made = choose({}, Images(count=count, height=300, width=300, labelled=False), GPU, 10**6)
+    assert made.settings["views"]["image_size"] == 224
+    assert (made.settings["views"]["crop_min_ratio"], made.settings["model"]["image_size"]) == (crop, used)
 
 
 def test_two_encoders_have_one_size():
