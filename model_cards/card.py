@@ -389,9 +389,9 @@ def _attention(facts: CardFacts) -> str:
     density = figure(facts.results, "attention_density", ".3f")
     text = (
         "BigBird's, on a 2-D grid: every tile of patches sees the tiles around it and a few random ones, the same in "
-        "training and use; CLS and registers see and are seen by all. Share of the pairs of tokens computed at the "
-        f"training grid: {density}."
+        "training and use; CLS and registers see and are seen by all. Share of the pairs of tokens computed on the "
+        f"views of training: {density}."
     )
     if "attention_pattern.png" in facts.pictures:
-        text += "\n\n![Which tile sees which at the training grid](attention_pattern.png)"
+        text += "\n\n![Which tile sees which, at the encoder's own image size](attention_pattern.png)"
     return text

@@ -102,6 +102,7 @@ class Taught(WithTeacher):
         normalisation: Normalisation,
         own_normalisation: Normalisation,
         with_tokens: bool,
+        image_size: tuple[int, int] | None,
     ):
         """Freeze the teacher, which is not stored, and make the maps, which are.
 
@@ -113,12 +114,13 @@ class Taught(WithTeacher):
             normalisation: Of the teacher's pixels.
             own_normalisation: Of the student's.
             with_tokens: Whether both have a token for each patch.
+            image_size: (height, width) in pixels of what the teacher sees; None: the views as they are.
         """
         super().__init__(inner, widths, weight=weight)
         self.needs_tokens = with_tokens or inner.needs_tokens
         # of both global views the prediction and what is predicted, and the errors of patches
         self.further_per_image = inner.further_per_image + 4 + with_tokens
-        self.with_tokens = with_tokens
+        self.with_tokens, self.image_size = with_tokens, image_size
         self.token_map = nn.Linear(*widths) if with_tokens else None
         self.kept = [teacher.eval().requires_grad_(False)]  # in a list: no part of the model
         (mean, std), (own_mean, own_std) = (
@@ -149,16 +151,15 @@ class Taught(WithTeacher):
 
     @torch.no_grad()
     def _taught(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The teacher's pooled features and tokens of a view, at its own image size where it has one."""
+        """The teacher's pooled features and tokens of a view, at the size that it learned from."""
         (teacher,) = self.kept
         if teacher.device != pixel_values.device:
             teacher.to(pixel_values.device)
             self.scale, self.shift = self.scale.to(pixel_values.device), self.shift.to(pixel_values.device)
         pixels = pixel_values * self.scale + self.shift
-        size = getattr(teacher.config, "image_size", None)
-        size = (size, size) if isinstance(size, int) else size
-        if size is not None and tuple(size) != tuple(pixels.shape[-2:]):
-            pixels = F.interpolate(pixels, tuple(size), mode="bilinear", antialias=True)
+        size = self.image_size
+        if size is not None and size != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
         outputs = encoder_outputs(teacher, {"pixel_values": pixels})
         tokens = None
         if self.with_tokens:

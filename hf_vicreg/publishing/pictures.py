@@ -1,4 +1,4 @@
-"""Pictures beside a model card: curves of the log, and the attention pattern at the training grid."""
+"""Pictures beside a model card: curves of the log, and the attention pattern at the encoder's image size."""
 
 import logging
 from collections.abc import Sequence

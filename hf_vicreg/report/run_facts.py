@@ -82,11 +82,12 @@ class RunFacts:
         knn, last = self.results.get("knn_accuracy") or {}, self.steps[-1]
         measured = [record["knn_accuracy"] for record in self.records if "knn_accuracy" in record]
         accuracy = knn.get("trained", measured[-1] if measured else None)
+        begun = f"k-NN, {'what it began with' if self.recipe.get('model_name_or_path') else 'untrained'}"
         if accuracy is not None:
             found.append((f"{self.results.get('knn_neighbours', 'k')}-NN accuracy", f"{accuracy:.3f}"))
         found += [
             (name, f"{knn[key]:.3f}")
-            for key, name in (("untrained", "k-NN, untrained"), ("raw_pixels", "k-NN, raw pixels"))
+            for key, name in (("untrained", begun), ("raw_pixels", "k-NN, raw pixels"))
             if key in knn
         ]
         planned = self.results.get("planned_steps")

@@ -157,9 +157,11 @@ def facts_of(run: RunFacts) -> list[tuple[str, str]]:
             )
         )
     if size is not None:
-        found.append(("images", f"{size} pixels, patches of {patch}"))
+        views = (run.recipe.get("views") or {}).get("image_size")
+        sizes = f"{size} pixels" if views in (None, size) else f"views of {views} pixels, used with {size}"
+        found.append(("images", f"{sizes}, patches of {patch}"))
     if results.get("attention_density") is not None:
-        found.append(("attention", f"density {results['attention_density']:.3f}"))
+        found.append(("attention", f"density {results['attention_density']:.3f} on the views"))
     if results.get("dataset") is not None:
         found.append(("data", f"{results.get('num_images') or MISSING} images of {results['dataset']}"))
     expander = (run.recipe.get("vicreg") or {}).get("expander_sizes")

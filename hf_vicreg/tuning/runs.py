@@ -28,6 +28,7 @@ from hf_vicreg.comparison.trials import (
 )
 from hf_vicreg.training.errors import InputError, room_in
 from hf_vicreg.training.objectives.registry import entry_of
+from hf_vicreg.training.planner.ladder import used_side
 from hf_vicreg.training.planner.schedule import words
 from hf_vicreg.training.run.section_flags import VICREG
 from hf_vicreg.tuning.command import with_values
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 FILE, TABLE, BASE, TUNED = "tuning.json", "tuning.md", "base.yaml", "tuned.yaml"
 WITHOUT_LABELS = "rankme"
-CROPS = (0.05, 0.8)  # of the image's area
+CROP, CROPS = "views.crop_min_ratio", (0.05, 0.8)  # of the image's area
 FACTOR = 5.0  # up and down, of numbers without a range of their own
 # of a recipe; those of a trial, not of what is tuned
 OF_LENGTH = ("max_steps", "num_train_epochs", "checkpointing_steps", "knn_every_epochs", "linear_probe")
@@ -131,7 +132,7 @@ def space_of(asked: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str, l
     """
     ranges: dict[str, Range | None] = {key: (low, high) for key, (low, high) in asked["search"].items()}
     if not ranges:
-        ranges = {"learning_rate": None, "views.crop_min_ratio": CROPS, **entry_of(recipe).tuned}
+        ranges = {"learning_rate": None, CROP: CROPS, **entry_of(recipe).tuned}
     space, first = {}, {}
     for key, ends in ranges.items():
         section, _, name = key.rpartition(".")
@@ -166,7 +167,7 @@ def _round(folder: Path, record: dict[str, Any], level: int, train: Train, judge
             continue
         run = folder / f"trial{number:02d}-round{level + 1}"
         recipe = run.with_suffix(".yaml")
-        settings = with_values(record["plan"]["recipe"] | {"max_steps": one["steps"]}, record["trials"][number])
+        settings = with_trial(record, number) | {"max_steps": one["steps"]}
         shown = ", ".join(f"{key} {value:g}" for key, value in record["trials"][number].items())
         logger.info("\nround %d, trial %d: %d steps with %s", level + 1, number, one["steps"], shown)
         with room_in(folder):
@@ -198,6 +199,19 @@ def _round(folder: Path, record: dict[str, Any], level: int, train: Train, judge
     return 0
 
 
+def with_trial(record: dict[str, Any], number: int) -> dict[str, Any]:
+    """Return the plan's recipe with a trial's numbers; other crops have another size of use, if the plan chose it."""
+    settings = with_values(record["plan"]["recipe"], record["trials"][number])
+    (asked,) = record["asked"]["settings"].values()
+    views, model = (settings.get(section) or {} for section in ("views", "model"))
+    side, used = views.get("image_size"), model.get("image_size")
+    chosen = isinstance(side, int) and used not in (None, side) and "image_size" not in (asked.get("model") or {})
+    if chosen and CROP in record["trials"][number]:
+        stride = model.get("patch_stride") or model["patch_size"]
+        settings["model"] = model | {"image_size": used_side(side, settings["views"]["crop_min_ratio"], stride)}
+    return settings
+
+
 def _judged(folder: Path, record: dict[str, Any], run: Path, judge: Judge) -> dict[str, float] | int:
     """Return what a finished run is worth: its k-NN, or the figures without labels."""
     if record["judge"] == "knn":
@@ -222,7 +236,7 @@ def _finish(folder: Path, record: dict[str, Any]) -> int:
         _store(folder, record)
         write(folder / TABLE, text)
         if best is not None:
-            recipe = with_values(record["plan"]["recipe"], record["trials"][best])
+            recipe = with_trial(record, best)
             kept = {key: one for key, one in recipe.items() if key not in OF_LENGTH and one is not None}
             write(folder / TUNED, yaml.safe_dump(kept, sort_keys=False))
     print(text)
@@ -238,4 +252,4 @@ def _store(folder: Path, record: dict[str, Any]) -> None:
     write(folder / FILE, json.dumps(record, indent=1) + "\n")
 
 
-__all__ = ["space_of", "tune"]
+__all__ = ["space_of", "tune", "with_trial"]

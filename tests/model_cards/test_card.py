@@ -103,7 +103,7 @@ def test_every_figure_is_one_that_was_measured():
         (("knn_accuracy", "untrained"), "| untrained encoder | not measured |"),
         (("knn_accuracy", "trained"), "| **this encoder** | not measured |"),
         (("training_seconds",), "| time | not measured |"),
-        (("attention_density",), "computed at the training grid: not measured."),
+        (("attention_density",), "computed on the views of training: not measured."),
         (("encoder_parameters",), "Parameters: not measured."),
         (("num_images",), "not measured images of `digits`"),
     ],

@@ -182,6 +182,11 @@ def test_a_finished_run_is_used_with_larger_images(tmp_path, tiny_recipe, image_
     tiny_recipe["model"]["position_embedding_type"] = positions
     settings = {"out": tmp_path / "run", "data": image_folder(64), **tiny_recipe}
     whole = pretrain(**settings)
+    if positions == "rope":  # its recipe has the size of its views, which stay as they are
+        (tmp_path / "recipe.yaml").write_text((tmp_path / "run" / "recipe.yaml").read_text())
+        again = {"config": tmp_path / "recipe.yaml", "model": {"image_size": 40}, "resume_from_checkpoint": "latest"}
+        pretrain(out=tmp_path / "run", data=settings["data"], **again)
+        assert AutoModel.from_pretrained(tmp_path / "run").config.image_size == 40
     larger = {"model": tiny_recipe["model"] | {"image_size": 48}, "views": {"image_size": 32}}
     settings |= larger | {"resume_from_checkpoint": "latest"}
     if positions == "absolute":  # the table of positions is a weight, and of another shape

@@ -52,6 +52,7 @@ def taught(teacher, *, with_tokens=True, weight=3.0):
         normalisation=([0.5] * 3, [0.25] * 3),
         own_normalisation=PLAIN,
         with_tokens=with_tokens,
+        image_size=(32, 32),
     ).double()
     return model
 

@@ -295,6 +295,41 @@ def test_a_recipes_encoder_gives_way_to_the_source(tmp_path, image_folder, befor
     assert "`model.hidden_size`" in caplog.text
 
 
+SIZES = {
+    "as the source has them": ({}, 24, 40),
+    "views": ({"views": {"image_size": 32}}, 32, 32),
+    "model": ({"model": {"image_size": 32}}, 32, 32),
+    "both": ({"views": {"image_size": 16}, "model": {"image_size": 24}}, 16, 24),
+    "recipe": ({"config": "recipe.yaml"}, 16, 32),
+    "recipe, views": ({"config": "recipe.yaml", "views": {"image_size": 24}}, 24, 24),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_a_source_used_with_larger_images_than_its_views(case, tmp_path, settings, image_folder, before_step_1):
+    given, views, used = SIZES[case]
+    save_source("run", tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"image_size": 40}))
+    (tmp_path / "source" / "recipe.yaml").write_text("views: {image_size: 24}")
+    (tmp_path / "recipe.yaml").write_text("views: {image_size: 16}\nmodel: {hidden_size: 8, image_size: 32}")
+    given = given | ({"config": tmp_path / "recipe.yaml"} if "config" in given else {})
+    settings |= {"data": image_folder(32), "model_name_or_path": str(tmp_path / "source")} | given
+    begun = before_step_1(out=tmp_path / "run", **settings)
+    assert (begun.config.image_size, begun.config.used_image_size) == ((views, views), (used, used))
+    assert begun.model.encoder.config.hidden_size == 32
+
+
+def test_other_encoders_have_the_size_of_the_views(tmp_path, settings, image_folder, before_step_1, caplog):
+    save_source("vit", tmp_path / "source")
+    (tmp_path / "recipe.yaml").write_text("views: {image_size: 16}\nmodel: {image_size: 32}")
+    settings |= {"data": image_folder(32), "model_name_or_path": str(tmp_path / "source")}
+    with caplog.at_level(logging.INFO, logger="hf_vicreg"):
+        begun = before_step_1(out=tmp_path / "run", config=tmp_path / "recipe.yaml", **settings)
+    assert begun.config.image_size == begun.config.used_image_size == (16, 16)
+    assert "`model.image_size` 32 is left out: only a bigbird_vit has two sizes" in caplog.text
+
+
 def test_a_plan_keeps_the_encoder_it_is_given(tmp_path, image_folder, capsys):
     save_source("run", tmp_path / "source")
     pretrain(data=image_folder(32), model_name_or_path=str(tmp_path / "source"), plan_only=True, time_budget="5m")

@@ -20,7 +20,7 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.run.resolve import resolve
 from hf_vicreg.tuning import judging
 from hf_vicreg.tuning.command import asked_for
-from hf_vicreg.tuning.runs import space_of, tune
+from hf_vicreg.tuning.runs import space_of, tune, with_trial
 
 SMALL = {"device": "cpu", "max_train_samples": 64, "knn_train_samples": 32, "knn_test_samples": 16, "seed": 5}
 LABEL_FREE = "label_free.json"
@@ -217,3 +217,17 @@ def test_a_tuning_that_is_killed_goes_on_from_the_checkpoint_of_its_trial(tmp_pa
     assert all(set(one) >= {"lidar", "rankme"} for one in record["rounds"][0]["figures"].values())
     assert done.stdout.startswith("| trial")
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("model", "crop", "used"),
+    [({}, 0.2, 32), ({}, 0.6, 28), ({"image_size": 32}, 0.6, 32)],
+    ids=["as planned", "other crops", "given"],
+)
+def test_a_trials_size_of_use_is_that_of_its_crops(model, crop, used):
+    recipe = {"views": {"image_size": 24, "crop_min_ratio": 0.2}, "model": {"image_size": 32, "patch_size": 4}}
+    record = {"plan": {"recipe": recipe}, "asked": {"settings": {"vicreg": {"model": model}}}}
+    settings = with_trial(record | {"trials": [{"views.crop_min_ratio": crop}]}, 0)
+    assert (settings["views"]["crop_min_ratio"], settings["model"]["image_size"]) == (crop, used)
+    assert recipe["model"]["image_size"] == 32
+    assert with_trial(record | {"trials": [{"learning_rate": 0.1}]}, 0)["model"]["image_size"] == 32

@@ -15,7 +15,7 @@ from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.objectives.registry import entry_of
 from hf_vicreg.training.objectives.vicreg import VICREG
-from hf_vicreg.training.planner.ladder import LADDER, Size
+from hf_vicreg.training.planner.ladder import LADDER, Size, used_side
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import words
 
@@ -192,11 +192,8 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
         made.fill("model.patch_size", 2 * model["patch_stride"], "overlapping by half")
     crop = _choose_crops(made, shortest, images)
     if is_open and not made.settings.get("second_model"):  # two encoders have one image processor
-        stride = model.get("patch_stride") or model["patch_size"]
-        stride = min(stride) if isinstance(stride, list | tuple) else stride
-        # a crop has on average this share of the image's side: what it shows looks larger by as much
-        used = round(side / math.sqrt((1 + crop) / 2) / stride) * stride
-        made.fill("model.image_size", used, "crops show things as much larger")
+        used = used_side(side, crop, model.get("patch_stride") or model["patch_size"])
+        made.fill("model.image_size", used, "crops make things look as much larger")
     else:
         model.setdefault("image_size", side)
     if model.get("attention_type") == "original_full" or model.get("attention_layout") == "raster":

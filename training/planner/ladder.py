@@ -1,5 +1,6 @@
 """The encoders that a plan chooses from, from the smallest to ViT-Base."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,3 +41,17 @@ LADDER = (
     Size("ViT-Small", _fields(384, 12, 6, 1536), 16, 1024, 20_000_000),
     Size("ViT-Base", _fields(768, 12, 12, 3072), 16, 2048, 150_000_000),
 )
+
+
+def used_side(side: int, crop: float, stride: int | list[int] | tuple[int, int]) -> int:
+    """Return the side of the images that an encoder is best used with, in pixels, a multiple of the stride.
+
+    A crop has on average `sqrt((1 + crop) / 2)` of the image's side: what it shows looks larger by as much.
+
+    Args:
+        side: Of the views that it is trained on.
+        crop: The smallest share of an image's area that a view shows; the largest is all of it.
+        stride: Of the patches.
+    """
+    step = stride if isinstance(stride, int) else min(stride)
+    return round(side / math.sqrt((1 + crop) / 2) / step) * step

@@ -14,7 +14,12 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import public_name
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream
-from hf_vicreg.training.pretrained.source_encoder import channels_of, load_source, normalisation_of
+from hf_vicreg.training.pretrained.source_encoder import (
+    channels_of,
+    load_source,
+    normalisation_of,
+    trained_image_size,
+)
 from hf_vicreg.training.pretrained.stored_features import stored_features
 from hf_vicreg.training.run.config import RunConfig
 
@@ -77,6 +82,7 @@ def _add_teacher(model: VicRegForPreTraining, config: RunConfig) -> None:
         normalisation=_normalisation(name, teacher.config, config),
         own_normalisation=config.normalisation,
         with_tokens=_has_tokens(model.encoder, size) and _has_tokens(teacher, size),
+        image_size=trained_image_size(name, teacher.config),
     )
     kinds = "pooled features and tokens" if model.objective.with_tokens else "pooled features, for want of tokens,"
     logger.info("the encoder learns to predict %s of %s", kinds, public_name(name))

@@ -9,7 +9,9 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
+from hf_vicreg.model_cards.shipped import located
 from hf_vicreg.modeling.bigbird_positions import resampled_positions
 from hf_vicreg.modeling.dense_weights import SOURCES
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTEmbeddings, BigBirdViTModel
@@ -24,6 +26,7 @@ from hf_vicreg.training.evaluation.encoder import (
     quiet_transformers,
 )
 from hf_vicreg.training.run.run_folder import RECIPE
+from hf_vicreg.training.run.settings import read_recipe
 
 FIELD = "model_name_or_path"
 PARTS: dict[str, tuple[Any, str]] = {
@@ -165,6 +168,25 @@ def inflated_weights(weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tenso
     if len(own) != 4 or len(other) != 4 or (own[0], *own[2:]) != (other[0], *other[2:]) or own[1] == other[1]:
         return None
     return weights.mean(1, keepdim=True).expand(-1, other[1], -1, -1) * (own[1] / other[1])
+
+
+def trained_image_size(name: str, config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Return the size of the images that an encoder learned from, (height, width) in pixels.
+
+    That of the views in the recipe beside a BigBirdViT, which may be used with images of another size; otherwise its
+    own, None for an encoder that names none.
+    """
+    own = image_size_of(config)
+    if config.model_type != BigBirdViTModel.config_class.model_type:
+        return own
+    folder = located(_of_run(name))
+    recipe = cached_file(
+        folder, RECIPE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    views = read_recipe(recipe).get("views") if recipe is not None else None
+    size = views.get("image_size") if isinstance(views, dict) else None
+    pair = [size, size] if isinstance(size, int) else size
+    return tuple(pair) if isinstance(pair, list) and [type(one) for one in pair] == [int, int] else own
 
 
 def _of_run(name: str) -> str:

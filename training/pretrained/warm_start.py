@@ -24,6 +24,7 @@ from hf_vicreg.training.pretrained.source_encoder import (
     load_source,
     normalisation_of,
     resampled_table,
+    trained_image_size,
 )
 from hf_vicreg.training.run.arguments import OPEN_FIELDS, RESERVED
 from hf_vicreg.training.run.config import RunConfig
@@ -60,8 +61,8 @@ def with_source(settings: dict[str, Any]) -> dict[str, Any]:
         if key not in OPEN_FIELDS and key in fields and _plain(value) != _plain(fields[key]):
             raise InputError(f"`model.{key}`: expected {fields[key]!r} as in `{FIELD}`, got {value!r}; leave it out.")
     fields |= given
-    if "image_size" in fields and "image_size" not in given and views.get("image_size") is not None:
-        fields["image_size"] = views["image_size"]
+    if "image_size" in fields:
+        views, fields["image_size"] = _sizes(name, encoder.config, given.get("image_size"), views)
     views = _normalisation(name, encoder.config, settings, fields) | views
     where = os.path.abspath(name) if os.path.isdir(name) else name  # a Hub id and a relative path look alike
     settings = settings | {FIELD: where, "model": fields, "views": views}
@@ -87,6 +88,23 @@ def take_source_weights(model: VicRegForPreTraining, config: RunConfig) -> None:
     if size != own:
         how = f"positions are resampled: {', '.join(resampled)}" if resampled else "no table of positions to resample"
         logger.info("images are of %s pixels, the source's of %s; %s", size, own, how)
+
+
+def _sizes(name: str, config: PreTrainedConfig, given: Any, views: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return the views, with their size where it is not the encoder's, and the encoder's image size."""
+    asked, own = views.get("image_size"), image_size_of(config)
+    if given is None and asked is None:
+        trained = trained_image_size(name, config)
+        if trained != own:
+            logger.info("views of %s pixels, images of %s in use, as %s has them", trained, own, public_name(name))
+            views = views | {"image_size": trained}
+        return views, config.image_size
+    if asked is None or given is None:
+        return views, given if asked is None else asked
+    if _plain(given) != _plain(asked) and config.model_type != DEFAULT_MODEL_TYPE:
+        logger.info("`model.image_size` %s is left out: only a %s has two sizes", given, DEFAULT_MODEL_TYPE)
+        given = asked
+    return views, given
 
 
 def _build(config: RunConfig) -> PreTrainedModel:
@@ -156,7 +174,8 @@ def _as_stored(settings: dict[str, Any], recipe: dict[str, Any]) -> dict[str, An
     """Return the settings of a resumed run, with what its recipe holds of the source."""
     stored = recipe.get(FIELD)
     name = stored if same_source(settings[FIELD], stored) else settings[FIELD]
-    views = {key: one for key, one in (recipe.get("views") or {}).items() if key in NORMALISATION}
+    kept = (*NORMALISATION, "image_size")
+    views = {key: one for key, one in (recipe.get("views") or {}).items() if key in kept and one is not None}
     model = {"model_type": DEFAULT_MODEL_TYPE} | (recipe.get("model") or {}) | settings.get("model", {})
     return settings | {FIELD: name, "model": model, "views": views | settings.get("views", {})}
 

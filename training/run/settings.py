@@ -213,8 +213,10 @@ def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
         fields = below.pop("model", {})
         for key in NORMALISATION:  # of the recipe's own source
             views.pop(key, None)
-        if fields.get("image_size") is not None and "image_size" not in above.get("model", {}):
-            views.setdefault("image_size", fields["image_size"])
+        size = fields.get("image_size")
+        own = size is not None and "image_size" not in above.get("model", {})
+        if own and views.setdefault("image_size", size) != size and not sized_above:
+            below["model"] = {"image_size": fields.pop("image_size")}  # used at another size than it is trained on
         if fields:
             logger.info("the recipe's %s are left out for those of %s", _named("model", list(fields)), source)
     for section in ("model", "second_model"):
@@ -234,7 +236,9 @@ def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
         elif sized_above and "image_size" not in asked:
             fields.pop("image_size", None)  # the size asked for is that of the views, and so the encoder's
     if above.get("model", {}).get("image_size") is not None and not sized_above:
-        views.pop("image_size", None)
+        begun_with = views.pop("image_size", None) or below.get("model", {}).get("image_size")
+        if above.get("resume_from_checkpoint") is not None and begun_with is not None:
+            views["image_size"] = begun_with  # images are used at another size; what it learns from stays
 
 
 def _named(section: str, keys: list[str]) -> str:
