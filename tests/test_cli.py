@@ -31,6 +31,30 @@ def test_the_command_is_installed():
     assert (finished.returncode, finished.stdout.strip(), finished.stderr) == (0, __version__, "")
 
 
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "hf_vicreg", "finetune", "segmentaton"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    (line,) = finished.stderr.splitlines()
+    assert (finished.returncode, line.endswith("did you mean `segmentation`?")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        ("pretain images", "`hf-vicreg` knows, got 'pretain'; did you mean `pretrain`?"),
+        ("evaluate knnn", "`hf-vicreg evaluate` knows, got 'knnn'; did you mean `knn`?"),
+        ("inspect veiws", "`hf-vicreg inspect` knows, got 'veiws'; did you mean `views`?"),
+        ("inspect zzz", "got 'zzz'; one of cost, pattern, images, views."),
+    ],
+    ids=["verb", "evaluate", "inspect", "none-near"],
+)
+def test_a_misspelt_word_is_told_which_was_meant(words, end, capsys):
+    assert main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(end)
+
+
 def test_costs_are_printed(folder, capsys):
     assert main(["inspect", "cost", str(folder / "encoder")]) == 0
     printed = capsys.readouterr().out
