@@ -11,17 +11,18 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.objectives.combined import WEIGHTS
 from hf_vicreg.training.objectives.registry import ENTRIES, OBJECTIVE_SECTIONS
 
-SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+SECONDS = {r"d(?:ays?)?": 86400, r"h(?:(?:ou)?rs?)?": 3600, r"m(?:in(?:ute)?s?)?": 60, r"s(?:ec(?:ond)?s?)?": 1}
+TIME = re.compile(r"\s*".join(rf"(?:(\d+)\s*{unit})?" for unit in SECONDS))
 BYTES = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def seconds_of(text: str, name: str = "time_budget") -> float:
-    """Return a time like `90s`, `15m`, `2h`, `1d` or `1h30m` in seconds.
+    """Return a time like `90s`, `15m`, `2h`, `1d`, `1h30m` or `2 minutes` in seconds.
 
     Raises:
         InputError: Anything else, or no time at all.
     """
-    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    found = TIME.fullmatch(text.strip().lower())
     seconds = (
         sum(int(one or 0) * SECONDS[unit] for one, unit in zip(found.groups(), SECONDS, strict=True)) if found else 0
     )

@@ -13,7 +13,7 @@ import yaml
 from hf_vicreg.training.errors import InputError, hint
 from hf_vicreg.training.objectives.combined import WEIGHT, WEIGHTS
 from hf_vicreg.training.objectives.registry import ENTRIES, OBJECTIVE_SECTIONS
-from hf_vicreg.training.run.arguments import SECTIONS, PretrainArguments, ViewsConfig
+from hf_vicreg.training.run.arguments import SECTIONS, TIME, PretrainArguments, ViewsConfig
 from hf_vicreg.training.run.section_flags import MODEL, VICREG, VIEWS, SectionFlag
 from hf_vicreg.training.run.settings import recipe_names
 
@@ -155,8 +155,11 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
     `config`, `data` and `num_processes` are among them if given.
 
     Raises:
-        InputError: An unknown flag, or a dotted flag without a value.
+        InputError: An unknown flag, a dotted flag without a value, or a time in two words.
     """
+    for flag, number, unit in zip(arguments, arguments[1:], arguments[2:], strict=False):
+        if flag == "--time_budget" and number.isdecimal() and TIME.fullmatch(f"{number}{unit.lower()}"):
+            raise InputError(f"`time_budget`: expected one word, {number}{unit[0].lower()}, got {number} {unit}.")
     plain: list[str] = []
     sections: dict[str, dict[str, Any]] = {}
     rest = list(arguments)

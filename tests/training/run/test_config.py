@@ -271,7 +271,11 @@ def test_two_sizes_of_another_encoder_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("15m", 900), ("2h", 7200), ("1d", 86400), ("1h30m", 5400), ("2H", 7200)]
+    ("text", "seconds"),
+    [
+        *[("90s", 90), ("15m", 900), ("2h", 7200), ("1d", 86400), ("1h30m", 5400), ("2H", 7200)],
+        *[("2 minutes", 120), ("2min", 120), ("90 sec", 90), ("1hour", 3600), ("1 day", 86400), ("1 h 30 min", 5400)],
+    ],
 )
 def test_times_in_words(text, seconds):
     assert seconds_of(text) == seconds
@@ -284,7 +288,13 @@ def test_sizes_in_words(text, size):
     assert bytes_of(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0m", "15", "-2h", "1h2d", "soon", "1.5h"])
+def test_a_time_in_two_words_is_refused_with_how_it_is_written():
+    with pytest.raises(InputError, match=r"^`time_budget`: expected one word, 2m, got 2 minutes\.$"):
+        parse_flags(["images", "--time_budget", "2", "minutes"])
+    assert parse_flags(["--time_budget", "2m", "minutes"])["data"] == "minutes", "a folder of that name"
+
+
+@pytest.mark.parametrize("text", ["", "0m", "15", "-2h", "1h2d", "soon", "1.5h", "2 months", "1 30m"])
 def test_times_that_are_none_are_named(text):
     with pytest.raises(InputError, match="`time_budget`: expected a time like 90s"):
         seconds_of(text)
