@@ -263,7 +263,9 @@ def _fit_schedule(
     per_epoch = max(1, images.count // config.step_size)
     ends = pixels + 2 * measured + CLOSING_SECONDS
     between = MEASURING_RATIO * left // measured * measured if measured else 0.0
-    steps = steps_within(left - ends - between, step, per_epoch, most_epochs=MAX_EPOCHS, images=images.count)
+    steps = steps_within(
+        left - ends - between, step, per_epoch, most_epochs=MAX_EPOCHS, images=images.count, budget=budget
+    )
     given_length = made.settings.keys() & {"num_train_epochs", "max_steps"}
     if given_length:
         steps = run.max_steps or run.num_train_epochs * per_epoch
@@ -271,9 +273,8 @@ def _fit_schedule(
     planned = resolve(made.settings | {"per_device_train_batch_size": None})
     fitting = replace(planned.run, batch_size=run.batch_size, statistics_batch_size=run.statistics_batch_size)
     planned = replace(planned, run=fitting)
-    epochs = steps / per_epoch
     every = planned.run.knn_every_epochs
-    meanwhile = int(epochs / every) * measured if every else 0.0
+    meanwhile = int(steps / per_epoch / every) * measured if every else 0.0
     seconds = budget - left + ends + steps * step + meanwhile
     if given_length and seconds > budget and made.settings.get("time_budget"):
         logger.warning("the length that was given takes %s, longer than the %s given", words(seconds), words(budget))

@@ -18,6 +18,8 @@ from hf_vicreg.training.planner.choices import (
     training_flops,
 )
 from hf_vicreg.training.planner.machine import Machine
+from hf_vicreg.training.planner.schedule import steps_within
+from hf_vicreg.training.run.arguments import seconds_of
 
 CPU = Machine("cpu", "2 CPU cores", 2, 24 * 2**30)
 GPU = Machine("cuda", "a GPU", 8, 80 * 2**30)
@@ -177,6 +179,18 @@ def test_too_few_images_are_refused():
 )
 def test_what_is_open_is_planned(settings, expected):
     assert is_open(settings) is expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "seconds", "steps", "least"),
+    [(3.0, -17.0, 10, "40s"), (600.0, 500.0, 1000, "25m"), (3600.0, 3000.0, 30_000, "12h")],
+    ids=["start-alone", "minutes", "hours"],
+)
+def test_too_short_a_time_is_told_with_one_that_is_enough(budget, seconds, steps, least):
+    with pytest.raises(InputError, match=rf"the least is about --time_budget {least}[.,]"):
+        steps_within(seconds, 1.0, steps, most_epochs=800, images=40, budget=budget)
+    spent, enough = budget - seconds, seconds_of(least)
+    assert steps_within(enough - spent, 1.0, steps, most_epochs=800, images=40, budget=enough) >= steps
 
 
 def test_schedule_of_a_short_and_of_a_long_run():
