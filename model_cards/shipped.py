@@ -1,8 +1,12 @@
 """Where the encoders lie that come with the package."""
 
 import difflib
+import functools
+import logging
 import os
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = "model.safetensors"
@@ -16,9 +20,23 @@ def names() -> list[str]:
 def located(name: str) -> str:
     """Return the folder of an encoder that comes with the package, by its name; any other name as it is.
 
-    A folder of the user's that is called the same comes first.
+    A folder of the user's that is called the same comes first; the log says so.
     """
-    return str(FOLDER / name) if name in names() and not os.path.exists(name) else name
+    if name not in names():
+        return name
+    if os.path.exists(name):
+        _say_taken(name, os.path.abspath(name))
+        return name
+    return str(FOLDER / name)
+
+
+@functools.cache  # configuration, weights and processor are looked for one by one
+def _say_taken(name: str, _place: str) -> None:
+    logger.info(
+        "%s: taken from the folder of this name here, not from the package; for the package's, call it from another "
+        "folder or rename this one",
+        name,
+    )
 
 
 def misnamed(name: str) -> str | None:

@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 import hf_vicreg
 from hf_vicreg.cli import main
+from hf_vicreg.model_cards.shipped import located
 from hf_vicreg.weights import FOLDER, names
 
 CIFAR10 = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
@@ -79,3 +80,14 @@ def test_an_unknown_name_is_told_what_there_is():
         hf_vicreg.load("digit")
     with pytest.raises(ValueError, match=r"got '\.\./recipes'; for a folder or the Hub use AutoModel"):
         hf_vicreg.load("../recipes")
+
+
+def test_which_of_two_of_one_name_was_taken_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "hf_vicreg")
+    assert located("digits") == str(FOLDER / "digits")
+    assert not caplog.records, "there is one alone"
+    (tmp_path / "digits").mkdir()
+    assert [located("digits") for _ in range(3)] == ["digits"] * 3
+    (said,) = (one.message for one in caplog.records)
+    assert said.startswith("digits: taken from the folder of this name here, not from the package; ")
