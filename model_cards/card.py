@@ -41,6 +41,7 @@ from hf_vicreg.model_cards.schema import (
     check_recipe,
     check_results,
 )
+from hf_vicreg.model_cards.shipped import names
 
 VICREG_PARTS = ("invariance", "variance", "covariance")  # of a run of before other objectives
 # where a run lay and went to: its owner's business; the card names the data itself
@@ -52,6 +53,13 @@ OF_THE_OWNER = {
     "hub_model_id",
     "hub_strategy",
     "hub_private_repo",
+}
+# models that a run takes something from, and what stands in the card's command for a folder of its author's
+OF_OTHERS = {
+    "model_name_or_path": "FOLDER_OF_AN_ENCODER",
+    "teacher": "FOLDER_OF_A_TEACHER",
+    "teacher_features": "FOLDER_OF_FEATURES",
+    "text_model": "FOLDER_OF_A_TEXT_MODEL",
 }
 # code of the card, with nothing in it that is not ours: `name` and `images` are given to it
 DUAL_PARTS = ("vision_config", "text_config")  # of a model of images and texts
@@ -360,6 +368,12 @@ def _training(facts: CardFacts) -> Iterator[str]:
     if facts.recipe:
         yield "\nThe command, with the recipe below as `recipe.yaml`:\n"
         yield f"{code_block(training_command(facts), 'bash')}\n"
+        unpublished = [code(facts.recipe[key]) for key in _folders(facts)]
+        if unpublished:
+            yield (
+                f"The author's {' and '.join(unpublished)} was a folder on a disk and is not part of this: the run "
+                "can be repeated only with something like it in its place.\n"
+            )
         recipe = {key: value for key, value in facts.recipe.items() if key not in OF_THE_OWNER}
         yield code_block(yaml.safe_dump(recipe, sort_keys=False).strip(), "yaml")
 
@@ -376,7 +390,14 @@ def training_command(facts: CardFacts) -> str:
     else:
         data = f"--dataset_name {shlex.quote(facts.results.get('hub_dataset') or facts.dataset)}"
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", facts.name.rpartition("/")[2]) or "again"
+    data += "".join(f" --{key} {OF_OTHERS[key]}" for key in _folders(facts))
     return f"accelerate launch -m hf_vicreg.training.pretrain --config recipe.yaml {data} --output_dir runs/{name}"
+
+
+def _folders(facts: CardFacts) -> list[str]:
+    """The fields of a recipe that name a folder on a disk, of which the last part is stored; neither ids nor ours."""
+    given = {key: str(facts.recipe[key]) for key in OF_OTHERS if facts.recipe.get(key)}
+    return [key for key, name in given.items() if not HUB_ID.fullmatch(name) and name not in names()]
 
 
 def _attention(facts: CardFacts) -> str:

@@ -290,3 +290,11 @@ def test_metadata_name_the_model_of_the_hub_it_began_with(source, named):
         data = ModelCard(card).data
         assert data.base_model == named
         assert data.to_dict().get("base_model_relation") == (named and "finetune")
+
+
+@pytest.mark.parametrize("name", ["someone/encoder", "nuclei"])
+def test_a_start_that_others_have_is_repeated_by_the_command(name):
+    text = card_of(recipe={"batch_size": 8, "model_name_or_path": name})
+    assert f"the weights of `{name}`" in text
+    assert "FOLDER_OF_AN_ENCODER" not in text
+    assert "folder on a disk" not in text

@@ -343,6 +343,8 @@ def test_nothing_of_this_machine_is_in_the_card(tmp_path, settings, image_folder
     pretrain(out=tmp_path / "run", data=image_folder(32), model_name_or_path=str(tmp_path / "source"), **settings)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "| began with | the weights of `source` |" in card
+    assert " --model_name_or_path FOLDER_OF_AN_ENCODER --output_dir" in card
+    assert "The author's `source` was a folder on a disk" in card
     assert str(tmp_path) not in card
 
 
