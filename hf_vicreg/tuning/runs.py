@@ -205,8 +205,8 @@ def with_trial(record: dict[str, Any], number: int) -> dict[str, Any]:
     (asked,) = record["asked"]["settings"].values()
     views, model = (settings.get(section) or {} for section in ("views", "model"))
     side, used = views.get("image_size"), model.get("image_size")
-    chosen = isinstance(side, int) and used not in (None, side) and "image_size" not in (asked.get("model") or {})
-    if chosen and CROP in record["trials"][number]:
+    given = used in (None, side) or "image_size" in (asked.get("model") or {})
+    if isinstance(side, int) and not given and CROP in record["trials"][number]:
         stride = model.get("patch_stride") or model["patch_size"]
         settings["model"] = model | {"image_size": used_side(side, settings["views"]["crop_min_ratio"], stride)}
     return settings

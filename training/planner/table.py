@@ -9,6 +9,7 @@ from hf_vicreg.training.planner.choices import Choices, Images, density
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import Rate, words
 from hf_vicreg.training.run.config import RunConfig
+from hf_vicreg.training.run.view_presets import VIEW_PRESETS
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,9 @@ def plan_table(
     else:
         rows.append(("encoder", f"{config.vicreg.encoder.model_type}, {parameters / 1e6:.2f} M parameters", "given"))
         rows.append(("views", f"{height} x {width} pixels", why.get("views.image_size", "given")))
+    if config.views.jitter_probability and not config.views.quarter_turn_probability:
+        names = [name for name, preset in VIEW_PRESETS.items() if not preset.get("jitter_probability", 1)]
+        rows.append(("augmentation", "that of photographs", f"--views.preset has {', '.join(names)}"))
     batch = f"{config.step_size}"
     if config.step_size != run.batch_size:
         batch += f", {run.batch_size} at once"

@@ -61,7 +61,23 @@ def test_a_plan_is_printed_and_nothing_is_written(tmp_path, image_folder, monkey
     assert "Plan for 40 images" in printed
     assert "images a second" in printed
     assert "of 6.0 GB" in printed
+    assert "that of photographs  " in printed
+    assert "--views.preset has microscopy, pathology, satellite, medical" in printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_with_a_preset_advises_none(tmp_path, image_folder, capsys):
+    flags = [
+        "--plan_only",
+        "--model.hidden_size",
+        "32",
+        "--model.num_attention_heads",
+        "2",
+        "--views.preset",
+        "medical",
+    ]
+    assert main(["pretrain", str(image_folder(40)), *flags, "--output_dir", str(tmp_path / "run")]) == 0
+    assert "augmentation" not in capsys.readouterr().out
 
 
 @pytest.mark.distributed
