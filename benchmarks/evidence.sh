@@ -143,6 +143,18 @@ nuclei)
                 --output_dir "$OUT/nuclei_segmenter$start-seed$seed"
         done
     done ;;
+high_resolution)
+    images NUCLEI
+    here="$OUT/high_resolution"
+    "$PYTHON" -m benchmarks.high_resolution --dataset_name "$NUCLEI" --out "$here"
+    for seed in 0 1 2; do
+        for run in sparse-46 dense-7 sparse-7; do  # the first two take the same time
+            "$PYTHON" -m hf_vicreg.cli finetune segmentation "$here/${run%-*}" --dataset_name "$here/images" \
+                --image_column_name image --mask_column_name instances --instances --image_height 512 --image_width 512 \
+                --quarter_turns --decoder_hidden_size 64 --batch_size 2 --max_steps "${run#*-}" --logging_steps 1 \
+                --max_test_samples 20 --seed "$seed" --output_dir "$here/$run-seed$seed" "$@"
+        done
+    done ;;
 objectives)
     images CIFAR10
     "$PYTHON" -m hf_vicreg.cli compare "$CIFAR10" --config benchmarks/objectives.yaml --time_budget 4m --seeds 3 \
