@@ -14,7 +14,6 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTModel
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
-from hf_vicreg.modeling.vicreg_statistics import covariance_form
 from hf_vicreg.training.engine.encoders import AUTO, attention_of, choose_forms, take_forms, well_formed
 from hf_vicreg.training.engine.loop import TrainingLoop
 from hf_vicreg.training.engine.pretraining import pretraining_loop
@@ -244,16 +243,14 @@ def begin(run: Run) -> None:
     start_folder(run.folder, RECIPE, yaml.safe_dump(recipe, sort_keys=False), run.accelerator)
     sizes = [sum(one.numel() for one in encoder.parameters()) for encoder in run.model.encoders]
     logger.info(
-        "%s images of %s, batch %d, %d steps; encoder of %s M parameters, attention density %.3f; %s",
+        "%s images of %s, batch %d, %d steps; encoder of %s M parameters, attention density %.3f; objective %s",
         f"{len(run.source):,}" if isinstance(run.source, ImageSource) else "streamed",
         run.source.name,
         config.step_size,
         loop.step.num_steps,
         " and ".join(f"{size / 1e6:.2f}" for size in sizes),
         run.density,
-        f"covariance by {covariance_form(config.step_size, config.vicreg.expander_sizes[-1])}"
-        if config.entry.name == "vicreg"
-        else f"objective {config.entry.name}",
+        config.entry.name,
     )
     if run.probe.possible and "untrained" not in loop.state.knn:
         loop.state.note(run.probe.of_pixels())

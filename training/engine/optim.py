@@ -194,7 +194,7 @@ def build_optimizer(
     unseen = unseen_parameters(model)
     if unseen:
         logger.info(
-            "%d biases that the loss cannot see stay as they are: %s%s",
+            "%d biases make no difference to the loss and are not trained: %s%s",
             len(unseen),
             ", ".join(list(unseen)[:4]),
             ", ..." if len(unseen) > 4 else "",

@@ -150,7 +150,7 @@ def test_unseen_parameters_are_said_once_and_do_not_move(caplog):
     with caplog.at_level("INFO", logger="hf_vicreg.training.engine.optim"):
         optimizer = build_optimizer(model, "adamw", 1e-2, 0.05, (0.9, 0.95))
     assert [one.getMessage() for one in caplog.records] == [
-        "2 biases that the loss cannot see stay as they are: encoder.layernorm.bias, expander.hidden.0.bias"
+        "2 biases make no difference to the loss and are not trained: encoder.layernorm.bias, expander.hidden.0.bias"
     ]
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
     model(torch.randn(8, 2, 3, 32, 32)).loss.backward()
