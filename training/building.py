@@ -252,8 +252,9 @@ def begin(run: Run) -> None:
         run.density,
         config.entry.name,
     )
-    if run.probe.possible and "untrained" not in loop.state.knn:
+    if run.probe.possible and "raw_pixels" not in loop.state.knn:
         loop.state.note(run.probe.of_pixels())
+    if run.probe.possible and "untrained" not in loop.state.knn and not loop.state.step:
         loop.state.note(run.probe.of_encoders("untrained"))
     if loop.step.average is not None:
         run.probe.averages = run.encoders

@@ -16,9 +16,9 @@ from hf_vicreg.training.channel_settings import with_measured
 from hf_vicreg.training.errors import InputError, log_to_stderr, tell
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.objectives.registry import entry_of
-from hf_vicreg.training.planner.choices import choose_schedule
+from hf_vicreg.training.planner.choices import USED_SIZE, choose_schedule
 from hf_vicreg.training.planner.machine import this_machine
-from hf_vicreg.training.planner.plan import choose_and_try, survey
+from hf_vicreg.training.planner.plan import choose_and_try, drafted, survey
 from hf_vicreg.training.planner.schedule import words
 from hf_vicreg.training.pretrained.warm_start import with_source
 from hf_vicreg.training.run.arguments import bytes_of
@@ -42,7 +42,8 @@ def plan_comparison(asked: dict[str, Any], folder: str) -> dict[str, Any]:
 
     Returns:
         Of each objective `recipe`, whole but for seed and folder; `steps`; `step_seconds`, the mean, and `peak_memory`
-        in bytes, of the steps that were tried; `steps_per_epoch`; `labelled`, whether there are images for a k-NN.
+        in bytes, of the steps that were tried; `steps_per_epoch`; `labelled`, whether there are images for a k-NN;
+        `chooses_used_size`, whether the size of use was chosen by the crops.
 
     Raises:
         InputError: What one of the runs would refuse, or less time than one pass over the images takes.
@@ -52,7 +53,7 @@ def plan_comparison(asked: dict[str, Any], folder: str) -> dict[str, Any]:
     }
     if len(settings) > 1:  # one learning rate suits all objectives only with expanders at the same
         settings = {name: {"expander_lr_scale": 1.0} | one for name, one in settings.items()}
-    configs = {name: resolve(one) for name, one in settings.items()}
+    configs = {name: resolve(drafted(one)) for name, one in settings.items()}
     # an encoder whose patches may not overlap serves all
     leader = next((name for name, one in settings.items() if entry_of(one).whole_patches), next(iter(settings)))
     opened = open_run(configs[leader])
@@ -70,7 +71,7 @@ def plan_comparison(asked: dict[str, Any], folder: str) -> dict[str, Any]:
     for name in (leader, *(one for one in settings if one != leader)):
         given = settings[name] | copy.deepcopy(shared)
         if shared:
-            resolve(given)  # its own objections come before those of a trial
+            resolve(drafted(given))  # its own objections come before those of a trial
         logger.info("%s:", name)
         made, config, _, trial = choose_and_try(given, source, images, accelerator, machine, asked["seconds"])
         if not shared:
@@ -101,6 +102,7 @@ def plan_comparison(asked: dict[str, Any], folder: str) -> dict[str, Any]:
             "peak_memory": trial.rate.peak_memory,
             "steps_per_epoch": per_epoch,
             "labelled": images.labelled,
+            "chooses_used_size": made.reasons.get("model.image_size") == USED_SIZE,
         }
     return {name: plans[name] for name in settings}
 

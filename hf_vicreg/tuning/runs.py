@@ -202,13 +202,11 @@ def _round(folder: Path, record: dict[str, Any], level: int, train: Train, judge
 def with_trial(record: dict[str, Any], number: int) -> dict[str, Any]:
     """Return the plan's recipe with a trial's numbers; other crops have another size of use, if the plan chose it."""
     settings = with_values(record["plan"]["recipe"], record["trials"][number])
-    (asked,) = record["asked"]["settings"].values()
-    views, model = (settings.get(section) or {} for section in ("views", "model"))
-    side, used = views.get("image_size"), model.get("image_size")
-    given = used in (None, side) or "image_size" in (asked.get("model") or {})
-    if isinstance(side, int) and not given and CROP in record["trials"][number]:
+    if record["plan"].get("chooses_used_size") and CROP in record["trials"][number]:
+        views, model = settings["views"], settings["model"]
         stride = model.get("patch_stride") or model["patch_size"]
-        settings["model"] = model | {"image_size": used_side(side, settings["views"]["crop_min_ratio"], stride)}
+        used = used_side(views["image_size"], views["crop_min_ratio"], stride)
+        settings["model"] = model | {"image_size": used}
     return settings
 
 

@@ -209,6 +209,17 @@ def test_too_short_a_time_is_refused_before_anything_is_written(tmp_path, tiny_r
     assert not (tmp_path / "comparison").exists()
 
 
+def test_small_views_of_masked_images_can_be_compared(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    model = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
+    recipe.write_text(yaml.safe_dump(SMALL | {"views": {"image_size": 24}, "model": model}))
+    folder = tmp_path / "comparison"
+    given = asked_for("digits", ["mae", "simmim"], time_budget="2m", seeds=1, config=str(recipe), folder=folder)
+    for planned in plan_comparison(given, str(folder)).values():
+        assert planned["recipe"]["views"]["image_size"] == 24
+        assert planned["chooses_used_size"] is False
+
+
 @pytest.mark.slow
 def test_an_open_encoder_is_planned_once_with_patches_that_suit_all(tmp_path):
     recipe = tmp_path / "recipe.yaml"

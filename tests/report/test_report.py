@@ -302,6 +302,22 @@ def test_an_encoder_of_deeper_images_says_so(run, tmp_path):
     assert write_report(copy, data="digits").read_text().count("Shows images of 8 bits alone") == 5
 
 
+def test_both_sizes_and_the_beginning_are_told(run, tmp_path):
+    other = copied(run, tmp_path)
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    recipe["views"] = (recipe.get("views") or {}) | {"image_size": 20}
+    recipe["model"] |= {"image_size": 28}
+    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"model_name_or_path": "source"}))
+    results = json.loads((other / "results.json").read_text())
+    results["knn_accuracy"] = {"raw_pixels": 0.25, "untrained": 0.375, "trained": 0.5}
+    (other / "results.json").write_text(json.dumps(results))
+    page = write_report(other, output=tmp_path / "sizes.html").read_text()
+    assert "views of 20 pixels, used with 28, patches of" in page
+    assert "on the views" in page
+    assert "k-NN, what it began with" in page
+    assert "k-NN, untrained" not in page
+
+
 def test_two_runs_stand_side_by_side(run, tmp_path):
     other = copied(run, tmp_path)
     recipe = yaml.safe_load((other / "recipe.yaml").read_text())

@@ -187,6 +187,18 @@ def test_a_finished_run_is_used_with_larger_images(tmp_path, tiny_recipe, image_
         again = {"config": tmp_path / "recipe.yaml", "model": {"image_size": 40}, "resume_from_checkpoint": "latest"}
         pretrain(out=tmp_path / "run", data=settings["data"], **again)
         assert AutoModel.from_pretrained(tmp_path / "run").config.image_size == 40
+        again = {"model": tiny_recipe["model"] | {"image_size": 44}, "resume_from_checkpoint": "latest"}
+        pretrain(**settings | again)
+        assert AutoModel.from_pretrained(tmp_path / "run").config.image_size == 44
+        again = {"model": {key: one for key, one in tiny_recipe["model"].items() if key != "image_size"}}
+        pretrain(**settings | again | {"views": {"image_size": 32}, "resume_from_checkpoint": "latest"})
+        assert AutoModel.from_pretrained(tmp_path / "run").config.image_size == 44
+        # in a folder without a run, to resume is to begin: one flag sets both sizes
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe | {"views": {"image_size": 24}}))
+        again = {"config": tmp_path / "recipe.yaml", "model": {"image_size": 40}, "resume_from_checkpoint": "latest"}
+        pretrain(out=tmp_path / "new", data=settings["data"], **again)
+        stored = yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text())
+        assert (stored["views"]["image_size"], stored["model"]["image_size"]) == (None, 40)
     larger = {"model": tiny_recipe["model"] | {"image_size": 48}, "views": {"image_size": 32}}
     settings |= larger | {"resume_from_checkpoint": "latest"}
     if positions == "absolute":  # the table of positions is a weight, and of another shape
@@ -204,6 +216,19 @@ def test_a_finished_run_is_used_with_larger_images(tmp_path, tiny_recipe, image_
         assert torch.equal(encoder.state_dict()[name], tensor)
     with pytest.raises(InputError, match=r"configuration: `views.image_size` is 24, the checkpoint has 32;"):
         pretrain(**settings | {"views": {"image_size": 24}})
+
+
+def test_what_was_measured_at_another_size_is_not_kept(tmp_path, tiny_recipe):
+    settings = tiny_recipe | {"knn_train_samples": 200, "knn_test_samples": 50, "knn_every_epochs": 1}
+    settings |= {"out": tmp_path / "run", "data": "digits", "max_train_samples": 96}
+    first = pretrain(**settings).results["knn_accuracy"]
+    assert set(first) == {"raw_pixels", "untrained", "trained"}
+    assert pretrain(**settings, resume_from_checkpoint="latest").results["knn_accuracy"] == first
+    settings["model"] = settings["model"] | {"image_size": 16}
+    again = pretrain(**settings | {"views": {"image_size": 32}}, resume_from_checkpoint="latest")
+    assert set(again.results["knn_accuracy"]) == {"raw_pixels", "trained"}
+    assert again.results["knn_accuracy"] != {key: first[key] for key in ("raw_pixels", "trained")}
+    assert "| untrained encoder | not measured |" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_larger_statistics_in_two_passes_are_the_larger_batch(tmp_path, tiny_recipe, image_folder):
@@ -365,6 +390,10 @@ def test_lars_is_what_a_run_is_told_to_use(tmp_path, tiny_recipe, image_folder):
         (["--train_dir", "{images}", "--per_device_train_batch_size", "1"], "at least 2 images"),
         (["--train_dir", "{images}", "--batch_size", "65"], "`batch_size`: expected at most the 64 images"),
         (["--train_dir", "{images}", "--model.image_size", "4"], "at least one patch"),
+        (
+            ["--train_dir", "{images}", "--views.image_size", "4", "--model.image_size", "32"],
+            "`views.image_size`: expected at least one patch of (8, 8), got 4;",
+        ),
         (
             ["--train_dir", "{images}", "--statistics_batch_size", "80"],
             "`statistics_batch_size`: expected a multiple of the batch size 32, got 80",

@@ -308,16 +308,76 @@ SIZES = {
 @pytest.mark.parametrize("case", SIZES)
 def test_a_source_used_with_larger_images_than_its_views(case, tmp_path, settings, image_folder, before_step_1):
     given, views, used = SIZES[case]
-    save_source("run", tmp_path / "source")
-    config = json.loads((tmp_path / "source" / "config.json").read_text())
-    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"image_size": 40}))
-    (tmp_path / "source" / "recipe.yaml").write_text("views: {image_size: 24}")
+    two_sizes(tmp_path / "source")
     (tmp_path / "recipe.yaml").write_text("views: {image_size: 16}\nmodel: {hidden_size: 8, image_size: 32}")
     given = given | ({"config": tmp_path / "recipe.yaml"} if "config" in given else {})
     settings |= {"data": image_folder(32), "model_name_or_path": str(tmp_path / "source")} | given
     begun = before_step_1(out=tmp_path / "run", **settings)
     assert (begun.config.image_size, begun.config.used_image_size) == ((views, views), (used, used))
     assert begun.model.encoder.config.hidden_size == 32
+
+
+def two_sizes(folder, recipe="views: {image_size: 24}"):
+    """Save a source that is used with images of 40 pixels, and learned from views of 24 as its recipe says."""
+    save_source("run", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_size": 40}))
+    (folder / "recipe.yaml").write_text(recipe)
+    return str(folder)
+
+
+def test_a_teacher_sees_views_at_the_size_it_learned_from(tmp_path, tiny_recipe, image_folder, before_step_1):
+    teacher = two_sizes(tmp_path / "teacher")
+    begun = before_step_1(out=tmp_path / "run", data=image_folder(32), teacher=teacher, **tiny_recipe)
+    assert begun.model.objective.image_size == (24, 24)
+
+
+@pytest.mark.parametrize("recipe", ["views: [1]", "{bitrate: 4", "views: {image_size: large}"])
+def test_a_recipe_that_says_no_size_leaves_that_of_use(
+    recipe, tmp_path, settings, image_folder, before_step_1, caplog
+):
+    settings["model_name_or_path"] = two_sizes(tmp_path / "source", recipe)
+    begun = before_step_1(out=tmp_path / "run", data=image_folder(32), **settings)
+    assert begun.config.image_size == begun.config.used_image_size == (40, 40)
+    assert "says no size of its views" in caplog.text
+
+
+def test_a_foreign_recipe_beside_a_dense_source_is_not_read(tmp_path, settings, image_folder, before_step_1):
+    save_source("vit", tmp_path / "source")
+    (tmp_path / "source" / "recipe.yaml").write_text("!Modifier {")
+    settings |= {"model_name_or_path": str(tmp_path / "source"), "sparse": True}
+    assert before_step_1(out=tmp_path / "run", data=image_folder(32), **settings).config.image_size == (32, 32)
+
+
+@pytest.mark.parametrize("sizes", ["of two sizes", "of one size"])
+def test_a_resumed_warm_start_keeps_the_size_that_is_not_given(sizes, tmp_path, settings, image_folder):
+    source, views, used = tmp_path / "source", 24, 40
+    if sizes == "of two sizes":
+        two_sizes(source)
+    else:
+        save_source("run", source)
+        views = used = 32
+    settings |= {"out": tmp_path / "run", "data": image_folder(32), "model_name_or_path": str(source)}
+    pretrain(**settings)
+    for given, expected in (
+        ({"model": {"image_size": 48}}, [views, 48]),
+        ({"views": {"image_size": views}}, [views, 48]),
+    ):
+        pretrain(**settings, **given, resume_from_checkpoint="latest")
+        stored = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+        assert [stored["views"]["image_size"], stored["model"]["image_size"]] == expected
+    assert used != 48
+
+
+def test_pretraining_of_a_run_of_two_sizes_has_its_views(tmp_path, tiny_recipe, image_folder, before_step_1):
+    tiny_recipe["views"] = {"image_size": 24}
+    first, data = tmp_path / "first", image_folder(32)
+    pretrain(out=first, data=data, **tiny_recipe)
+    assert AutoModel.from_pretrained(first).config.image_size == 32
+    del tiny_recipe["model"], tiny_recipe["views"]
+    source = str(first / "pretraining")
+    begun = before_step_1(out=tmp_path / "run", data=data, model_name_or_path=source, **tiny_recipe)
+    assert (begun.config.image_size, begun.config.used_image_size) == ((24, 24), (32, 32))
 
 
 def test_other_encoders_have_the_size_of_the_views(tmp_path, settings, image_folder, before_step_1, caplog):

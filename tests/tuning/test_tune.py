@@ -220,14 +220,15 @@ def test_a_tuning_that_is_killed_goes_on_from_the_checkpoint_of_its_trial(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("model", "crop", "used"),
-    [({}, 0.2, 32), ({}, 0.6, 28), ({"image_size": 32}, 0.6, 32)],
-    ids=["as planned", "other crops", "given"],
+    ("chosen", "crop", "used"),
+    [(True, 0.2, 32), (True, 0.6, 28), (False, 0.6, 36)],
+    ids=["as planned", "other crops", "given, or the source's"],
 )
-def test_a_trials_size_of_use_is_that_of_its_crops(model, crop, used):
-    recipe = {"views": {"image_size": 24, "crop_min_ratio": 0.2}, "model": {"image_size": 32, "patch_size": 4}}
-    record = {"plan": {"recipe": recipe}, "asked": {"settings": {"vicreg": {"model": model}}}}
+def test_a_trials_size_of_use_is_that_of_its_crops(chosen, crop, used):
+    before = 32 if chosen else 36
+    recipe = {"views": {"image_size": 24, "crop_min_ratio": 0.2}, "model": {"image_size": before, "patch_size": 4}}
+    record = {"plan": {"recipe": recipe, "chooses_used_size": chosen}}
     settings = with_trial(record | {"trials": [{"views.crop_min_ratio": crop}]}, 0)
     assert (settings["views"]["crop_min_ratio"], settings["model"]["image_size"]) == (crop, used)
-    assert recipe["model"]["image_size"] == 32
-    assert with_trial(record | {"trials": [{"learning_rate": 0.1}]}, 0)["model"]["image_size"] == 32
+    assert recipe["model"]["image_size"] == before
+    assert with_trial(record | {"trials": [{"learning_rate": 0.1}]}, 0)["model"]["image_size"] == before

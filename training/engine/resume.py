@@ -31,6 +31,8 @@ from hf_vicreg.training.run.settings import DEFAULT_MODEL_TYPE
 
 logger = logging.getLogger(__name__)
 
+# What was measured before the first step, by its name among the accuracies.
+BEFORE = ("raw_pixels", "untrained", "second_untrained")
 # What may differ when a run is resumed: where and how it is watched, never what is computed.
 RESUMABLE_CHANGES = {
     "output_dir",
@@ -131,6 +133,11 @@ def resume_from(
     load_tensors(checkpoint, model, optimizer, accelerator.process_index)
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
+    used, before = (_plain((one.recipe.get("model") or {}).get("image_size")) for one in (expected, state))
+    if used != before:  # what was measured before the first step was with images of another size
+        for measured in (state.knn, state.linear):
+            for key in BEFORE:
+                measured.pop(key, None)
     state.recipe = expected.recipe
     logger.info("resumed from %s at step %d of %d", checkpoint.name, state.step, num_steps)
     return state
@@ -150,7 +157,7 @@ def refuse_other_configuration(found: RunState, expected: RunState) -> None:
         for section in ("model", "second_model"):
             if (recipe.get(section) or {}).get("model_type") == DEFAULT_MODEL_TYPE:
                 recipe[section] = MODEL_DEFAULTS | recipe[section]
-                recipe["views"]["image_size"] = recipe["views"]["image_size"] or recipe[section]["image_size"]
+                recipe["views"]["image_size"] = _plain(recipe["views"]["image_size"] or recipe[section]["image_size"])
                 if recipe[section]["position_embedding_type"] == "rope":
                     del recipe[section]["image_size"]  # of use alone: no weight depends on it
     one, other = _flat(one), _flat(other)
@@ -166,6 +173,11 @@ def refuse_other_configuration(found: RunState, expected: RunState) -> None:
             f"`resume_from_checkpoint`: the checkpoint is of another configuration: {'; '.join(differences)}; "
             "resume with the run's own settings or start in a new folder."
         )
+
+
+def _plain(size: Any) -> Any:
+    """A height and a width that are equal as one number."""
+    return size[0] if isinstance(size, list | tuple) and len(set(size)) == 1 else size
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:

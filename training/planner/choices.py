@@ -30,6 +30,7 @@ EVENING_SECONDS = 3 * 3600.0
 FLOPS_PER_SECOND = {"cpu": 35e9, "cuda": 25e12, "mps": 1e12}
 SHORT_STEPS = 10_000
 LOG_LINES = 20  # at least, where there are as many steps
+USED_SIZE = "crops make things look as much larger"
 MEASURING_RATIO = 0.08  # of the time, for k-NN between the first step and the last
 
 
@@ -193,7 +194,7 @@ def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
     crop = _choose_crops(made, shortest, images)
     if is_open and not made.settings.get("second_model"):  # two encoders have one image processor
         used = used_side(side, crop, model.get("patch_stride") or model["patch_size"])
-        made.fill("model.image_size", used, "crops make things look as much larger")
+        made.fill("model.image_size", used, USED_SIZE)
     else:
         model.setdefault("image_size", side)
     if model.get("attention_type") == "original_full" or model.get("attention_layout") == "raster":

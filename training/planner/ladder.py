@@ -44,7 +44,7 @@ LADDER = (
 
 
 def used_side(side: int, crop: float, stride: int | list[int] | tuple[int, int]) -> int:
-    """Return the side of the images that an encoder is best used with, in pixels, a multiple of the stride.
+    """Return the side of the images that an encoder is best used with, in pixels, not below that of the views.
 
     A crop has on average `sqrt((1 + crop) / 2)` of the image's side: what it shows looks larger by as much.
 
@@ -53,5 +53,5 @@ def used_side(side: int, crop: float, stride: int | list[int] | tuple[int, int])
         crop: The smallest share of an image's area that a view shows; the largest is all of it.
         stride: Of the patches.
     """
-    step = stride if isinstance(stride, int) else min(stride)
-    return round(side / math.sqrt((1 + crop) / 2) / step) * step
+    step = stride if isinstance(stride, int) else math.lcm(*stride)
+    return max(side, round(side / math.sqrt((1 + crop) / 2) / step) * step)

@@ -82,7 +82,7 @@ def _add_teacher(model: VicRegForPreTraining, config: RunConfig) -> None:
         normalisation=_normalisation(name, teacher.config, config),
         own_normalisation=config.normalisation,
         with_tokens=_has_tokens(model.encoder, size) and _has_tokens(teacher, size),
-        image_size=trained_image_size(name, teacher.config),
+        image_size=trained_image_size(name, teacher.config, FIELD),
     )
     kinds = "pooled features and tokens" if model.objective.with_tokens else "pooled features, for want of tokens,"
     logger.info("the encoder learns to predict %s of %s", kinds, public_name(name))

@@ -1,5 +1,6 @@
 """A vision encoder in a folder or on the Hub, its normalisation and its positions."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from hf_vicreg.training.evaluation.encoder import (
 )
 from hf_vicreg.training.run.run_folder import RECIPE
 from hf_vicreg.training.run.settings import read_recipe
+
+logger = logging.getLogger("hf_vicreg.training.pretrain")  # one voice for the whole command
 
 FIELD = "model_name_or_path"
 PARTS: dict[str, tuple[Any, str]] = {
@@ -170,23 +173,41 @@ def inflated_weights(weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tenso
     return weights.mean(1, keepdim=True).expand(-1, other[1], -1, -1) * (own[1] / other[1])
 
 
-def trained_image_size(name: str, config: PreTrainedConfig) -> tuple[int, int] | None:
+def trained_image_size(name: str, config: PreTrainedConfig, field: str) -> tuple[int, int] | None:
     """Return the size of the images that an encoder learned from, (height, width) in pixels.
 
     That of the views in the recipe beside a BigBirdViT, which may be used with images of another size; otherwise its
     own, None for an encoder that names none.
+
+    Args:
+        name: Folder, Hub id or name of the package's.
+        config: Of the encoder, as it is stored.
+        field: What named it, for errors.
+
+    Raises:
+        InputError: The Hub does not say whether there is a recipe, so that no other process may guess otherwise.
     """
     own = image_size_of(config)
     if config.model_type != BigBirdViTModel.config_class.model_type:
         return own
     folder = located(_of_run(name))
-    recipe = cached_file(
-        folder, RECIPE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
-    views = read_recipe(recipe).get("views") if recipe is not None else None
-    size = views.get("image_size") if isinstance(views, dict) else None
-    pair = [size, size] if isinstance(size, int) else size
-    return tuple(pair) if isinstance(pair, list) and [type(one) for one in pair] == [int, int] else own
+    try:
+        recipe = cached_file(folder, RECIPE, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise InputError(
+            f"`{field}`: expected to find or miss the recipe of {name!r}, which says what size its views had, got no "
+            "answer from the Hub; give `views.image_size`, or try again."
+        ) from error
+    try:
+        views = {} if recipe is None else read_recipe(recipe).get("views")
+    except InputError:
+        views = None
+    size = views.get("image_size", own) if isinstance(views, dict) else None
+    pair = [size, size] if isinstance(size, int) else list(size or [])
+    if [type(one) for one in pair] == [int, int]:
+        return (pair[0], pair[1])
+    logger.warning("the recipe of %s says no size of its views: %s pixels, as it is used with", name, own)
+    return own
 
 
 def _of_run(name: str) -> str:

@@ -62,7 +62,8 @@ def with_source(settings: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"`model.{key}`: expected {fields[key]!r} as in `{FIELD}`, got {value!r}; leave it out.")
     fields |= given
     if "image_size" in fields:
-        views, fields["image_size"] = _sizes(name, encoder.config, given.get("image_size"), views)
+        of_ours = not settings.get("sparse")  # else it became a BigBirdViT just now
+        views, fields["image_size"] = _sizes(name, encoder.config, given.get("image_size"), views, of_ours)
     views = _normalisation(name, encoder.config, settings, fields) | views
     where = os.path.abspath(name) if os.path.isdir(name) else name  # a Hub id and a relative path look alike
     settings = settings | {FIELD: where, "model": fields, "views": views}
@@ -90,19 +91,21 @@ def take_source_weights(model: VicRegForPreTraining, config: RunConfig) -> None:
         logger.info("images are of %s pixels, the source's of %s; %s", size, own, how)
 
 
-def _sizes(name: str, config: PreTrainedConfig, given: Any, views: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def _sizes(
+    name: str, config: PreTrainedConfig, given: Any, views: dict[str, Any], of_ours: bool
+) -> tuple[dict[str, Any], Any]:
     """Return the views, with their size where it is not the encoder's, and the encoder's image size."""
     asked, own = views.get("image_size"), image_size_of(config)
     if given is None and asked is None:
-        trained = trained_image_size(name, config)
+        trained = trained_image_size(name, config, FIELD) if of_ours else own
         if trained != own:
             logger.info("views of %s pixels, images of %s in use, as %s has them", trained, own, public_name(name))
-            views = views | {"image_size": trained}
+            views = views | {"image_size": _plain(trained)}
         return views, config.image_size
     if asked is None or given is None:
         return views, given if asked is None else asked
     if _plain(given) != _plain(asked) and config.model_type != DEFAULT_MODEL_TYPE:
-        logger.info("`model.image_size` %s is left out: only a %s has two sizes", given, DEFAULT_MODEL_TYPE)
+        logger.warning("`model.image_size` %s is left out: only a %s has two sizes", given, DEFAULT_MODEL_TYPE)
         given = asked
     return views, given
 

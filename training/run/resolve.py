@@ -94,6 +94,13 @@ def _encoder(settings: dict[str, Any], section: str, views: ViewsConfig) -> PreT
                 f"`views.image_size`: expected `{section}.image_size`, {encoder.image_size}, or one of the two alone, "
                 f"got {views.image_size}; two sizes need a `bigbird_vit`."
             )
+        if wanted is not None and isinstance(encoder, BigBirdViTConfig):
+            patch = encoder.patch_size_hw
+            if any(side < least for side, least in zip(wanted, patch, strict=True)):
+                raise InputError(
+                    f"`views.image_size`: expected at least one patch of {patch}, got {views.image_size}; "
+                    f"choose larger views or a smaller `{section}.patch_size`."
+                )
         channels = getattr(encoder, "num_channels", 3)
         if not 1 <= channels <= MAX_CHANNELS:
             raise InputError(f"`{section}.num_channels`: expected 1 to {MAX_CHANNELS}, got {channels}.")

@@ -5,12 +5,26 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from hf_vicreg.training.errors import InputError, room_in
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 RECIPE = "recipe.yaml"  # by which the folder of a pretraining run is known again
+
+
+def begun_sizes(folder: Path) -> dict[str, Any]:
+    """Return the image sizes in the recipe of a run's folder, by section: of `views` and of use, `model`."""
+    try:
+        recipe = yaml.safe_load((folder / RECIPE).read_text())
+    except (OSError, ValueError, yaml.YAMLError):  # whoever reads the whole recipe says what is wrong with it
+        return {}
+    sections = {key: recipe.get(key) or {} for key in ("views", "model")} if isinstance(recipe, dict) else {}
+    sizes = {key: one.get("image_size") for key, one in sections.items() if isinstance(one, dict)}
+    sizes["views"] = sizes.get("views") or sizes.get("model")
+    return {key: size for key, size in sizes.items() if size is not None}
 
 
 def refuse_foreign_folder(folder: Path, own_file: str, *, resuming: bool) -> None:

@@ -24,6 +24,7 @@ from hf_vicreg.training.run.arguments import (
 )
 from hf_vicreg.training.run.checks import check_ranges
 from hf_vicreg.training.run.places import data_setting, is_shards
+from hf_vicreg.training.run.run_folder import begun_sizes
 from hf_vicreg.training.run.section_flags import INHERITED, MODEL, VICREG, VICREG_WEIGHTS
 from hf_vicreg.training.run.view_presets import VIEW_PRESETS
 
@@ -235,10 +236,15 @@ def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
                 )
         elif sized_above and "image_size" not in asked:
             fields.pop("image_size", None)  # the size asked for is that of the views, and so the encoder's
-    if above.get("model", {}).get("image_size") is not None and not sized_above:
-        begun_with = views.pop("image_size", None) or below.get("model", {}).get("image_size")
-        if above.get("resume_from_checkpoint") is not None and begun_with is not None:
-            views["image_size"] = begun_with  # images are used at another size; what it learns from stays
+    used_above = above.get("model", {}).get("image_size") is not None
+    resuming = above.get("resume_from_checkpoint") is not None
+    begun = begun_sizes(Path(above.get("output_dir") or below.get("output_dir") or "")) if resuming else {}
+    if used_above != sized_above and begun:  # of a run that goes on, the size that is not given stays
+        below.setdefault("views", {}).update(image_size=begun["views"])
+        if "model" in begun:
+            below.setdefault("model", {}).update(image_size=begun["model"])
+    elif used_above and not sized_above:
+        views.pop("image_size", None)
 
 
 def _named(section: str, keys: list[str]) -> str:

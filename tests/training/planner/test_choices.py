@@ -17,6 +17,7 @@ from hf_vicreg.training.planner.choices import (
     is_open,
     training_flops,
 )
+from hf_vicreg.training.planner.ladder import used_side
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import steps_within
 from hf_vicreg.training.run.arguments import seconds_of
@@ -124,6 +125,14 @@ def test_many_large_images_have_the_papers_crops_and_their_size(count, crop, use
     made = choose({}, Images(count=count, height=300, width=300, labelled=False), GPU, 10**6)
     assert made.settings["views"]["image_size"] == 224
     assert (made.settings["views"]["crop_min_ratio"], made.settings["model"]["image_size"]) == (crop, used)
+
+
+@pytest.mark.parametrize(
+    ("side", "crop", "stride", "used"),
+    [(24, 0.2, 4, 32), (112, 0.8, 48, 112), (24, 0.2, [4, 6], 36), (24, 1.0, 8, 24)],
+)
+def test_the_size_of_use_is_whole_strides_and_not_below_the_views(side, crop, stride, used):
+    assert used_side(side, crop, stride) == used
 
 
 def test_two_encoders_have_one_size():
