@@ -143,6 +143,18 @@ nuclei)
                 --output_dir "$OUT/nuclei_segmenter$start-seed$seed"
         done
     done ;;
+equal_minutes)
+    images CIFAR10
+    here="$OUT/equal_minutes"
+    resnet18=(--model.model_type resnet --model.embedding_size 64 --model.hidden_sizes "[64, 128, 256, 512]"
+        --model.depths "[2, 2, 2, 2]" --model.layer_type basic --views.image_size 32)
+    # as many steps as eight minutes held
+    pretrain "$CIFAR10" --config cifar10_cpu --max_steps 200 --knn_every_epochs 0 --output_dir "$here/bigbird" "$@"
+    pretrain "$CIFAR10" --config cifar10_cpu "${resnet18[@]}" --max_steps 87 --knn_every_epochs 0 \
+        --output_dir "$here/resnet18" "$@"
+    for arm in resnet18 bigbird; do
+        "$PYTHON" -m benchmarks.lightly_training $arm --dataset_name "$CIFAR10" --seconds 480 --out "$here/lightly-$arm.json"
+    done ;;
 high_resolution)
     images NUCLEI
     here="$OUT/high_resolution"
