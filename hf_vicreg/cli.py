@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 from hf_vicreg._version import __version__
-from hf_vicreg.training.errors import InputError, blamed_on, hint, log_to_stderr, place_for, tell
+from hf_vicreg.training.errors import InputError, blamed_on, log_to_stderr, place_for, tell
 from hf_vicreg.training.launch.meeting import end_with
+from hf_vicreg.training.run.flags import LineParser
 
 OF_SEVERAL = ("finetune", "evaluate", "embed", "convert")  # verbs that a launcher may start as several processes
 
@@ -22,23 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
         parsed = build_parser().parse_args(given)
         code = parsed.run(parsed)
     except InputError as error:
-        if given[0] in OF_SEVERAL:
+        if given[:1] and given[0] in OF_SEVERAL:
             return end_with(error)
         tell(error)
         return 2
     return code or 0
-
-
-class VerbParser(argparse.ArgumentParser):
-    """A parser that tells of a misspelt word in one line, with the one that was meant."""
-
-    def _check_value(self, action: argparse.Action, value: object) -> None:
-        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            known = list(action.choices)
-            meant = hint(value, known)
-            remedy = f"; one of {', '.join(known)}." if meant == "." else meant
-            raise InputError(f"`{action.metavar}`: expected a word that `{self.prog}` knows, got {value!r}{remedy}")
-        super()._check_value(action, value)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     from hf_vicreg.task_commands import add_tasks
     from hf_vicreg.tuning.command import add_tune
 
-    parser = VerbParser(prog="hf-vicreg", description="Vision transformers pretrained by VICReg.")
+    parser = LineParser(prog="hf-vicreg", description="Vision transformers pretrained by VICReg.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 

@@ -55,6 +55,32 @@ def test_a_misspelt_word_is_told_which_was_meant(words, end, capsys):
     assert line.endswith(end)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "`VERB`: expected one of pretrain, inspect, "),
+        (["evaluate", "knn"], "`MODEL`: expected a value, got none. See `hf-vicreg evaluate knn --help`."),
+        (["publish"], "`RUN`, `--repo`: expected a value, got none. "),
+        (["compare", "x", "--seeds", "a"], "`--seeds`: expected a whole number, got 'a'. See `hf-vicreg compare --"),
+        (["convert", "a", "b", "--attention_type", "x"], "`--attention_type`: expected one of "),
+        (["inspect", "cost", "m", "--measure=3"], "`--measure`: expected no value, got '3'. "),
+        (["evaluate", "knn", "m", "--seed"], "`--seed`: expected a value, got none. "),
+        (["evaluate", "knn", "m", "n"], "`n`: expected a flag, got a word too many. "),
+        (["evaluate", "knn", "m", "--neighbour=3"], "`--neighbour`: unknown flag; did you mean `--neighbours`? "),
+        (["finetune", "detection", "m", "--x"], "`--x`: unknown flag. See `hf-vicreg finetune detection --help`."),
+        (["pretrain", "x", "--batch_size", "b"], "`--batch_size`: expected a whole number, got 'b'. "),
+        (
+            ["pretrain", "x", "--modle.depths", "[3]"],
+            "`--modle.depths`: unknown flag; did you mean `--model.depths`?",
+        ),
+    ],
+)
+def test_flags_that_cannot_be_read_get_one_line(words, said, capsys):
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
 def test_costs_are_printed(folder, capsys):
     assert main(["inspect", "cost", str(folder / "encoder")]) == 0
     printed = capsys.readouterr().out

@@ -113,7 +113,11 @@ LIGHT = {
         "`second_model.patchsize`: unknown",
     ),
     "loss key": (["pretrain", "digits", "--vicreg.gama=1"], 2, "`vicreg.gama`: unknown key; did you mean `gamma`?"),
-    "begun flag": (["pretrain", "digits", "--learn", "1"], 2, "did you mean `--learning_rate`? See --help."),
+    "begun flag": (
+        ["pretrain", "digits", "--learn", "1"],
+        2,
+        "`--learning_rate`? See `hf-vicreg pretrain --help`.",
+    ),
     "masked teacher": (
         ["pretrain", "digits", "--objective", "mae", "--teacher", "x"],
         2,

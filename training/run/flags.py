@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
+import re
 import shutil
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import yaml
@@ -17,12 +18,61 @@ from hf_vicreg.training.run.arguments import SECTIONS, TIME, PretrainArguments, 
 from hf_vicreg.training.run.section_flags import MODEL, VICREG, VIEWS, SectionFlag
 from hf_vicreg.training.run.settings import recipe_names
 
+# argparse's own words, and what is said in their place
+PHRASES = {
+    r"invalid int value: (.*)": r"expected a whole number, got \1",
+    r"invalid float value: (.*)": r"expected a number, got \1",
+    r"invalid choice: (.*) \(choose from (.*)\)": r"expected one of \2, got \1",
+    r"expected (?:at least )?one argument": r"expected a value, got none",
+    r"ignored explicit argument (.*)": r"expected no value, got \1",
+}
 
-class FlagParser(argparse.ArgumentParser):
-    """A parser that raises InputError, one line without the usage text, instead of leaving."""
+
+class LineParser(argparse.ArgumentParser):
+    """A parser whose errors are an InputError of one line, without the usage text, where argparse would leave.
+
+    Its verbs are parsers of the same kind. A misspelt verb or flag is told with the one that was meant.
+    """
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help.")
+        missing = message.removeprefix("the following arguments are required: ")
+        field, colon, found = message.removeprefix("argument ").partition(": ")
+        if missing != message:
+            what = f"one of {', '.join(self._verbs())}" if self._verbs() else "a value"
+            message = f"`{missing.replace(', ', '`, `')}`: expected {what}, got none"
+        elif colon and field != message:
+            for pattern, said in PHRASES.items():
+                found = re.sub(f"^{pattern}$", said, found, flags=re.DOTALL)
+            message = f"`{field}`: {found}"
+        raise InputError(f"{message}{'' if message.endswith(('.', '?')) else '.'} See `{self.prog} --help`.")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        known, rest = super().parse_known_args(args, namespace)
+        if rest and not self._verbs():
+            self._refuse(rest[0])
+        return known, rest
+
+    def _refuse(self, word: str) -> NoReturn:
+        """Raise InputError for a word that no flag or positional argument takes."""
+        word = word.partition("=")[0]
+        if not word.startswith("-"):
+            self.error(f"argument {word}: expected a flag, got a word too many")
+        flags = [one for one in self._option_string_actions if one.startswith("--")]
+        _, dot, key = word.partition(".")
+        if dot:  # any key may be of a section; its name is not
+            flags = [f"{one.partition('.')[0]}.{key}" for one in flags if "." in one]
+        self.error(f"argument {word}: unknown flag{hint(word, flags)}")
+
+    def _verbs(self) -> dict[str, argparse.ArgumentParser]:
+        return next((one.choices for one in self._actions if isinstance(one, argparse._SubParsersAction)), {})
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            known = list(action.choices)
+            meant = hint(value, known)
+            remedy = f"; one of {', '.join(known)}." if meant == "." else meant
+            raise InputError(f"`{action.metavar}`: expected a word that `{self.prog}` knows, got {value!r}{remedy}")
+        super()._check_value(action, value)
 
 
 class HelpText(argparse.HelpFormatter):
@@ -104,7 +154,7 @@ def _truth(text: str) -> bool:
 
 def pretrain_parser() -> argparse.ArgumentParser:
     """Return the parser of `hf-vicreg pretrain`, but for the dotted flags of sections."""
-    parser = FlagParser(
+    parser = LineParser(
         prog="hf-vicreg pretrain",
         usage="%(prog)s [DATA] [--FLAG VALUE ...]",
         description="Pretrain an encoder by VICReg, or another --objective, on your own images; no labels are needed. "
@@ -177,13 +227,4 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
             sections.setdefault(section, {})[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:
             raise InputError(f"`{flag}`: expected a YAML value, got {value!r}.") from error
-    known, unknown = pretrain_parser().parse_known_args(plain)
-    for one in unknown:
-        flag = one.partition("=")[0]
-        if not flag.startswith("-"):
-            raise InputError(f"`{flag}`: expected a flag, got a second word beside DATA; see --help.")
-        _, dot, key = flag.partition(".")
-        names = [f"--{one.name}" for one in dataclasses.fields(PretrainArguments)]
-        names = [f"--{one}.{key}" for one in SECTIONS] if dot else names
-        raise InputError(f"`{flag}`: unknown flag{hint(flag, names)} See --help.")
-    return vars(known) | sections
+    return vars(pretrain_parser().parse_args(plain)) | sections
