@@ -140,10 +140,21 @@ def test_a_plan_has_patches_side_by_side_and_knows_its_memory(name):
     assert 1.5 < two.encoder / one.encoder < 2.5
 
 
-@pytest.mark.parametrize("flags", [["--views.image_size", "24"], ["--model.image_size", "32"], []])
-def test_small_views_can_be_planned_for(flags, image_folder, tmp_path, capsys):
-    flags += ["--objective", "mae", "--model.hidden_size", "48", "--model.num_attention_heads", "2", "--plan_only"]
-    assert main(["pretrain", str(image_folder(40)), *flags, "--output_dir", str(tmp_path / "run")]) == 0
+SMALL = {"objective": "mae", "model": {"hidden_size": 48, "num_attention_heads": 2}}
+
+
+@pytest.mark.parametrize("size", [{"model": {"image_size": 32}}, {}], ids=["in-use", "neither"])
+def test_small_images_can_be_planned_for(size):
+    images = Images(count=40, height=36, width=36, labelled=False)
+    machine = Machine("cpu", "one core", cores=1, memory=2**32)
+    given = SMALL | {"dataset_name": "digits", "output_dir": "x", "model": SMALL["model"] | size.get("model", {})}
+    assert resolve(choose(given, images, machine, 60).settings).vicreg.encoder.image_size_hw
+
+
+def test_small_views_can_be_planned_for(image_folder, tmp_path, capsys):
+    flags = ["--objective", "mae", "--views.image_size", "24", "--plan_only", "--output_dir", str(tmp_path / "run")]
+    flags += [f"--model.{key}={value}" for key, value in SMALL["model"].items()]
+    assert main(["pretrain", str(image_folder(40)), *flags]) == 0
     assert "Plan for 40 images" in capsys.readouterr().out
 
 
