@@ -67,6 +67,13 @@ LOCAL_SNIPPET = """\
 import hf_vicreg; from transformers import AutoImageProcessor, AutoModel
 processor, model = AutoImageProcessor.from_pretrained({name}), AutoModel.from_pretrained({name})
 features = model(**processor(images, return_tensors="pt")).pooler_output  # (images, {features})"""
+PACKAGED_SNIPPET = """\
+import hf_vicreg
+from transformers import AutoImageProcessor
+
+model = hf_vicreg.load({name})
+processor = AutoImageProcessor.from_pretrained(model.name_or_path)
+features = model(**processor(images, return_tensors="pt")).pooler_output  # (images, {features})"""
 HUB_IMPORTS = "from transformers import AutoImageProcessor, AutoModel"
 HUB_CODE = """\
 processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
@@ -94,6 +101,7 @@ class CardFacts:
         has_second_encoder: Whether the folder `second_encoder` comes along.
         has_pretraining: Whether the folder `pretraining` comes along.
         has_adapter: Whether the folder `adapter` does.
+        comes_with_package: Whether it is one of the encoders that `hf_vicreg.load` gives.
         license: Of the weights, by the Hub's short name for it; None: the card names none.
 
     Raises:
@@ -110,6 +118,7 @@ class CardFacts:
     has_second_encoder: bool = False
     has_pretraining: bool = False
     has_adapter: bool = False
+    comes_with_package: bool = False
     license: str | None = None
 
     def __post_init__(self) -> None:
@@ -229,7 +238,8 @@ def loading_snippet(facts: CardFacts) -> str:
         return f"{DUAL_IMPORTS}\n\nname = {name}\n{DUAL_LOCAL_CODE if facts.repo_id is None else DUAL_CODE}"
     features = facts.results.get("features") or facts.config.get("hidden_size") or "features"
     if facts.repo_id is None:
-        return LOCAL_SNIPPET.format(name=name, features=features)
+        snippet = PACKAGED_SNIPPET if facts.comes_with_package else LOCAL_SNIPPET
+        return snippet.format(name=name, features=features)
     return f"{HUB_IMPORTS}\n\nname = {name}\n{HUB_CODE}  # (images, {features})"
 
 
@@ -362,7 +372,8 @@ def _training(facts: CardFacts) -> Iterator[str]:
     for part in results.get("loss_parts") or VICREG_PARTS:
         yield f"| its {part}, unweighted | {figure(last, part, '.4f')} |"
     if "training_curves.png" in facts.pictures:
-        yield "\n![The loss, its parts and k-NN accuracy by step](training_curves.png)"
+        what = "The loss, its parts and k-NN accuracy" if results.get("knn_accuracy") else "The loss and its parts"
+        yield f"\n![{what} by step](training_curves.png)"
     if "masked.png" in facts.pictures:
         yield "\n![Images, what the model sees of them, and what it paints where it sees nothing](masked.png)"
     if facts.recipe:
@@ -410,8 +421,8 @@ def _attention(facts: CardFacts) -> str:
     density = figure(facts.results, "attention_density", ".3f")
     text = (
         "BigBird's, on a 2-D grid: every tile of patches sees the tiles around it and a few random ones, the same in "
-        "training and use; CLS and registers see and are seen by all. Share of the pairs of tokens computed on the "
-        f"views of training: {density}."
+        "training and use; CLS and registers see and are seen by all. Share of the pairs of tokens that the pattern "
+        f"allows, on the views of training: {density}."
     )
     if "attention_pattern.png" in facts.pictures:
         text += "\n\n![Which tile sees which, at the encoder's own image size](attention_pattern.png)"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 import hf_vicreg
@@ -91,3 +92,12 @@ def test_which_of_two_of_one_name_was_taken_is_said_once(tmp_path, monkeypatch, 
     assert [located("digits") for _ in range(3)] == ["digits"] * 3
     (said,) = (one.message for one in caplog.records)
     assert said.startswith("digits: taken from the folder of this name here, not from the package; ")
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_code_of_a_card_runs(name):
+    card = (FOLDER / name / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    given = {"images": [Image.new("RGB", (50, 40), "grey")]}
+    exec(code, given)
+    assert given["features"].shape == (1, int(code.rpartition(", ")[2].rstrip(")\n")))
