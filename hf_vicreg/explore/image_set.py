@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_vicreg.explore.named import check_images
 from hf_vicreg.model_cards.escaping import one_line
@@ -118,15 +119,16 @@ def open_set(images: str, model: str | None, data: str | None, arguments: EmbedA
     Raises:
         InputError: No images, no model where one is needed, embeddings of another model or of other images.
     """
+    device = None if arguments.device == "auto" else torch.device(arguments.device)
     if not (Path(images) / EMBEDDING_FILE).is_file():
         check_images(images, model, data)
         assert model is not None
         done = embed_images(images, model, None, replace(arguments, inner_layers=True))
-        encoder = load_vision_encoder(model)
+        encoder = load_vision_encoder(model, device)
         source = source_for(encoder.processor, load_images(images, arguments, encoder.processor))
         return _read_set(done.folder, source, encoder)
     folder = Path(images)
-    encoder_at_hand = None if model is None else load_vision_encoder(model)
+    encoder_at_hand = None if model is None else load_vision_encoder(model, device)
     record = read_record("IMAGES", folder / EMBEDDING_FILE)
     if encoder_at_hand is not None:
         expected = {"model": same_model(encoder_at_hand.describe())}

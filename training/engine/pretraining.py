@@ -17,7 +17,7 @@ from hf_vicreg.training.engine.average import WeightAverage
 from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.engine.encoders import attention_of, set_up_encoders
 from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
-from hf_vicreg.training.engine.optim import build_optimizer
+from hf_vicreg.training.engine.optim import build_optimizer, unseen_parameters
 from hf_vicreg.training.engine.step import TrainingStep, short, speed
 from hf_vicreg.training.engine.two_pass import average_gradients, refuse_batch_norm, share_buffers, two_pass_backward
 from hf_vicreg.training.errors import InputError
@@ -174,8 +174,8 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
 
     def describe(self, record: dict[str, float]) -> str:
         """Return loss, parts and speed."""
-        parts = " ".join(f"{short(name)} {record[name]:.3f}" for name in self.parts)
-        return f"loss {record['loss']:.2f} {parts} {speed(record)}"
+        parts = [f"{short(name)} {record[name]:.3f}" for name in self.parts]
+        return " ".join([f"loss {record['loss']:.2f}", *parts, speed(record)])
 
     def end(self) -> None:
         """Let the average and what the objective keeps beside the model follow its weights."""
@@ -184,11 +184,11 @@ class PretrainingStep(TrainingStep[VicRegOutput]):
 
     def clip(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip the encoders' gradient; return its norm from before, and that of the expanders'."""
-        encoders = [one for encoder in self.model.encoders for one in encoder.parameters()]
-        known = set(encoders)
+        unseen = set(unseen_parameters(self.model).values())  # no scaler undoes its factor on what the optimiser lacks
+        encoders = [one for encoder in self.model.encoders for one in encoder.parameters() if one not in unseen]
+        known = unseen.union(encoders)
         others = [one.grad for one in self.model.parameters() if one not in known and one.grad is not None]
-        grad_norm = torch.nn.utils.clip_grad_norm_(encoders, max_norm)
-        return whole(grad_norm), whole(torch.nn.utils.get_total_norm(others))
+        return whole(torch.nn.utils.clip_grad_norm_(encoders, max_norm)), whole(torch.nn.utils.get_total_norm(others))
 
     def shrink(self, reason: str, step: int) -> None:
         """Let half as many images at once through the encoder from now on.

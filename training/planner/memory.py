@@ -18,6 +18,7 @@ from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining, has_batch_n
 from hf_vicreg.training.engine.encoders import add_adapters, set_up_encoders
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.encoder import load_config
+from hf_vicreg.training.launch.devices import has_bf16
 from hf_vicreg.training.launch.sharding import largest_unit
 from hf_vicreg.training.planner.machine import Machine, resident_memory
 from hf_vicreg.training.run.config import RunConfig
@@ -190,7 +191,9 @@ def fit_memory(config: RunConfig, machine: Machine) -> tuple[RunConfig, int]:
     """
     run = config.run
     share = run.batch_size // machine.num_processes
-    halved = machine.device == "cuda" and run.mixed_precision != "no"
+    halved = machine.device == "cuda" and (
+        has_bf16("cuda") if run.mixed_precision == "auto" else run.mixed_precision != "no"
+    )
     whole = config.step_size // machine.num_processes
     autocast = torch.bfloat16 if halved else None
     memory = step_memory(config, share, autocast=autocast, processes=machine.num_processes)

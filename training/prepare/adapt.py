@@ -175,9 +175,10 @@ class AdaptationStep(TrainingStep[torch.Tensor]):
         if batch["views"] is None:
             raise InputError("`adapt`: expected readable images, found too many corrupt ones in a row; check them.")
         size = self.sizes[step % len(self.sizes)]
-        crops = batch["views"][:, 0].to(self.accelerator.device)
-        if crops.shape[-2:] != torch.Size(size):
+        crops = batch["views"][:, 0]
+        if crops.shape[-2:] != torch.Size(size):  # on the CPU: a GPU has no such interpolation of bytes
             crops = F.interpolate(crops, size, mode="bilinear", antialias=True)
+        crops = crops.to(self.accelerator.device)
         pixel_values = finish_views(crops, batch["colours"][:, 0], self.normalisation)
         with torch.no_grad():
             wanted = self.dense(pixel_values)
