@@ -28,9 +28,12 @@ cifar10_cpu)
     pretrain "$CIFAR10" --config cifar10_cpu --output_dir "$OUT/cifar10_cpu" "$@" ;;
 cifar10_cpu_long)
     images CIFAR10
-    pretrain "$CIFAR10" --config cifar10_cpu_long --output_dir "$OUT/cifar10_cpu_long" "$@"
+    here="$OUT/cifar10_cpu_long"
+    pretrain "$CIFAR10" --config cifar10_cpu_long --output_dir "$here/first" "$@"
+    pretrain "$CIFAR10" --config cifar10_cpu_long --model_name_or_path "$here/first" --num_train_epochs 8 --learning_rate 1e-3 \
+        --expander_warmup_ratio 0.04 --knn_every_epochs 2 --output_dir "$here/second" "$@"
     for what in knn linear; do
-        "$PYTHON" -m hf_vicreg.cli evaluate "$what" "$OUT/cifar10_cpu_long" --dataset_name "$CIFAR10"
+        "$PYTHON" -m hf_vicreg.cli evaluate "$what" "$here/second" --dataset_name "$CIFAR10"
     done ;;
 student)
     images CIFAR10
@@ -142,6 +145,16 @@ nuclei)
                 --batch_size 8 --max_steps 100 --max_test_samples 60 --seed "$seed" $start \
                 --output_dir "$OUT/nuclei_segmenter$start-seed$seed"
         done
+    done ;;
+bccd)
+    images BCCD
+    here="$OUT/bccd"
+    "$PYTHON" -m benchmarks.bccd "$BCCD" "$here/images"
+    pretrain "$here/images" --config benchmarks/bccd.yaml --output_dir "$here/encoder"
+    for start in "" --from_scratch; do
+        "$PYTHON" -m hf_vicreg.cli finetune detection "$here/encoder" $start --dataset_name "$BCCD" --image_column_name image \
+            --image_height 192 --image_width 256 --d_model 128 --batch_size 8 --learning_rate 1e-3 \
+            --encoder_learning_rate_ratio 1 --max_steps 350 --output_dir "$here/detector$start" "$@"
     done ;;
 equal_minutes)
     images CIFAR10

@@ -40,7 +40,7 @@ def encoders() -> str:
                 f"{results['attention_density']:.3f}",
                 f"{results['training_seconds']:,.0f} s",
                 f"{accuracy['raw_pixels']:.3f}",
-                f"{accuracy['untrained']:.3f}",
+                "-" if recipe.get("model_name_or_path") else f"{accuracy['untrained']:.3f}",
                 f"**{accuracy['trained']:.3f}**",
             )
         )
