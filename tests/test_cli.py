@@ -60,6 +60,7 @@ def test_a_misspelt_word_is_told_which_was_meant(words, end, capsys):
     [
         ([], "`VERB`: expected one of pretrain, inspect, "),
         (["evaluate", "knn"], "`MODEL`: expected a value, got none. See `hf-vicreg evaluate knn --help`."),
+        (["publish", "x", "--re", "a"], "ambiguous option: --re could match --repo, --revision. See `hf-vicreg publi"),
         (["publish"], "`RUN`, `--repo`: expected a value, got none. "),
         (["compare", "x", "--seeds", "a"], "`--seeds`: expected a whole number, got 'a'. See `hf-vicreg compare --"),
         (["convert", "a", "b", "--attention_type", "x"], "`--attention_type`: expected one of "),

@@ -36,11 +36,11 @@ class LineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         missing = message.removeprefix("the following arguments are required: ")
-        field, colon, found = message.removeprefix("argument ").partition(": ")
         if missing != message:
             what = f"one of {', '.join(self._verbs())}" if self._verbs() else "a value"
             message = f"`{missing.replace(', ', '`, `')}`: expected {what}, got none"
-        elif colon and field != message:
+        elif message.startswith("argument "):
+            field, _, found = message.removeprefix("argument ").partition(": ")
             for pattern, said in PHRASES.items():
                 found = re.sub(f"^{pattern}$", said, found, flags=re.DOTALL)
             message = f"`{field}`: {found}"
