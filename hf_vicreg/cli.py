@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from hf_vicreg._version import __version__
-from hf_vicreg.training.errors import InputError, blamed_on, log_to_stderr, place_for, tell
+from hf_vicreg.training.errors import InputError, blamed_on, log_to_stderr, memory_to_hold, place_for, tell
 from hf_vicreg.training.launch.meeting import end_with
 from hf_vicreg.training.run.flags import LineParser
 
@@ -21,7 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
         return pretrain(given[1:])
     try:
         parsed = build_parser().parse_args(given)
-        code = parsed.run(parsed)
+        with memory_to_hold():
+            code = parsed.run(parsed)
     except InputError as error:
         if given[:1] and given[0] in OF_SEVERAL:
             return end_with(error)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hf_vicreg.training.errors import InputError, RunStopped, log_to_stderr
+from hf_vicreg.training.errors import InputError, RunStopped, log_to_stderr, memory_to_hold
 from hf_vicreg.training.launch.meeting import end_with
 from hf_vicreg.training.run.flags import parse_flags
 from hf_vicreg.training.run.places import with_places
@@ -28,7 +28,8 @@ def main(arguments: list[str], run: Callable[[dict[str, Any]], Any] | None = Non
         count = checked_count(given.pop("num_processes", None))
         settings = with_places(explicit_settings(given))
         if count == 1:
-            return _run(settings, run)
+            with memory_to_hold():
+                return _run(settings, run)
         from hf_vicreg.training.launch.spawn import run_processes
 
         return run_processes([*_without_count(arguments), "--output_dir", settings["output_dir"]], count)

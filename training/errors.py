@@ -24,6 +24,10 @@ class RelayedError(InputError):
     """Bad input that another process met, which says so itself."""
 
 
+class FullMemoryError(InputError):
+    """A device or the machine has no memory left for what was asked."""
+
+
 class RunStopped(Exception):  # noqa: N818 - it went as it was asked to go
     """The run was asked to stop, has written a checkpoint, and can be resumed. Exit code 75."""
 
@@ -96,6 +100,27 @@ def room_in(folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def memory_to_hold() -> Iterator[None]:
+    """Turn what torch and Python raise where no memory is left into a `FullMemoryError`; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if _is_of(error, "torch", "OutOfMemoryError"):
+            where = "the device's memory"
+        elif isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in said:
+            where = "this machine's memory"
+        else:
+            raise
+        where += f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
+        raise FullMemoryError(
+            f"`batch_size`: expected what is held at once to fit into {where}, it does not: "
+            f"{said[:200] or 'MemoryError'}; lower it, or take smaller images or a smaller model. "
+            "Checkpoints written before are intact."
+        ) from error
+
+
 def _system_error(error: Exception, numbers: tuple[int, ...]) -> int | None:
     """Return the errno of an error if it is among some; a safetensors error has it in its text alone."""
     if isinstance(error, OSError):
@@ -134,11 +159,11 @@ def log_to_stderr() -> None:
 
 
 def tell(error: InputError) -> None:
-    """Print an error on its line, unless another process of the run prints it."""
+    """Print an error on its line, unless another process of the run prints it; each one's memory is its own."""
     from hf_vicreg.model_cards.escaping import one_line  # what others wrote may be in it
 
     is_main, is_first = (os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
-    if is_first and (is_main or not isinstance(error, RelayedError)):
+    if isinstance(error, FullMemoryError) or (is_first and (is_main or not isinstance(error, RelayedError))):
         print(f"error: {one_line(error)}", file=sys.stderr)
 
 
