@@ -41,7 +41,7 @@ class OnlineProbe:
         num_queries: int,
         linear: bool,
     ):
-        self.bank, self.test = bank, None if test is None else test.first(num_queries)
+        self.bank, self.test = bank, None if test is None else test.for_probe(num_queries)
         self.processor, self.model, self.accelerator = processor, model, accelerator
         self.neighbours, self.linear = neighbours, linear
         self.averages: Sequence[PreTrainedModel] = ()  # of the encoders, once there are any

@@ -177,6 +177,16 @@ class ImageSource:
         labels = None if self.labels is None else self.labels[:length]
         return replace(self, length=length, labels=labels, fingerprint=f"{self.fingerprint}[:{length}]")
 
+    def for_probe(self, count: int) -> "ImageSource":
+        """Return `count` images to measure an accuracy on, all of them if it is larger.
+
+        They are the first ones or, where those lack a class, as in a folder of classes, ones spread evenly over all.
+        """
+        first = self.first(count)
+        if self.labels is None or first.labels is None or set(first.labels) == set(self.labels):
+            return first
+        return self.select([place * len(self) // count for place in range(count)])
+
     def select(self, indices: Sequence[int]) -> "ImageSource":
         """Return the images at `indices`, in that order, without captions."""
         indices = list(indices)

@@ -36,7 +36,7 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
         if config.reads_channels:
             source = as_channels(source, config.num_channels, run.pages)
             test = None if test is None else as_channels(test, config.num_channels, run.pages)
-        return source.first(run.max_train_samples), source.first(run.knn_train_samples), test
+        return source.first(run.max_train_samples), source.for_probe(run.knn_train_samples), test
     if config.reads_channels and run.train_dir:
         photo = config.normalisation_kind == "photo"
         folder = channel_folder(run.train_dir, config.num_channels, run.pages, run.window, photo=photo)
@@ -53,7 +53,7 @@ def load_images(config: RunConfig) -> tuple[ImageSource | ImageStream, ImageSour
     if config.reads_channels:
         source = as_channels(source, config.num_channels, run.pages)
         test = None if test is None else as_channels(test, config.num_channels, run.pages)
-    bank = source.first(run.knn_train_samples)
+    bank = source.for_probe(run.knn_train_samples)
     return source.first(run.max_train_samples), bank, test
 
 

@@ -55,13 +55,33 @@ def load_sources(
     columns = (image_column_name, label_column_name)
     source = dataset_source(dataset_name, splits[train_split], *columns)
     if test_split is not None:
-        return source, dataset_source(dataset_name, splits[test_split], *columns, said=True)
+        return source, _numbered_as(source, dataset_source(dataset_name, splits[test_split], *columns, said=True))
     for split in ("test", "validation"):
         if source.labels is not None and split in splits and split != train_split and len(splits[split]):
-            held_out = dataset_source(dataset_name, splits[split], *columns, said=True)
+            held_out = _numbered_as(source, dataset_source(dataset_name, splits[split], *columns, said=True))
             if held_out.labels is not None:
                 return source, held_out
     return source, None
+
+
+def _numbered_as(source: ImageSource, held_out: ImageSource) -> ImageSource:
+    """Return held-out images whose labels have the training split's numbers, where both splits name their classes.
+
+    Folders of classes are numbered in each split by itself, so one that a split lacks moves all that follow.
+    """
+    names, own = source.label_names, held_out.label_names
+    if source.labels is None or held_out.labels is None or not names or not own or list(names) == list(own):
+        return held_out
+    unknown = sorted({own[label] for label in held_out.labels} - set(names))
+    if unknown:
+        logger.warning(
+            "dataset %s: %s among the held-out images is no class of the training images; no accuracy is measured",
+            source.name,
+            repr(unknown[0]),
+        )
+        return replace(held_out, labels=None, label_names=None)
+    labels = [list(names).index(own[label]) for label in held_out.labels]
+    return replace(held_out, labels=labels, label_names=list(names))
 
 
 def fingerprinted(name: str, length: int, read_bytes: Callable[[int], bytes], labels: list[int] | None) -> ImageSource:

@@ -247,8 +247,8 @@ class PretrainArguments:
         10, "Epochs between k-NN measurements, where labels exist; 0: at the ends only."
     )
     knn_neighbours: int = _evaluation(20, "k of the k-NN.")
-    knn_train_samples: int = _evaluation(10_000, "Bank: the first so many training images.")
-    knn_test_samples: int = _evaluation(2_000, "Queries: the first so many test images.")
+    knn_train_samples: int = _evaluation(10_000, "Bank: so many training images, of every class.")
+    knn_test_samples: int = _evaluation(2_000, "Queries: so many test images, of every class.")
     linear_probe: bool = _evaluation(False, "Beside each k-NN, a logistic regression on the same features.")
     with_tracking: bool = _run(False, "Send what log.jsonl holds to the trackers of `report_to` as well.")
     report_to: str = _run("all", "`tensorboard`, `wandb`, or `all`: those that are installed.")

@@ -58,6 +58,45 @@ def test_the_column_of_images_is_said_once(tmp_path, caplog):
     assert caplog.text.count("image column 'image', labels found") == 1
 
 
+def test_images_of_a_probe_are_of_every_class_where_classes_come_one_after_the_other(tmp_path):
+    for split, each in (("train", 12), ("test", 6)):
+        labelled(tmp_path / "sorted", split, [label for label in range(5) for _ in range(each)])
+    for source in load_sources(dataset_name=str(tmp_path / "sorted")):
+        chosen = source.for_probe(7)
+        assert len(chosen) == 7
+        assert set(chosen.labels) == set(range(5))
+        assert [source.labels[place * len(source) // 7] for place in range(7)] == chosen.labels
+        assert [chosen.read_bytes(one) for one in (0, 6)] == [
+            source.read_bytes(0),
+            source.read_bytes(len(source) * 6 // 7),
+        ]
+        assert len(source.for_probe(1000)) == len(source)
+    # where the first ones are of every class, it is they, as figures from before have it
+    labelled(tmp_path / "mixed", "train", [0, 1, 2, 0, 1, 2, 0, 1])
+    mixed, _ = load_sources(dataset_name=str(tmp_path / "mixed"))
+    assert mixed.for_probe(4).fingerprint == mixed.first(4).fingerprint
+
+
+def test_held_out_classes_are_told_by_their_names(tmp_path, caplog):
+    """A folder that lacks a class numbers those after it differently, and a swap would pass for a bad encoder."""
+
+    def split(names, labels):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        images = [Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(len(labels))]
+        return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+    train = split(["bird", "cat", "dog"], [0, 1, 2])
+    for name, test in (("same", split(["cat", "dog"], [0, 1])), ("other", split(["cat", "fox"], [0, 1]))):
+        datasets.DatasetDict(train=train, test=test, extra=test).save_to_disk(tmp_path / name)
+    for test_split in (None, "extra"):
+        _, held_out = load_sources(dataset_name=str(tmp_path / "same"), test_split=test_split)
+        assert held_out.labels == [1, 2]
+        assert list(held_out.label_names) == ["bird", "cat", "dog"]
+    _, held_out = load_sources(dataset_name=str(tmp_path / "other"))
+    assert held_out is None
+    assert "'fox' among the held-out images is no class of the training images; no accuracy is measured" in caplog.text
+
+
 def test_split_with_hidden_labels_is_no_test_split(tmp_path):
     folder = tmp_path / "set"
     labelled(folder, "train", [0, 1, 2])
