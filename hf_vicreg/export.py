@@ -25,6 +25,7 @@ from transformers import AutoModelForImageClassification, AutoModelForObjectDete
 
 from hf_vicreg.drift import pictures_of, pixels_of
 from hf_vicreg.modeling.modeling_vicreg import pooled_features
+from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.encoder import load_config, load_processor, load_vision_encoder, load_weights
 
@@ -135,17 +136,17 @@ def export(
         InputError: Bad input, a missing library, or a program that gives something else; nothing is left.
     """
     path = _checked_path(out, format, task, int8)
-    network, processor = _load(model, task)
+    network, processor, given = _load(model, task)
     size = _size(network.config, processor, height, width)
     pictures, described = pictures_of(images, network.config.num_channels)
     pixels = pixels_of(pictures, processor, network.config.num_channels, *size)
     pixels = pixels[torch.arange(max(BATCHES)) % len(pixels)]
-    program = _Program(network, TASKS[task]).eval()
+    program = _Program(network, given).eval()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting_") as scratch:
         written = Path(scratch) / path.name
         logger.info("exporting %s at %dx%d pixels", model, *size)
-        _write(program, TASKS[task].outputs, pixels[:3], written, format, int8)
+        _write(program, given.outputs, pixels[:3], written, format, int8)
         logger.info("running it without the package")
         expected, model_seconds = _run_model(program, pixels)
         found, seconds = _run_program(written, pixels)
@@ -194,11 +195,19 @@ def _checked_path(out: str | os.PathLike, format: str, task: str, int8: bool) ->
     return path
 
 
-def _load(model: str, task: str) -> tuple[PreTrainedModel, Any]:
-    """Return the model of a task on the CPU, and its image processor."""
+def _load(model: str, task: str) -> tuple[PreTrainedModel, Any, Task]:
+    """Return the model of a task on the CPU, its image processor, and what the program gives."""
+    given = TASKS[task]
     if task == "features":
         encoder = load_vision_encoder(model)
-        return encoder.model.cpu().eval(), encoder.processor
+        if isinstance(encoder.model, VicRegDualEncoder):
+            raise InputError(
+                f"`MODEL`: expected an encoder of images, got {model}, which is one of images and texts; "
+                f"give {os.path.join(model, 'image_encoder')}."
+            )
+        # not what a pooler without weights makes of it
+        own = Task(given.outputs, lambda found: (encoder.feature_of(found), found.last_hidden_state))
+        return encoder.model.cpu().eval(), encoder.processor, own
     config = load_config(model)
     kind = AutoModelForImageClassification if task == "classification" else AutoModelForObjectDetection
     with blamed_on("MODEL", f"expected a model for {task} in {model!r}, got one of type {config.model_type!r}"):
@@ -206,7 +215,7 @@ def _load(model: str, task: str) -> tuple[PreTrainedModel, Any]:
     if info["missing_keys"]:
         name = sorted(info["missing_keys"])[0]
         raise InputError(f"`MODEL`: expected weights for the whole model in {model}, found none for {name}.")
-    return network.eval(), load_processor(model, network.config)
+    return network.eval(), load_processor(model, network.config), given
 
 
 def _size(config: Any, processor: Any, height: int | None, width: int | None) -> tuple[int, int]:

@@ -28,6 +28,7 @@ def prediction_error(
         target: The same of the teacher's embeddings of another view.
         process_group: Processes that hold the batch in equal shares.
     """
+    prediction, target = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in (prediction, target))
     cosines = (F.normalize(prediction, dim=1) * F.normalize(target.detach(), dim=1)).sum(1)
     return global_sum((2 - 2 * cosines).sum(), process_group) / global_size(prediction, process_group)
 

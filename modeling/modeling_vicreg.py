@@ -15,11 +15,14 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
+from .byol import BYOL
 from .call_checks import asks_for, check_keywords
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .configuration_vicreg import VicRegConfig
 from .contrastive_loss import FIRST_BIAS, FIRST_SCALE, contrastive_loss
 from .encoder_outputs import encoder_outputs, patch_grid, pooled_features
+from .modeling_bigbird_mae import BigBirdViTMAEDecoder
+from .modeling_bigbird_masked_image import BigBirdViTSimMIMHead
 from .modeling_bigbird_vit import BigBirdViTModel
 from .objective import View
 from .objectives import build_objective, kinds_of
@@ -126,6 +129,8 @@ class VicRegForPreTraining(PreTrainedModel):
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
+        if isinstance(module, BigBirdViTMAEDecoder | BigBirdViTSimMIMHead):
+            init.trunc_normal_(module.mask_token, mean=0.0, std=self.config.encoder.initializer_range)
         if module is self and self.logit_scale is not None:
             init.constant_(self.logit_scale, math.log(FIRST_SCALE[self.config.pair_loss]))
             if self.logit_bias is not None:
@@ -140,6 +145,16 @@ class VicRegForPreTraining(PreTrainedModel):
     def branches(self) -> list[nn.Module]:
         """The encoders, and behind them their expanders."""
         return [*self.encoders, *(one for one in (self.expander, self.second_expander) if one is not None)]
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Return a stored wrapper; arguments and errors as for `PreTrainedModel`. A teacher learns by no gradient."""
+        found = super().from_pretrained(*args, **kwargs)  # makes new parameters, all of which learn
+        model = found[0] if isinstance(found, tuple) else found  # with `output_loading_info`
+        for teacher in model.objective.modules():
+            if isinstance(teacher, BYOL):
+                teacher.teacher.requires_grad_(False)
+        return found
 
     @classmethod
     def from_encoder_pretrained(

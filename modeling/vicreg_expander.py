@@ -9,6 +9,8 @@ from torch import nn
 
 from .global_batch_norm import GlobalBatchNorm1d
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class VicRegExpander(nn.Module):
     """MLP from representations to embeddings; used in pretraining only.
@@ -27,7 +29,9 @@ class VicRegExpander(nn.Module):
 
     def forward(self, representations: torch.Tensor, process_group: dist.ProcessGroup | None = None) -> torch.Tensor:
         """Return embeddings `(batch, dimensions)` of representations `(batch, features)` of one view."""
-        states = representations
+        weight = self.output.weight
+        # a method's own predictor gets float32, and may be stored in half precision
+        states = representations.to(weight.dtype) if weight.dtype in HALF else representations
         for linear, norm in zip(self.hidden, self.norm, strict=True):
             states = linear(states)
             states = norm(states, process_group) if isinstance(norm, GlobalBatchNorm1d) else norm(states)

@@ -12,12 +12,15 @@ Products are computed in full float32, whatever the process allows elsewhere: TF
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 BLOCK = 512  # rows of a symmetric product computed at a time: 1.9 times as fast at 2,048 rows as the whole
+
+# where the precision of float32 products is set by torch's newer switches
+BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 class ViewStatistics(NamedTuple):
@@ -44,15 +47,34 @@ def view_statistics(z: torch.Tensor, num_samples: int, group: dist.ProcessGroup 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Let products of float32 matrices be computed in float32, without TF32 or bf16, on every device."""
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch's newer switches, one for each backend, which the older one does not read
+        with _precision_by_backend():
+            yield
+        return
     if before == "highest":
         yield
         return
+    cpu = BACKENDS[1].fp32_precision  # the older switch sets both backends
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        BACKENDS[1].fp32_precision = cpu
+
+
+@contextmanager
+def _precision_by_backend() -> Iterator[None]:
+    before = [one.fp32_precision for one in BACKENDS]
+    try:
+        for one in BACKENDS:
+            one.fp32_precision = "ieee"
+        yield
+    finally:
+        for one, precision in zip(BACKENDS, before, strict=True):
+            one.fp32_precision = precision
 
 
 def centre(z: torch.Tensor, means: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -151,7 +151,7 @@ class VicRegL(Objective):
             equal_shares=self.shares_are_equal,
         )
         views = [
-            Patches(self.local_expander(tokens.flatten(0, 1), process_group).unflatten(0, tokens.shape[:2]), centres)
+            Patches(self._local(tokens.flatten(0, 1), process_group).unflatten(0, tokens.shape[:2]), centres)
             for tokens, centres in zip(further[:count], further[count:], strict=True)
         ]
         local = self._local_terms(views, process_group)
@@ -160,6 +160,11 @@ class VicRegL(Objective):
         parts = {"invariance": whole.invariance, "variance": whole.variance, "covariance": whole.covariance}
         parts |= dict(zip(("local_invariance", "local_variance", "local_covariance"), local, strict=True))
         return Terms(alpha * whole.loss + (1 - alpha) * local_loss, parts)
+
+    def _local(self, tokens: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        """Embeddings of patches, in float32 at least also where the weights are not."""
+        found = self.local_expander(tokens, group)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def _local_terms(
         self, views: Sequence[Patches], group: dist.ProcessGroup | None

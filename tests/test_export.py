@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTForImageClassification, BigBirdViTModel
 from hf_vicreg.cli import main
@@ -67,6 +68,18 @@ def test_a_program_gives_what_the_model_gives(saved, tmp_path, name, format):
     else:
         nodes = {str(node.target) for node in torch.export.load(path).graph.nodes}
         assert not [one for one in nodes if "bigbird" in one]
+
+
+def test_a_pooler_without_weights_is_left_out(tmp_path):
+    """The feature is what every other command takes for it: the first token."""
+    config = ViTConfig(**SMALL, image_size=32, patch_size=8)
+    torch.manual_seed(0)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    export(str(tmp_path / "vit"), tmp_path / "vit.pt2", format="torch")
+    program = torch.export.load(tmp_path / "vit.pt2").module()
+    features, tokens = program(torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(features, tokens[:, 0])
 
 
 @pytest.mark.parametrize("format", [pytest.param("torch", marks=pytest.mark.slow), "onnx"])

@@ -12,6 +12,7 @@ from torch import nn
 from hf_vicreg import VicRegConfig
 from hf_vicreg.modeling.byol import prediction_error, teacher_momentum
 from hf_vicreg.modeling.masked_objectives import masked_part
+from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.objectives import OBJECTIVES
 from hf_vicreg.modeling.sigreg import random_slices
 from hf_vicreg.modeling.vicreg_loss import vicreg_loss
@@ -302,3 +303,34 @@ def test_several_processes_have_the_gradient_of_the_joined_batch(results, name, 
     # the wrong form fails this comparison, but where the loss is a mean over images
     if dtype == torch.float64 and name not in ("mae", "simmim"):
         assert (results[f"{name}_wrong"] - expected).norm() > 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["byol", "vicregl", "vicreg", "simclr"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_weights_in_half_precision_give_a_loss_and_a_gradient(name, dtype):
+    model, inputs = worker.build_model(name, torch.float32), worker.batch_of(name, torch.float32)
+    expected = model(**inputs).loss.item()
+    model.to(dtype)
+    loss = model(**{key: one.to(dtype) if key != "geometry" else one for key, one in inputs.items()}).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, rel=0.1)
+    assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
+
+
+def test_a_teacher_that_was_stored_does_not_learn(tmp_path):
+    model = VicRegForPreTraining(VicRegConfig(encoder=worker.ENCODER, expander_sizes=[8, 5], objective="byol"))
+    model.save_pretrained(tmp_path)
+    again, _ = VicRegForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    learning = [{name for name, one in each.named_parameters() if one.requires_grad} for each in (model, again)]
+    assert learning[0] == learning[1]
+    assert not [name for name in learning[1] if "teacher" in name]
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim"])
+def test_a_decoder_that_is_new_beside_loaded_weights_has_a_mask_token(tmp_path, name):
+    VicRegForPreTraining(VicRegConfig(encoder=worker.ENCODER, expander_sizes=[8, 5])).save_pretrained(tmp_path)
+    for _ in range(3):  # what lay in the memory may be zero once
+        model = VicRegForPreTraining.from_pretrained(tmp_path, objective=name)
+        token = next(one for key, one in model.named_parameters() if key.endswith("mask_token"))
+        assert 0 < token.abs().max() < 1

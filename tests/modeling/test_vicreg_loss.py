@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_vicreg import vicreg_loss
 from hf_vicreg.modeling.vicreg_loss import VicRegLoss
-from hf_vicreg.modeling.vicreg_statistics import covariance_form
+from hf_vicreg.modeling.vicreg_statistics import covariance_form, full_precision
 from hf_vicreg.modeling.vicreg_weights import convert_weights
 
 SHAPES = [(8, 32), (33, 16), (64, 64), (256, 2048), (2, 3), (5, 1)]
@@ -321,3 +321,20 @@ def test_products_are_computed_in_full_precision(shape):
         torch.set_float32_matmul_precision(before)
     assert len(found) >= 4
     assert set(found) == {"highest"}
+
+
+def test_the_newer_switch_for_tf32_is_taken_for_the_products_and_put_back():
+    """transformers' `tf32=True` sets it, and the older switch then raises when it is read."""
+    matmul = torch.backends.cuda.matmul
+    views, before = [torch.randn(6, 9, requires_grad=True) for _ in range(2)], matmul.fp32_precision
+    expected = vicreg_loss(*views).loss.item()
+    try:
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="legacy"):
+            torch.get_float32_matmul_precision()
+        with full_precision():
+            assert matmul.fp32_precision == "ieee"
+        assert vicreg_loss(*views).loss.item() == expected
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
