@@ -66,11 +66,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in unseen:
-            (
-                exempt
-                if parameter.ndim < 2 or name.endswith(("_token", "_tokens", "position_embeddings"))
-                else decayed
-            ).append(parameter)
+            positions = "position_embedding" in name or "relative_position_bias" in name
+            free = parameter.ndim < 2 or positions or name.endswith(("_token", "_tokens"))
+            (exempt if free else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
@@ -105,7 +103,8 @@ def decayed_groups(
 def layer_depths(model: nn.Module) -> dict[str, int]:
     """Return for each parameter how deep it lies: 0 before the layers, then their number from 1, then what follows.
 
-    The layers are the encoder's longest list of modules, whatever it is called (stages, for a ResNet).
+    The layers are the encoder's longest list of modules behind its embeddings, whatever it is called; where that lies
+    within another, as blocks within stages do, the outer one.
     """
     names = [name for name, _ in model.named_parameters()]
     layers, count = _layers_of(model)
@@ -128,8 +127,12 @@ def num_layers(encoder: nn.Module) -> int:
 
 def _layers_of(model: nn.Module) -> tuple[str, int]:
     lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    longest = max(lists, key=lambda name: (lists[name], -name.count(".")), default="")
-    return longest, lists.get(longest, 0)
+    behind = {name: one for name, one in lists.items() if "embeddings" not in name.split(".")} or lists
+    longest = max(behind, key=lambda name: (behind[name], -name.count(".")), default="")
+    # blocks within stages, as ConvNeXt and Swin have them: the stages are its layers
+    around = [name for name in behind if behind[name] > 1 and longest.startswith(f"{name}.")]
+    layers = min([longest, *around], key=len)
+    return layers, behind.get(layers, 0)
 
 
 def _depths_of_wrapper(model: VicRegForPreTraining) -> dict[str, int]:

@@ -162,23 +162,23 @@ def largest(values: Sequence[int], accelerator: Accelerator) -> list[int]:
 
 
 def read_once(
-    common: Sequence[torch.Tensor | int], own: Sequence[torch.Tensor], accelerator: Accelerator
+    common: Sequence[Any], own: Sequence[torch.Tensor], accelerator: Accelerator
 ) -> tuple[list[float], list[float]]:
     """Return scalars of the device as numbers, by one transfer: the one time that a step waits for its device.
 
     Args:
-        common: Of these the largest over all processes is returned; every one must call.
-        own: Of these this process's.
+        common: Of these the largest over all processes is returned; every one must call. The first lies on the device.
+        own: Of these this process's; the norm of no gradient at all lies on the CPU.
         accelerator: Processes and device.
     """
-    dtype = torch.promote_types(torch.float32, own[0].dtype)
+    dtype, first = torch.promote_types(torch.float32, own[0].dtype), common[0]
     # a number is filled in: to copy it would wait once more
     shared = torch.stack(
-        [one.to(dtype) if isinstance(one, torch.Tensor) else own[0].new_full((), one, dtype=dtype) for one in common]
+        [one.to(dtype) if isinstance(one, torch.Tensor) else first.new_full((), one, dtype=dtype) for one in common]
     )
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-    numbers = torch.cat([shared, torch.stack([one.detach().to(dtype) for one in own])]).tolist()
+    numbers = torch.cat([shared, torch.stack([one.detach().to(shared) for one in own])]).tolist()
     return numbers[: len(common)], numbers[len(common) :]
 
 

@@ -103,7 +103,7 @@ def _say_why_not(error: Exception) -> None:
 def _peak_of(accelerator: Accelerator) -> float | None:
     precision = accelerator.mixed_precision
     if precision == "no":
-        precision = "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
     peak = device_peak(device_name(accelerator.device), precision)
     return None if peak is None else peak * accelerator.num_processes
 

@@ -55,6 +55,9 @@ def resolve(given: dict[str, Any]) -> RunConfig:
     config = RunConfig(run=run, views=views, vicreg=vicreg)
     with as_input_error(run.objective):
         check_views(vicreg, config.image_size)
+    if views.num_local_views:
+        with as_input_error("views.local_image_size"):
+            check_views(vicreg, (views.local_image_size, views.local_image_size))
     check_local_views(config)
     check_channels(config)
     return config

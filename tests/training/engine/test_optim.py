@@ -4,9 +4,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import AutoModel, ConvNextConfig, SiglipVisionConfig, SwinConfig
 
-from hf_vicreg import VicRegConfig, VicRegForPreTraining
-from hf_vicreg.training.engine.optim import LARS, build_optimizer, learning_rate_at, parameter_groups
+from hf_vicreg import BigBirdViTConfig, VicRegConfig, VicRegForPreTraining
+from hf_vicreg.training.engine.optim import (
+    LARS,
+    build_optimizer,
+    layer_depths,
+    learning_rate_at,
+    num_layers,
+    parameter_groups,
+)
 from hf_vicreg.training.engine.step import learning_rates
 from hf_vicreg.training.engine.unseen import unseen_parameters
 
@@ -210,6 +218,42 @@ def test_layers_of_an_encoder_learn_slower_the_deeper_they_lie():
         for name, parameter in model.named_parameters():
             if not name.startswith("encoder.") and id(parameter) in held:
                 assert held[id(parameter)]["lr"] == 1e-2, name  # new weights
+
+
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        (
+            ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 3, 1], num_channels=3),
+            {"embeddings.patch_embeddings.weight": 5, "encoder.stages.0.layers.0.dwconv.weight": 4}
+            | {"encoder.stages.2.layers.2.dwconv.weight": 2, "encoder.stages.3.layers.0.dwconv.weight": 1},
+        ),
+        (
+            BigBirdViTConfig(**TINY, patch_size=16, patch_embedding="conv"),
+            {"embeddings.cls_token": 2, "encoder.layer.0.mlp.fc2.weight": 1, "layernorm.weight": 0},
+        ),
+    ],
+    ids=["stages-of-blocks", "a-stem-longer-than-the-layers"],
+)
+def test_layers_are_the_outer_ones_behind_the_embeddings(config, scales):
+    model = AutoModel.from_config(config)
+    depths, count = layer_depths(model), num_layers(model)
+    assert {name: count + 1 - depths[name] for name in scales} == scales
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 1]),
+        SiglipVisionConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1),
+    ],
+)
+def test_positions_of_other_makers_do_not_decay(config):
+    model = AutoModel.from_config(config)
+    exempt = {id(one) for one in parameter_groups(model, 0.05)[1]["params"]}
+    positions = [one for name, one in model.named_parameters() if "position" in name and one.ndim > 1]
+    assert positions
+    assert all(id(one) in exempt for one in positions)
 
 
 def test_the_schedule_begins_after_the_expanders_own_steps():

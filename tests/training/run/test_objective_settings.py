@@ -110,6 +110,14 @@ BAD = {
     ),
     "masks": ({"objective": "mae+simmim"}, r"`objective`: expected one method that masks images at most"),
     "beside masks": ({"objective": "mae+vicreg", "teacher": "x"}, r"`teacher`: expected none with objective 'mae\+vi"),
+    "local views": (
+        {
+            "objective": "mae",
+            "views": {"image_size": 64, "num_local_views": 2, "local_image_size": 16},
+            "model": {"patch_size": 4, "tile_size": 4},
+        },
+        r"`views.local_image_size`: .*`mask_tile_size`: expected at least two tiles of \(4, 4\) patches",
+    ),
     "weight": ({"objective": "mae+simclr", "objective_weights": {"mae": -2}}, r"`objective_weights.mae`: expected at"),
     "weight of none": ({"objective_weights": {"mae": 2}}, r"`objective_weights.mae`: expected no setting of another"),
     "key of one": ({"objective": "mae+simclr", "simclr": {"zzz": 1}}, r"`simclr.zzz`: unknown key\.$"),
