@@ -112,8 +112,14 @@ def evaluations_table(results: dict[str, Any]) -> Iterator[str]:
     for one in evaluations:
         data, metrics = one.get("data") or {}, one.get("metrics") or {}
         figures = ", ".join(f"{prose(name)} {value:.3f}" for name, value in metrics.items() if value is not None)
-        images = f"{count(data, 'num_test')} images of {code(data.get('dataset') or MISSING)}"
+        images = f"{count(data, 'num_test')} images of {code(data.get('dataset') or MISSING)}{labels_note(data)}"
         yield f"| {one.get('task') or MISSING} | {images} | {figures or MISSING} | {code(_command(one))} |"
+
+
+def labels_note(data: dict[str, Any]) -> str:
+    """Return a clause on labels that came from a file, empty where the data set has its own."""
+    digest = data.get("labels_digest")
+    return f", labels of a file (digest {digest})" if digest else ""
 
 
 def evaluation_results(results: dict[str, Any], dataset: str) -> list[EvalResult]:
@@ -126,6 +132,8 @@ def evaluation_results(results: dict[str, Any], dataset: str) -> list[EvalResult
             _entry("k-NN classification of frozen features", results.get("hub_dataset"), dataset, name, accuracy)
         )
     for one in results.get("evaluations") or []:
+        if labels_note(one.get("data") or {}):  # somebody's labels say nothing of the data set that is named
+            continue
         for name, value in (one.get("metrics") or {}).items():
             if one.get("task") in METADATA_TASKS and name.startswith("accuracy") and value is not None:
                 where = (one.get("data") or {}).get("dataset") or MISSING
@@ -150,6 +158,8 @@ def _command(evaluation: dict[str, Any]) -> str:
     task, data = str(evaluation.get("task")), evaluation.get("data") or {}
     flags = {"dataset_name": data.get("dataset"), "dataset_config_name": data.get("config")}
     flags |= {key: data.get(key) for key in ("train_split", "test_split")} | (evaluation.get("settings") or {})
+    if data.get("labels_digest"):
+        flags |= {"test_split": None, "labels_file": "LABELS.csv"}
     if task == "dense":
         flags |= {f"{key}_column_name": data.get(f"{key}_column") for key in ("image", "mask")}
         flags |= {f"max_{key}_samples": data.get(f"num_{key}") for key in ("train", "test")}

@@ -198,6 +198,7 @@ EVALUATION = record(
                 "num_test": COUNT,
                 "num_classes": COUNT,
                 "class_names": list_of(text(1000)),
+                "labels_digest": name(r"[0-9a-f]{16}", "16 hexadecimal digits"),
             },
             plain,
         ),

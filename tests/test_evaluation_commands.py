@@ -13,7 +13,9 @@ from transformers import BertConfig, BertModel
 import hf_vicreg
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
+from hf_vicreg.model_cards.card import CardFacts, model_card
 from hf_vicreg.training.evaluation.encoder import load_vision_encoder, weights_digest
+from hf_vicreg.training.evaluation.results import read_results
 
 COMMANDS = [
     ("evaluate", "knn"),
@@ -115,6 +117,27 @@ def test_all_methods_of_few_labels_and_a_folder_of_its_own(workplace, capsys):
     (record,) = json.loads((workplace / "few" / "results.json").read_text())["evaluations"]
     assert [(run["method"], run["seed"]) for run in record["details"]["runs"]] == [("scratch", 5), ("consistency", 5)]
     assert record["settings"]["max_steps"] == 2
+
+
+def test_labels_of_a_file_are_told_from_others_and_from_those_of_the_data_set(workplace, capsys):
+    images = workplace / "my_labelled_images" / "train" / "ripe"
+    rows = [f"{index}.png,{'odd' if index % 2 else 'even'},{'test' if index > 8 else 'train'}" for index in range(12)]
+    swapped = [row.replace("odd", "even") if row.startswith("11") else row for row in rows]
+    for name, content in (("one", rows), ("other", swapped), ("again", rows[::-1])):
+        (workplace / f"{name}.csv").write_text("\n".join(["file_name,label,split", *content]))
+        command = ["evaluate", "knn", "runs/mine", "--dataset_name", str(images), "--labels_file", f"{name}.csv"]
+        assert main([*command, "--output_dir", "by_file"]) == 0, capsys.readouterr().err
+        results = read_results(workplace / "by_file")
+        data = results["evaluations"][-1]["data"]
+        assert f"labels of a file (digest {data['labels_digest']})" in capsys.readouterr().out
+        assert (data["label_column"], data["train_split"], data["test_split"]) == ("labels_file", "train", "train")
+    assert len(results["evaluations"]) == 2  # `again` says what `one` says, and takes its place
+    card = model_card(CardFacts(name="mine", config={"model_type": "bigbird_vit"}, results=results))
+    assert f"| 3 images of `ripe`, labels of a file (digest {data['labels_digest']}) |" in card
+    assert "--train_split train" in card
+    assert "--labels_file LABELS.csv" in card
+    assert "--test_split" not in card
+    assert "model-index" not in card
 
 
 KNN = ["evaluate", "knn"]

@@ -1,6 +1,5 @@
 """`hf-vicreg evaluate knn`, `linear` and `retrieval`: load, extract, measure, show, store."""
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from hf_vicreg.model_cards.escaping import one_line
+from hf_vicreg.model_cards.results import labels_note
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import (
     EvaluationArguments,
@@ -27,7 +27,14 @@ from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap
 from hf_vicreg.training.evaluation.linear import linear_probe, require_sklearn
 from hf_vicreg.training.evaluation.neighbours import knn_predictions, mean_average_precision, nearest_in_bank
 from hf_vicreg.training.evaluation.pictures import can_draw, confusion_matrix, draw_confusion, draw_neighbours
-from hf_vicreg.training.evaluation.results import FILE, add_evaluation, describe_data, evaluation_record, read_results
+from hf_vicreg.training.evaluation.results import (
+    FILE,
+    add_evaluation,
+    describe_data,
+    describe_labels,
+    evaluation_record,
+    results_folder,
+)
 from hf_vicreg.training.images.channels.raster import as_picture
 
 PICTURED_QUERIES, PICTURED_NEIGHBOURS = 8, 8
@@ -104,9 +111,7 @@ class Evaluation:
                 self.train,
                 self.test,
                 self.overlap,
-                label_column=self.arguments.label_column_name,
-                num_classes=len(set(self.train.labels)),
-                class_names=self.train.class_names,
+                **describe_labels(self.arguments, self.train, self.test),
             ),
             settings_of(self.arguments),
             metrics,
@@ -131,26 +136,6 @@ def start_evaluation(model: str, arguments: EvaluationArguments) -> Evaluation:
     encoder = load_vision_encoder(model)
     train, test = (dataclasses.replace(one, source=source_for(encoder.processor, one.source)) for one in (train, test))
     return Evaluation(arguments, folder, encoder, train, test, count_overlap(train.digests, test.digests), started)
-
-
-def results_folder(model: str, output_dir: str | None) -> Path:
-    """Return the folder for results, which can be made; it is, with the first of them, so that an error leaves none.
-
-    Raises:
-        InputError: It cannot be made, or holds results that are not ours.
-    """
-    own = any((Path(model) / name).exists() for name in (FILE, "recipe.yaml"))
-    folder = Path(output_dir or (model if own else f"{Path(model).resolve().name}-evaluation"))
-    new = [one for one in (folder, *folder.parents) if not one.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"`output_dir`: expected a folder to write to, cannot make {folder}: {error}.") from error
-    with contextlib.suppress(OSError):  # another evaluation has begun in one of them
-        for one in new:
-            one.rmdir()
-    read_results(folder)
-    return folder
 
 
 def settings_of(arguments: LabelledDataArguments) -> dict[str, Any]:
@@ -240,7 +225,8 @@ def print_table(head: list[str], rows: list[list[str]], evaluation: Evaluation) 
     """Print what was measured and where the rest is."""
     train, test = evaluation.train, evaluation.test
     data = f"{test.source.name}: {len(test.source)} test, {len(train.source)} training images"
-    print(f"\n{one_line(evaluation.encoder.name)} on {one_line(data)}, {len(set(train.labels))} classes\n")
+    data += f", {len(set(train.labels))} classes{labels_note(describe_labels(evaluation.arguments, train, test))}"
+    print(f"\n{one_line(evaluation.encoder.name)} on {one_line(data)}\n")
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, ["-" * width for width in widths], *rows]:
         cells = [

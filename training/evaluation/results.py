@@ -7,7 +7,8 @@ The file is one object. A pretraining run writes its own fields there; evaluatio
                  `data` and `details` have a mapping `tasks`, and whose metrics are called `task.metric`
     model        name, model_type, parameters, weights (a hash of configuration and weights), feature, preprocessing
     data         dataset, config, splits, columns, numbers of images and classes, fingerprints of the images' bytes,
-                 test_images_in_train (how many are byte for byte among the training images)
+                 test_images_in_train (how many are byte for byte among the training images); of labels of a file,
+                 labels_digest, and as both splits the one of the data set that the images are of
     settings     all flags that change a figure
     metrics      name to number; accuracies are shares from 0 to 1
     details      what stands behind the metrics: confusion counts, the C's tried, single runs
@@ -17,7 +18,9 @@ The file is one object. A pretraining run writes its own fields there; evaluatio
     seconds      of the evaluation, cached features included if they had to be made
 """
 
+import contextlib
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -30,7 +33,9 @@ import torch
 
 from hf_vicreg.model_cards.schema import FileError, check_results
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.arguments import LabelledDataArguments
 from hf_vicreg.training.evaluation.encoder import public_name
+from hf_vicreg.training.evaluation.labelled import LabelledImages
 from hf_vicreg.training.images.sources import ImageSource
 
 FILE = "results.json"
@@ -98,6 +103,31 @@ def describe_data(arguments: Any, train: Split, test: Split, overlap: int, **mor
     }
 
 
+def describe_labels(arguments: LabelledDataArguments, train: LabelledImages, test: LabelledImages) -> dict[str, Any]:
+    """Return what the `data` of an entry says of the labels; of a file's, what tells them from those of another."""
+    told: dict[str, Any] = {
+        "label_column": arguments.label_column_name,
+        "num_classes": len(set(train.labels)),
+        "class_names": train.class_names,
+    }
+    if arguments.labels_file is None:
+        return told
+    rows = [
+        (images.source.describe(index), images.class_names[label], images.split)
+        for images in (train, test)
+        for index, label in enumerate(images.labels)
+    ]
+    return (
+        told
+        | {
+            "train_split": arguments.train_split,
+            "test_split": arguments.train_split,  # that of the file only says which of these images are tested on
+            "label_column": "labels_file",
+            "labels_digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+        }
+    )
+
+
 def add_evaluation(folder: Path, record: dict[str, Any]) -> None:
     """Add an entry to a folder's `results.json`, in place of an earlier one of the same; the rest stays as it is.
 
@@ -109,6 +139,26 @@ def add_evaluation(folder: Path, record: dict[str, Any]) -> None:
     kept = [one for one in known if any(one.get(key) != record[key] for key in SAME)]
     results[EVALUATIONS] = [*kept, record]
     write_results(folder, results)
+
+
+def results_folder(model: str, output_dir: str | None) -> Path:
+    """Return the folder for results, which can be made; it is, with the first of them, so that an error leaves none.
+
+    Raises:
+        InputError: It cannot be made, or holds results that are not ours.
+    """
+    own = any((Path(model) / name).exists() for name in (FILE, "recipe.yaml"))
+    folder = Path(output_dir or (model if own else f"{Path(model).resolve().name}-evaluation"))
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"`output_dir`: expected a folder to write to, cannot make {folder}: {error}.") from error
+    with contextlib.suppress(OSError):  # another evaluation has begun in one of them
+        for one in new:
+            one.rmdir()
+    read_results(folder)
+    return folder
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import ImageTextArguments
 from hf_vicreg.training.evaluation.encoder import public_name, source_for, weights_digest
-from hf_vicreg.training.evaluation.evaluate import results_folder, share_right
+from hf_vicreg.training.evaluation.evaluate import share_right
 from hf_vicreg.training.evaluation.features import encoded_batches
 from hf_vicreg.training.evaluation.online_probe import small_pixels
-from hf_vicreg.training.evaluation.results import FILE, add_evaluation, evaluation_record
+from hf_vicreg.training.evaluation.results import FILE, add_evaluation, evaluation_record, results_folder
 from hf_vicreg.training.image_text.dual import Dual, load_dual
 from hf_vicreg.training.image_text.retrieval import chance, prompts, retrieval_figures, zero_shot_predictions
 from hf_vicreg.training.images.image_source import ImageSource

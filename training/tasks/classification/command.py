@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_vicreg.model_cards.results import labels_note
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import FinetuneArguments, TuningArguments, check_ranges
 from hf_vicreg.training.evaluation.encoder import load_processor, public_name, source_for, weights_digest
 from hf_vicreg.training.evaluation.evaluate import MAX_STORED_CLASSES, settings_of, share_right
 from hf_vicreg.training.evaluation.labelled import LabelledImages, count_overlap, load_labelled
 from hf_vicreg.training.evaluation.pictures import can_draw, confusion_matrix, draw_confusion
-from hf_vicreg.training.evaluation.results import FILE, describe_data
+from hf_vicreg.training.evaluation.results import FILE, describe_data, describe_labels
 from hf_vicreg.training.images.sources import ImageSource, load_sources
 from hf_vicreg.training.run.run_folder import refuse_foreign_folder
 from hf_vicreg.training.tasks.classification.data import LABELLED, UNLABELLED
@@ -90,9 +91,7 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
             train,
             test,
             overlap,
-            label_column=arguments.label_column_name,
-            num_classes=len(set(train.labels)),
-            class_names=train.class_names,
+            **describe_labels(arguments, train, test),
         ),
         settings=settings_of(arguments),
         metrics={"accuracy": accuracy},
@@ -104,7 +103,8 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
         if pictures:
             draw_confusion(folder / CONFUSION, counts, train.class_names, f"{folder.resolve().name}: {accuracy:.3f}")
         save_tuned(folder, record, step.model, processor)
-        print(f"\nAccuracy {accuracy:.3f} on {len(labels)} test images, in {folder / FILE}. To use the classifier:\n")
+        images = f"{len(labels)} test images{labels_note(record['data'])}"
+        print(f"\nAccuracy {accuracy:.3f} on {images}, in {folder / FILE}. To use the classifier:\n")
         print(LOADING_SNIPPET.format(folder=folder))
     accelerator.wait_for_everyone()
     return record

@@ -17,11 +17,16 @@ import torch.nn.functional as F
 
 from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder, source_for
-from hf_vicreg.training.evaluation.evaluate import results_folder
 from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.linear import fit_linear_probe, require_sklearn
 from hf_vicreg.training.evaluation.neighbours import TEMPERATURE, votes_of
-from hf_vicreg.training.evaluation.results import FILE, add_evaluation, describe_data, evaluation_record
+from hf_vicreg.training.evaluation.results import (
+    FILE,
+    add_evaluation,
+    describe_data,
+    evaluation_record,
+    results_folder,
+)
 from hf_vicreg.training.images.channels.raster import arrays_of
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.tasks.arguments import DenseArguments
