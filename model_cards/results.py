@@ -99,7 +99,7 @@ def dense_tables(results: dict[str, Any]) -> Iterator[str]:
             yield f"| {words} | {' | '.join(figure(found, prefix + key, '.3f') for key, _ in metrics)} |"
         yield (
             f"\nMasks of {images} by the features of patches alone, "
-            f"learned from {count(data, 'num_train')} images with masks: {code(_command(one))}"
+            f"learned from {count(data, 'num_train')} images with masks{overlap_note(data)}: {code(_command(one))}"
         )
 
 
@@ -112,7 +112,10 @@ def evaluations_table(results: dict[str, Any]) -> Iterator[str]:
     for one in evaluations:
         data, metrics = one.get("data") or {}, one.get("metrics") or {}
         figures = ", ".join(f"{prose(name)} {value:.3f}" for name, value in metrics.items() if value is not None)
-        images = f"{count(data, 'num_test')} images of {code(data.get('dataset') or MISSING)}{labels_note(data)}"
+        images = f"{count(data, 'num_test')} images of {code(data.get('dataset') or MISSING)}"
+        if data.get("num_train") is not None:
+            images += f", {count(data, 'num_train')} training images"
+        images += labels_note(data) + overlap_note(data)
         yield f"| {one.get('task') or MISSING} | {images} | {figures or MISSING} | {code(_command(one))} |"
 
 
@@ -120,6 +123,12 @@ def labels_note(data: dict[str, Any]) -> str:
     """Return a clause on labels that came from a file, empty where the data set has its own."""
     digest = data.get("labels_digest")
     return f", labels of a file (digest {digest})" if digest else ""
+
+
+def overlap_note(data: dict[str, Any]) -> str:
+    """Return a clause on test images that were trained on, empty where there are none."""
+    overlap = data.get("test_images_in_train")
+    return f", {overlap:,} of the test images are among the training images" if overlap else ""
 
 
 def evaluation_results(results: dict[str, Any], dataset: str) -> list[EvalResult]:
@@ -158,11 +167,11 @@ def _command(evaluation: dict[str, Any]) -> str:
     task, data = str(evaluation.get("task")), evaluation.get("data") or {}
     flags = {"dataset_name": data.get("dataset"), "dataset_config_name": data.get("config")}
     flags |= {key: data.get(key) for key in ("train_split", "test_split")} | (evaluation.get("settings") or {})
+    columns = {f"{key}_column_name": data.get(f"{key}_column") for key in ("image", "label", "mask")}
+    flags |= {key: column for key, column in columns.items() if column is not None}
+    flags |= {f"max_{key}_samples": data.get(f"num_{key}") for key in ("train", "test")}
     if data.get("labels_digest"):
-        flags |= {"test_split": None, "labels_file": "LABELS.csv"}
-    if task == "dense":
-        flags |= {f"{key}_column_name": data.get(f"{key}_column") for key in ("image", "mask")}
-        flags |= {f"max_{key}_samples": data.get(f"num_{key}") for key in ("train", "test")}
+        flags |= {"test_split": None, "label_column_name": None, "labels_file": "LABELS.csv"}
     if task == "finetune_multitask":  # which data is said in the file, for each task
         flags = evaluation.get("settings") or {}
     words = ["hf-vicreg", *COMMANDS.get(task, task).split(), "TASKS.yaml" if task == "finetune_multitask" else "MODEL"]

@@ -197,6 +197,7 @@ EVALUATION = record(
                 "num_train": COUNT,
                 "num_test": COUNT,
                 "num_classes": COUNT,
+                "test_images_in_train": COUNT,
                 "class_names": list_of(text(1000)),
                 "labels_digest": name(r"[0-9a-f]{16}", "16 hexadecimal digits"),
             },

@@ -133,7 +133,7 @@ def test_labels_of_a_file_are_told_from_others_and_from_those_of_the_data_set(wo
         assert (data["label_column"], data["train_split"], data["test_split"]) == ("labels_file", "train", "train")
     assert len(results["evaluations"]) == 2  # `again` says what `one` says, and takes its place
     card = model_card(CardFacts(name="mine", config={"model_type": "bigbird_vit"}, results=results))
-    assert f"| 3 images of `ripe`, labels of a file (digest {data['labels_digest']}) |" in card
+    assert f"| 3 images of `ripe`, 9 training images, labels of a file (digest {data['labels_digest']}) |" in card
     assert "--train_split train" in card
     assert "--labels_file LABELS.csv" in card
     assert "--test_split" not in card

@@ -143,6 +143,27 @@ def test_images_without_labels_have_no_table_of_accuracies():
     assert "--neighbours 20 --mask_column_name instances --max_train_samples 100 --max_test_samples 30" in found
 
 
+def test_figures_of_other_images_or_columns_have_other_commands():
+    data = {"dataset": "birds", "image_column": "photo", "label_column": "label", "num_train": 12, "num_test": 4}
+    one = {"task": "knn", "metrics": {"accuracy_k1": 0.5}, "data": data, "settings": {"seed": 0}}
+    fewer = one | {"data": data | {"label_column": "species", "num_train": 5, "num_test": 2}}
+    found = section(card_of(results=RESULTS | {"evaluations": [one, fewer]}), "results")
+    for label, train, test in (("label", 12, 4), ("species", 5, 2)):
+        assert f"| {test} images of `birds`, {train} training images |" in found
+        columns = f"--image_column_name photo --label_column_name {label}"
+        assert f"--seed 0 {columns} --max_train_samples {train} --max_test_samples {test}`" in found
+
+
+@pytest.mark.parametrize("task", ["knn", "dense"])
+def test_test_images_that_were_trained_on_are_said(task):
+    data = {"dataset": "birds", "num_train": 5000, "num_test": 4000, "test_images_in_train": 1200}
+    one = {"task": task, "metrics": {"knn_dice": 0.5}, "data": data, "settings": {}}
+    said = ", 1,200 of the test images are among the training images"
+    assert said in card_of(results=RESULTS | {"evaluations": [one]})
+    for apart in (data | {"test_images_in_train": 0}, {key: data[key] for key in ("dataset", "num_test")}):
+        assert "among the training" not in card_of(results=RESULTS | {"evaluations": [one | {"data": apart}]})
+
+
 def test_metadata_round_trips_through_huggingface_hub(tmp_path):
     results = RESULTS | {"hub_dataset": "lab/numbers", "dataset": "lab/numbers"}
     (tmp_path / "README.md").write_text(card_of(results=results))
@@ -190,10 +211,11 @@ def test_a_classifier_has_a_card_of_its_own():
     assert "| pretrained encoder | not measured |" in card
     tuned = card_of(config=config, results={"evaluations": [EVALUATION]}, recipe={}, log=[])
     assert (
-        "| finetune_classification | 360 images of `digits` | accuracy 0.911 | `hf-vicreg finetune classification"
-        in tuned
+        "| finetune_classification | 360 images of `digits`, 100 training images | accuracy 0.911 | "
+        "`hf-vicreg finetune classification" in tuned
     )
-    assert "--dataset_name digits --test_split test --learning_rate 0.001`" in tuned
+    flags = "--test_split test --learning_rate 0.001 --max_train_samples 100 --max_test_samples 360`"
+    assert f"--dataset_name digits {flags}" in tuned
     assert "| labelled images | 100 |" in tuned
     (result,) = ModelCard(tuned).data.to_dict()["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "value": 0.9111, "name": "accuracy"}]

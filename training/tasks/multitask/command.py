@@ -175,6 +175,7 @@ def _described(listed: list[Task], tasks: dict[str, PreparedTask]) -> dict[str, 
         "dataset": ", ".join(dict.fromkeys(part["dataset"] for part in parts.values())),
         "num_train": sum(part["num_train"] for part in parts.values()),
         "num_test": sum(part["num_test"] for part in parts.values()),
+        "test_images_in_train": sum(part["test_images_in_train"] for part in parts.values()),
         "tasks": parts,
     }
 
