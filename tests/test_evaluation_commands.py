@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 
+import datasets
 import huggingface_hub.constants
 import pytest
 import torch
@@ -138,6 +139,36 @@ def test_labels_of_a_file_are_told_from_others_and_from_those_of_the_data_set(wo
     assert "--labels_file LABELS.csv" in card
     assert "--test_split" not in card
     assert "model-index" not in card
+
+
+@pytest.mark.parametrize("known", [1, 0])
+def test_images_of_unknown_classes_count_in_the_share_of_right_firsts(known, workplace, capsys):
+    paths = [str(workplace / "my_labelled_images" / "train" / name / "0.png") for name in ("ripe", "unripe")]
+    others = [str(workplace / "my_labelled_images" / "test" / "ripe" / f"{index}.png") for index in range(4 - known)]
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ripe", "unripe", "rotten"]))
+    rows = {"train": (paths, [0, 1]), "test": (paths[:known] + others, [0] * known + [2] * len(others))}
+    splits = {
+        split: datasets.Dataset.from_dict({"image": files, "label": labels}, features=kinds)
+        for split, (files, labels) in rows.items()
+    }
+    datasets.DatasetDict(splits).save_to_disk(f"known_{known}", num_shards=dict.fromkeys(splits, 1))
+    command = [
+        "evaluate",
+        "retrieval",
+        "runs/mine",
+        "--dataset_name",
+        f"known_{known}",
+        "--output_dir",
+        f"out_{known}",
+    ]
+    code = main(command)
+    printed = capsys.readouterr()
+    if known:
+        assert re.search(r"first is right +0\.250 ± 0\.217\n", printed.out), printed  # of 4, of which 1 is counted
+    else:
+        assert code == 2
+        assert "`test_split`: expected test images of classes that training images have" in printed.err
+        assert not (workplace / "out_0" / "results.json").exists()
 
 
 KNN = ["evaluate", "knn"]

@@ -204,13 +204,18 @@ def evaluate_retrieval(model: str, arguments: RetrievalArguments) -> dict[str, A
     evaluation = start_evaluation(model, arguments)
     train, test = evaluation.features()
     precision, counted = mean_average_precision(train.values, train.labels, test.values, test.labels)
+    if not counted:
+        raise InputError(
+            "`test_split`: expected test images of classes that training images have, found none; name other splits "
+            "or use more images."
+        )
     (best,) = knn_predictions(train.values, train.labels, test.values, neighbours=[1]).values()
     metrics = {"mean_average_precision": precision, "first_is_right": share_right(best, test.labels)}
     _neighbours(evaluation, train, test)
     record = evaluation.store("retrieval", metrics, {"queries": counted})
     rows = [
         ["mean average precision", f"{precision:.3f}"],
-        ["first is right", _percent(metrics["first_is_right"], counted)],
+        ["first is right", _percent(metrics["first_is_right"], len(test))],
     ]
     print_table(["retrieval", ""], rows, evaluation)
     return record
