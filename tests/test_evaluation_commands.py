@@ -113,10 +113,11 @@ def test_the_example_of_help_runs_as_written(verb, what, workplace, capsys):
 
 
 def test_all_methods_of_few_labels_and_a_folder_of_its_own(workplace, capsys):
-    flags = "--labels 3 --methods scratch consistency --max_steps 2 --num_seeds 1 --output_dir few --seed 5"
+    flags = "--labels +3 --methods scratch consistency --max_steps 2 --num_seeds 1 --output_dir few --seed 5"
     assert main(["evaluate", "few-labels", "runs/mine", "--dataset_name", "my_labelled_images", *flags.split()]) == 0
     (record,) = json.loads((workplace / "few" / "results.json").read_text())["evaluations"]
     assert [(run["method"], run["seed"]) for run in record["details"]["runs"]] == [("scratch", 5), ("consistency", 5)]
+    assert list(read_results(workplace / "few")["evaluations"][0]["metrics"])[:1] == ["scratch_3_mean"]
     assert record["settings"]["max_steps"] == 2
 
 

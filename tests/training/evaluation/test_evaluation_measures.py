@@ -10,12 +10,13 @@ from sklearn.metrics import average_precision_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.neighbors import KNeighborsClassifier
 
+from hf_vicreg.model_cards.schema import FIGURES
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.linear import STRENGTHS, linear_probe
 from hf_vicreg.training.evaluation.neighbours import knn_predictions, mean_average_precision
 from hf_vicreg.training.evaluation.pictures import confusion_matrix
 from hf_vicreg.training.evaluation.results import add_evaluation, read_results
-from hf_vicreg.training.tasks.classification.few_labels import mean_and_spread, parse_amount
+from hf_vicreg.training.tasks.classification.few_labels import amount_name, mean_and_spread, parse_amount
 
 
 def clusters(count, *, classes=4, width=6, spread=1.5, seed=0):
@@ -105,6 +106,16 @@ def test_confusions_are_counted_by_true_class():
 def test_amounts_are_shares_or_numbers(text, amount):
     assert parse_amount(text) == amount
     assert type(parse_amount(text)) is type(amount)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("1%", "1%"), ("0.7%", "0.7%"), ("1 %", "1%"), ("+10", "10"), (" 1_0", "10"), ("1e-3%", "0.001%")],
+)
+def test_amounts_have_names_that_results_may_hold(text, name):
+    assert amount_name(parse_amount(text)) == name
+    assert FIGURES({f"linear_{name}_mean": 0.5}, "metrics")
+    assert parse_amount(name) == pytest.approx(parse_amount(text))
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "0%", "101%", "ten", "%", "1.5"])

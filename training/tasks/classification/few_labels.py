@@ -42,7 +42,7 @@ def evaluate_few_labels(model: str, arguments: FewLabelsArguments) -> dict[str, 
     Raises:
         InputError: Bad input.
     """
-    amounts = {text: parse_amount(text) for text in arguments.labels}
+    amounts = {amount_name(amount): amount for amount in map(parse_amount, arguments.labels)}
     if "linear" in arguments.methods:
         require_sklearn()
     tuned = [one for one in arguments.methods if one != "linear"]
@@ -94,6 +94,11 @@ def parse_amount(text: str) -> float | int:
     if not amount > 0 or (isinstance(amount, float) and amount > 1):
         raise InputError(f"`labels`: expected percentages up to 100% or numbers of at least 1 a class, got {text!r}.")
     return amount
+
+
+def amount_name(amount: float | int) -> str:
+    """Return what `parse_amount` reads as this amount, however it was written: `10%`, `10`."""
+    return f"{100 * amount:.10g}%" if isinstance(amount, float) else str(amount)
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
