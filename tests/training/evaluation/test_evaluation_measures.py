@@ -12,11 +12,12 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from hf_vicreg.model_cards.schema import FIGURES
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.arguments import FewLabelsArguments, TuningArguments
 from hf_vicreg.training.evaluation.linear import STRENGTHS, linear_probe
 from hf_vicreg.training.evaluation.neighbours import knn_predictions, mean_average_precision
 from hf_vicreg.training.evaluation.pictures import confusion_matrix
 from hf_vicreg.training.evaluation.results import add_evaluation, read_results
-from hf_vicreg.training.tasks.classification.few_labels import amount_name, mean_and_spread, parse_amount
+from hf_vicreg.training.tasks.classification.few_labels import amount_name, mean_and_spread, parse_amount, tuning_of
 
 
 def clusters(count, *, classes=4, width=6, spread=1.5, seed=0):
@@ -122,6 +123,14 @@ def test_amounts_have_names_that_results_may_hold(text, name):
 def test_other_amounts_are_refused(text):
     with pytest.raises(InputError, match="`labels`: expected percentages"):
         parse_amount(text)
+
+
+@pytest.mark.parametrize("flags", [{"freeze_encoder": True}, {"lora_rank": 4}])
+def test_an_untrained_encoder_learns_whole(flags):
+    arguments = FewLabelsArguments(layer_decay=0.5, **flags)
+    scratch, tuned = (tuning_of(method, arguments) for method in ("scratch", "finetuned"))
+    assert (scratch.freeze_encoder, scratch.lora_rank, scratch.layer_decay) == (False, 0, 1)
+    assert tuned == TuningArguments(layer_decay=0.5, max_steps=arguments.max_steps, **flags)
 
 
 def test_mean_and_sample_deviation():

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from hf_vicreg.training.engine.checkpoint import RunState
 from hf_vicreg.training.engine.loop import LoopSettings, TrainingLoop
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.arguments import FewLabelsArguments
+from hf_vicreg.training.evaluation.arguments import FewLabelsArguments, TuningArguments
 from hf_vicreg.training.evaluation.evaluate import Evaluation, print_table, share_right, start_evaluation
 from hf_vicreg.training.evaluation.features import Features
 from hf_vicreg.training.evaluation.linear import linear_probe, require_sklearn
@@ -106,6 +106,14 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def tuning_of(method: str, arguments: FewLabelsArguments) -> TuningArguments:
+    """Return how a method trains; an untrained encoder learns whole, however the pretrained one does."""
+    settings = tuning_from(arguments)
+    if method == "scratch":
+        settings = replace(settings, layer_decay=1.0, lora_rank=0, freeze_encoder=False)
+    return settings
+
+
 def _linear(features: tuple[Features, Features], indices: list[int], seed: int) -> float:
     train, test = features
     chosen = torch.isin(train.indices, torch.tensor(indices))
@@ -125,14 +133,11 @@ def _tuned(
     accelerator: Accelerator,
 ) -> float:
     train = evaluation.train
-    from_scratch = method == "scratch"
-    settings = tuning_from(arguments)
-    if from_scratch:
-        settings = replace(settings, layer_decay=1.0, lora_rank=0)
+    settings = tuning_of(method, arguments)
     sources: dict[str, ImageSource] = {LABELLED: train.select(indices).source}
     if method == "consistency":
         sources[UNLABELLED] = replace(train.source, labels=None)
-    classifier = build_classifier(name, train.class_names, from_scratch=from_scratch, seed=seed)
+    classifier = build_classifier(name, train.class_names, from_scratch=method == "scratch", seed=seed)
     step = ClassifierStep(classifier, evaluation.encoder.processor, settings, sources, accelerator, seed=seed)
     set_seed(seed)
     TrainingLoop(step, LoopSettings.of(settings), accelerator, RunState(), folder=None).fit()
