@@ -191,7 +191,8 @@ def confusion_part(space: Space, images: ReportImages) -> str:
     assert counts is not None
     assert names is not None
     right, total = int(counts.diagonal().sum()), int(counts.sum())
-    said = f"{space.neighbours}-NN: {right / total:.3f} of {total:,} images right."
+    bank = f"{len(space.bank.places):,} training images"
+    said = f"{space.neighbours}-NN among {bank}: {right / total:.3f} of {total:,} images right."
     if len(names) > MAX_NAMED_CLASSES:
         return f"<p>{shown(said)}</p>{_pairs(counts, names)}"
     shares = 100 * counts.double() / counts.sum(1, keepdim=True).clamp(min=1)

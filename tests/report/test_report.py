@@ -105,6 +105,10 @@ def test_page_names_no_place_of_the_machine(page, run, images):
         assert str(place) not in page
 
 
+def test_the_table_of_confused_classes_says_among_how_many_images(page):
+    assert re.search(r"<p>\d+-NN among 48 training images: [01]\.\d{3} of 16 images right\.", page)
+
+
 def test_curves_equal_the_log(page, run):
     content = content_of(page)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
