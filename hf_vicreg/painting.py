@@ -9,6 +9,7 @@ the painting, and the deviation of one of those others times the temperature, as
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,7 +203,11 @@ def paint(
     picture = _open(image, "IMAGE")
     where = read_mask(mask, picture.size)
     painter, processor = load_painter(model)
-    pixels = processor([picture], return_tensors="pt")["pixel_values"]
+    whole: dict[str, Any] = {}
+    if getattr(processor, "do_center_crop", None):  # the mask is of the whole image
+        height, width = (processor.crop_size[side] for side in ("height", "width"))
+        whole = {"do_center_crop": False, "size": {"height": height, "width": width}}
+    pixels = processor([picture], return_tensors="pt", **whole)["pixel_values"]
     small = F.adaptive_max_pool2d(where[None, None].float(), tuple(pixels.shape[-2:]))
     config = encoder_config(painter)
     patches = F.max_pool2d(small, config.patch_size_hw, stride=config.patch_stride_hw)[0, 0] > 0

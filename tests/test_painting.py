@@ -1,5 +1,8 @@
 """`hf-vicreg paint`: what is visible stays, what is hidden has no influence, passes, draws, and what is refused."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +130,18 @@ def test_the_command_paints_where_the_mask_is_white(model, workplace, capsys):
     assert changed[5:25, 20:50].mean() > 0.9
     assert run(model, "--mask", "20,5,50,25", "--output", "again.png") == 0
     assert (np.asarray(Image.open("again.png")) == after).all()
+
+
+def test_a_processor_that_crops_has_the_whole_image_painted(workplace):
+    """What `convert` takes over from DINOv2 crops the middle; the mask is of the image."""
+    shutil.copytree("simmim", "cropping")
+    processor = BigBirdViTImageProcessor.from_pretrained("simmim")
+    processor.size, processor.do_center_crop = {"height": 40, "width": 44}, True
+    processor.crop_size = {"height": 32, "width": 34}
+    processor.save_pretrained("cropping")
+    for model in ("simmim", "cropping"):
+        assert run(model, "--mask", "0,0,20,9", "--output", f"{model}.png") == 0
+    assert Path("simmim.png").read_bytes() == Path("cropping.png").read_bytes()
 
 
 REFUSED = {
