@@ -19,7 +19,7 @@ from .byol import BYOL
 from .call_checks import asks_for, check_keywords
 from .configuration_bigbird_vit import BigBirdViTConfig
 from .configuration_vicreg import VicRegConfig
-from .contrastive_loss import FIRST_BIAS, FIRST_SCALE, contrastive_loss
+from .contrastive_loss import FIRST_BIAS, FIRST_SCALE, MAX_SCALE, contrastive_loss
 from .encoder_outputs import encoder_outputs, patch_grid, pooled_features
 from .modeling_bigbird_mae import BigBirdViTMAEDecoder
 from .modeling_bigbird_masked_image import BigBirdViTSimMIMHead
@@ -309,7 +309,10 @@ class VicRegForPreTraining(PreTrainedModel):
         self.objective.begin_step(self, step, num_steps)
 
     def end_step(self) -> None:
-        """Tell the objective that a step has changed the weights."""
+        """Tell the objective that a step has changed the weights, and keep the scale of cosines where it can move."""
+        if self.logit_scale is not None:
+            with torch.no_grad():  # just below the largest: beyond it the loss has no gradient for the scale
+                self.logit_scale.clamp_(max=math.log(MAX_SCALE) - 1e-6)
         self.objective.end_step(self)
 
     def _process_group(self) -> dist.ProcessGroup | None:

@@ -89,6 +89,22 @@ def test_it_is_made_of_a_pretraining_and_that_survives_being_saved(pair_loss, tm
         VicRegDualEncoder.from_pretraining(VicRegForPreTraining(VicRegConfig(encoder=VISION, expander_sizes=[8])))
 
 
+@pytest.mark.parametrize("pair_loss", ["infonce", "siglip"])
+def test_a_scale_that_grew_too_large_can_come_back(pair_loss):
+    config = VicRegConfig(
+        encoder=VISION, second_encoder=TEXTS["distilbert"], expander_sizes=[20, 12], pair_loss=pair_loss
+    )
+    model = VicRegForPreTraining(config)
+    with torch.no_grad():
+        model.logit_scale.fill_(5.0)  # e^5 is 148, and 100 the largest
+    model.end_step()
+    assert model.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
+    torch.manual_seed(0)
+    z_a, z_b = torch.randn(2, 6, 12)
+    contrastive_loss(z_a, z_b, model.logit_scale, model.logit_bias, kind=pair_loss).backward()
+    assert model.logit_scale.grad.abs() > 0
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(
         StrictDataclassClassValidationError, match="expected embeddings as wide as those of images, 12, got 8"
