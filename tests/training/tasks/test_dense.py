@@ -127,6 +127,7 @@ def test_figures_are_those_of_the_counts():
     [
         ("", "`dataset_name`: expected images with masks"),
         ("--dataset_name DATA --neighbours 0", "`neighbours`: expected at least 1, got 0"),
+        ("--dataset_name DATA --test_split train", "`test_split`: expected another split than the 'train' trained on"),
         ("--dataset_name DATA --mask_column_name cells", "`mask_column_name`: expected a column 'cells'"),
         (
             "--dataset_name DATA --image_height 4",

@@ -71,6 +71,8 @@ def evaluate_dense(model: str, arguments: DenseArguments) -> dict[str, Any]:
     started = time.perf_counter()
     if not arguments.dataset_name:
         raise InputError("`dataset_name`: expected images with masks, got none; add --dataset_name NAME.")
+    if arguments.test_split == arguments.train_split:  # fine-tuning lets them be one, to see a few images learned
+        raise InputError(f"`test_split`: expected another split than the {arguments.test_split!r} trained on.")
     for name in ("neighbours", "bank_size", "image_height", "image_width"):
         if getattr(arguments, name) < 1:
             raise InputError(f"`{name}`: expected at least 1, got {getattr(arguments, name)}.")
