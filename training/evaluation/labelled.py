@@ -87,7 +87,8 @@ class LabelledImages:
 def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, LabelledImages]:
     """Return the training and the test split.
 
-    Class names in a column of strings are numbered in alphabetical order of the training split.
+    Class names in a column of strings are numbered in alphabetical order of the training split, integers without names
+    in their own: values that do not occur are no classes.
 
     Raises:
         InputError: No labels, one class only, an empty or missing split, and what `load_sources` refuses.
@@ -107,7 +108,7 @@ def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, Lab
         test_split = arguments.test_split or next((one for one in ("test", "validation") if one in splits), None)
         if test_split is None:
             if arguments.train_split in splits:  # without labels, that is what to say
-                _class_names(name, splits[arguments.train_split], column)
+                _classes(name, splits[arguments.train_split], column)
             raise InputError(
                 f"`test_split`: expected a split `test` or `validation` in {name}, found {sorted(splits)}; name the "
                 "one to test on with --test_split."
@@ -119,20 +120,18 @@ def load_labelled(arguments: LabelledDataArguments) -> tuple[LabelledImages, Lab
                 raise InputError(f"`{field}`: expected images in split {split!r} of {name}, found it empty.")
         if arguments.train_split == test_split:
             raise InputError(f"`test_split`: expected another split than the {test_split!r} trained on.")
-        names = _class_names(name, splits[arguments.train_split], column)
+        classes = _classes(name, splits[arguments.train_split], column)
+        numbered = {
+            split: _numbered(name, split, splits[split], column, classes)
+            for split in (arguments.train_split, test_split)
+        }
         train, test = (
             LabelledImages(
                 split,
-                dataset_source(
-                    name,
-                    _numbered(name, split, splits[split], column, names),
-                    arguments.image_column_name,
-                    column,
-                    said=split == test_split,
-                ),
-                names,
+                dataset_source(name, rows, arguments.image_column_name, column, said=split == test_split),
+                [str(one) for one in classes],
             )
-            for split in (arguments.train_split, test_split)
+            for split, rows in numbered.items()
         )
     train = replace(train, source=train.source.first(arguments.max_train_samples))
     test = replace(test, source=test.source.first(arguments.max_test_samples))
@@ -216,7 +215,7 @@ def _from_tars(pattern: str, test_pattern: str | None, column: str) -> tuple[Lab
     """Return images of tars to train and to test on, with the classes as training has them; errors as above."""
     from datasets import Dataset
 
-    images: list[LabelledImages] = []
+    images, known = list[LabelledImages](), list[Any]()
     for field, one in (("dataset_name", pattern), ("test_split", test_pattern)):
         refuse_credentials(one or "", field)
         if one is None or not one.lower().endswith(".tar") or (images and one == pattern):
@@ -226,9 +225,9 @@ def _from_tars(pattern: str, test_pattern: str | None, column: str) -> tuple[Lab
             )
         source, classes = labelled_tars(one, field, column)
         rows = Dataset.from_dict({"__key__": source.file_names, column: classes})
-        names = images[0].class_names if images else _class_names(source.name, rows, column)
-        labels = list(_numbered(source.name, source.name, rows, column, names)[column])
-        images.append(LabelledImages(source.name, replace(source, labels=labels), names))
+        known = known or _classes(source.name, rows, column)
+        labels = list(_numbered(source.name, source.name, rows, column, known)[column])
+        images.append(LabelledImages(source.name, replace(source, labels=labels), [str(one) for one in known]))
     return images[0], images[1]
 
 
@@ -245,8 +244,8 @@ def count_overlap(train: Sequence[bytes], test: Sequence[bytes]) -> int:
     return count
 
 
-def _class_names(name: str, dataset: Any, column: str) -> list[str]:
-    """Return the classes of the training split, by index.
+def _classes(name: str, dataset: Any, column: str) -> list[Any]:
+    """Return the classes of the training split, by index: their names, or integers where these have none.
 
     Raises:
         InputError: No such column, or one that holds no classes.
@@ -270,11 +269,11 @@ def _class_names(name: str, dataset: Any, column: str) -> list[str]:
             f"`label_column_name`: expected class indices from 0 on or class names in column {column!r} of {name}, "
             f"got {wrong!r}."
         )
-    return [str(index) for index in range(max(values) + 1)]
+    return sorted(set(values))
 
 
-def _numbered(name: str, split: str, dataset: Any, column: str, names: list[str]) -> Any:
-    """Return the split with its labels as indices into `names`.
+def _numbered(name: str, split: str, dataset: Any, column: str, classes: list[Any]) -> Any:
+    """Return the split with its labels as indices into `classes`.
 
     Raises:
         InputError: A class that the training split does not know, or a missing label.
@@ -284,17 +283,18 @@ def _numbered(name: str, split: str, dataset: Any, column: str, names: list[str]
     if column not in dataset.features:
         raise InputError(f"`label_column_name`: expected column {column!r} in split {split!r} of {name}, got none.")
     feature = dataset.features[column]
-    if isinstance(feature, datasets.ClassLabel) and list(feature.names) == names:
+    if isinstance(feature, datasets.ClassLabel) and list(feature.names) == classes:
         return dataset
     values = list(dataset[column])
     if isinstance(feature, datasets.ClassLabel):
         values = [None if one is None or one < 0 else feature.names[one] for one in values]
-    number = {one: index for index, one in enumerate(names)}
-    numbers = [number.get(one) if isinstance(one, str) else one for one in values]
+    number = {key: index for index, one in enumerate(classes) for key in (one, str(one))}
+    kinds = (str, *map(type, classes[:1]))  # of classes with names, an integer is the index
+    numbers = [number.get(one) if isinstance(one, kinds) else one for one in values]
     for value, one in zip(values, numbers, strict=True):
-        if not isinstance(one, int) or not 0 <= one < len(names):
+        if not isinstance(one, int) or not 0 <= one < len(classes):
             raise InputError(
-                f"`label_column_name`: expected one of the {len(names)} classes of the training images in column "
+                f"`label_column_name`: expected one of the {len(classes)} classes of the training images in column "
                 f"{column!r} of split {split!r}, got {value!r}."
             )
     return dataset.remove_columns(column).add_column(column, numbers)

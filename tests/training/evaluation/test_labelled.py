@@ -45,6 +45,21 @@ def test_names_are_numbered_alike_in_both_splits(folder):
     assert test.split == "validation"
 
 
+def test_integers_without_names_are_classes_by_their_values(folder):
+    train, test = load_labelled(folder(train=split([200_000, 3, 4]), test=split([3, 200_000], seed=1)))
+    assert (train.labels, test.labels) == ([2, 0, 1], [0, 2])
+    assert train.class_names == test.class_names == ["3", "4", "200000"]
+
+
+def test_integers_beside_names_are_their_indices(folder):
+    named = datasets.ClassLabel(names=["b", "a"])
+    train, test = load_labelled(folder(train=split([0, 1], feature=named), test=split([1, 1], seed=1)))
+    assert (train.class_names, train.labels, test.labels) == (["b", "a"], [0, 1], [1, 1])
+    digits = datasets.ClassLabel(names=["7", "5"])
+    train, test = load_labelled(folder(train=split([5, 7]), test=split([0, 1], seed=1, feature=digits)))
+    assert (train.class_names, train.labels, test.labels) == (["5", "7"], [0, 1], [1, 0])
+
+
 def test_overlap_is_counted_and_warned_of(folder, caplog):
     train, test = load_labelled(folder(train=split([0, 1, 0, 1]), test=split([0, 1, 1])))
     with caplog.at_level(logging.WARNING):
@@ -89,7 +104,7 @@ GOOD = [0, 1]
             "a column 'label' with labels",
         ),
         (
-            {"train": split([1, 1]), "test": split(GOOD)},
+            {"train": split([1, 1]), "test": split([1])},
             {},
             "at least 2 classes among the 2 training images, found only",
         ),
@@ -101,6 +116,7 @@ GOOD = [0, 1]
         ({"train": split([0, None]), "test": split(GOOD)}, {}, "or class names in column 'label' of"),
         ({"train": split([0.5, 1.5]), "test": split(GOOD)}, {}, "got 0.5"),
         ({"train": split(["a", "b"]), "test": split(["c", "a"])}, {}, "got 'c'"),
+        ({"train": split([0, 7]), "test": split([0, 1])}, {}, "one of the 2 classes of the training images in column"),
         (
             {"train": split(GOOD), "test": split(GOOD)},
             {"test_split": "train"},
@@ -120,6 +136,7 @@ GOOD = [0, 1]
         "missing",
         "floats",
         "unknown-name",
+        "unknown-number",
         "same-split",
         "no-split",
         "one-image",
