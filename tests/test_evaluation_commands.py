@@ -1,5 +1,6 @@
 """`hf-vicreg evaluate` and `finetune`: the examples of --help as written, what they leave, and what they refuse."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -25,6 +26,7 @@ COMMANDS = [
     ("evaluate", "few-labels"),
     ("finetune", "classification"),
 ]
+NUMBERED = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
 OWN = {"steps": 12, "knn_accuracy": {"trained": 0.5}}
 
 
@@ -173,6 +175,38 @@ def test_images_of_unknown_classes_count_in_the_share_of_right_firsts(known, wor
 
 
 KNN = ["evaluate", "knn"]
+
+
+def test_many_classes_by_number_have_no_matrix(workplace):
+    pixels = torch.randint(0, 256, (101, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = [Image.fromarray(one.numpy()) for one in pixels]
+    labels = [1_000 * index for index in range(101)]
+    splits = {
+        split: datasets.Dataset.from_dict({"image": images[:count], "label": labels[:count]}, features=NUMBERED)
+        for split, count in (("train", 101), ("test", 3))
+    }
+    datasets.DatasetDict(splits).save_to_disk("my_numbers")
+    flags = ["runs/mine", "--dataset_name", "my_numbers", "--output_dir"]
+    assert main([*KNN, *flags, "numbers", "--neighbours", "1"]) == 0
+    assert main(["finetune", "classification", *flags, "numbered", "--max_steps", "1", "--batch_size", "2"]) == 0
+    for folder in (workplace / "numbers", workplace / "numbered"):
+        (record,) = json.loads((folder / "results.json").read_text())["evaluations"]
+        assert record["data"]["num_classes"] == 101
+        assert "confusion" not in record["details"]
+        assert not list(folder.glob("*confusion.png"))
+    assert json.loads((workplace / "numbered" / "config.json").read_text())["id2label"]["100"] == "100000"
+
+
+def test_a_classifier_is_saved_though_its_picture_cannot_be(workplace):
+    flags = ["runs/mine", "--dataset_name", "my_labelled_images", "--output_dir", "undrawn", "--max_steps", "1"]
+    assert main(["finetune", "classification", *flags]) == 0
+    folder = workplace / "undrawn"
+    for name in ("model.safetensors", "classifier_confusion.png"):
+        (folder / name).unlink()
+    (folder / "classifier_confusion.png").mkdir()
+    with contextlib.suppress(OSError):
+        main(["finetune", "classification", *flags, "--resume_from_checkpoint", "latest"])
+    assert (folder / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from hf_vicreg.training.evaluation.results import (
 from hf_vicreg.training.images.channels.raster import as_picture
 
 PICTURED_QUERIES, PICTURED_NEIGHBOURS = 8, 8
-MAX_STORED_CLASSES = 100  # of a confusion matrix in results.json
+MAX_STORED_CLASSES = 100  # of a confusion matrix, whose size is their square
 SHOWN_K = 20  # whose confusions are shown
 # flags that change no figure; where things lie on this machine is not stored
 WATCHING = {
@@ -47,10 +47,7 @@ WATCHING = {
     "embeddings",  # checked to be of this model and these images
     "unlabelled_dir",  # told by its name, and by its images' fingerprint to a resumed run
     "dataloader_num_workers",
-    "logging_steps",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
+    *("logging_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
 }
 
 
@@ -255,13 +252,15 @@ def _class_mean(predictions: torch.Tensor, labels: torch.Tensor) -> float:
 def _confusions(
     evaluation: Evaluation, what: str, name: str, labels: torch.Tensor, predictions: torch.Tensor
 ) -> dict[str, Any]:
-    """Draw the confusion matrix and return what of it is stored."""
+    """Draw the confusion matrix and return what of it is stored; of too many classes there is none."""
     names = evaluation.train.class_names
+    if len(names) > MAX_STORED_CLASSES:
+        return {}
     counts = confusion_matrix(labels, predictions, len(names))
     if can_draw():
         title = f"{evaluation.encoder.name}, {what}: {share_right(predictions, labels):.3f}"
         draw_confusion(evaluation.picture(f"{name}_confusion.png"), counts, names, title)
-    return {"confusion": counts.tolist()} if len(names) <= MAX_STORED_CLASSES else {}
+    return {"confusion": counts.tolist()}
 
 
 def _neighbours(evaluation: Evaluation, train: Features, test: Features) -> None:
@@ -272,8 +271,7 @@ def _neighbours(evaluation: Evaluation, train: Features, test: Features) -> None
     pictured = min(PICTURED_QUERIES, len(firsts))
     classes = [sorted(firsts)[place * len(firsts) // pictured] for place in range(pictured)]
     places = torch.tensor([firsts[one] for one in classes])
-    count = min(PICTURED_NEIGHBOURS, len(train))
-    parts = nearest_in_bank(train.values, test.values[places], count)
+    parts = nearest_in_bank(train.values, test.values[places], min(PICTURED_NEIGHBOURS, len(train)))
     cosines, nearest = (torch.cat(part) for part in zip(*parts, strict=True))
     names = evaluation.train.class_names
     rows = []

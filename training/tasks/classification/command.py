@@ -69,7 +69,8 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
     fine_tune(loop, arguments, model_name, recipe, f"{len(sources[LABELLED])} labelled images")
     predictions, labels = step.predict(test.source, arguments.per_device_eval_batch_size)
     accuracy = share_right(predictions, labels)
-    counts = confusion_matrix(labels, predictions, len(train.class_names))
+    num_classes = len(train.class_names)
+    counts = confusion_matrix(labels, predictions, num_classes) if num_classes <= MAX_STORED_CLASSES else None
     details: dict[str, Any] = {
         "pretrained_model": None if arguments.from_scratch else public_name(model_name),
         "pretrained_weights": None if arguments.from_scratch else encoder_weights,
@@ -77,9 +78,9 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
         "unlabelled": sources[UNLABELLED].name if UNLABELLED in sources else None,
         "num_unlabelled": len(sources[UNLABELLED]) if UNLABELLED in sources else 0,
     }
-    if len(train.class_names) <= MAX_STORED_CLASSES:
+    if counts is not None:
         details["confusion"] = counts.tolist()
-    pictures = [CONFUSION] if can_draw() else []
+    pictures = [CONFUSION] if counts is not None and can_draw() else []
     record = tuned_record(
         "finetune_classification",
         loop,
@@ -100,9 +101,9 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
         started=started,
     )
     if accelerator.is_main_process:
-        if pictures:
-            draw_confusion(folder / CONFUSION, counts, train.class_names, f"{folder.resolve().name}: {accuracy:.3f}")
         save_tuned(folder, record, step.model, processor)
+        if counts is not None and pictures:
+            draw_confusion(folder / CONFUSION, counts, train.class_names, f"{folder.resolve().name}: {accuracy:.3f}")
         images = f"{len(labels)} test images{labels_note(record['data'])}"
         print(f"\nAccuracy {accuracy:.3f} on {images}, in {folder / FILE}. To use the classifier:\n")
         print(LOADING_SNIPPET.format(folder=folder))
