@@ -122,6 +122,32 @@ def test_figures_are_those_of_the_counts():
     assert found == pytest.approx({"pixel_accuracy": 9 / 12, "mean_iou": (6 / 9 + 3 / 6) / 2, "dice": 6 / 9})
 
 
+def test_patches_of_one_class_are_one_line(tmp_path, workplace, monkeypatch, capsys):
+    squares(tmp_path / "my_masks", "train", [(32, 32)])
+    squares(tmp_path / "my_masks", "test", [(32, 32)])
+    mask = np.zeros((32, 32), np.uint8)
+    mask[10, 10] = 1  # never most of a patch
+    Image.fromarray(mask).save(tmp_path / "my_masks" / "train" / "masks" / "0.png")
+    monkeypatch.chdir(tmp_path)
+    words = f"evaluate dense {workplace}/model --dataset_name my_masks --image_height 32 --image_width 32"
+    assert main([*words.split(), "--output_dir", "out"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: `image_height`: expected patches of at least 2 classes, those 16 drawn")
+
+
+def test_test_images_that_cannot_be_read_are_one_line(tmp_path, workplace, monkeypatch, capsys):
+    squares(tmp_path / "my_masks", "train", [(32, 32)] * 2)
+    squares(tmp_path / "my_masks", "test", [(32, 32)])
+    image = tmp_path / "my_masks" / "test" / "0.png"
+    image.write_bytes(image.read_bytes()[:200])  # its size can be read, its pixels cannot
+    monkeypatch.chdir(tmp_path)
+    words = f"evaluate dense {workplace}/model --dataset_name my_masks --image_height 32 --image_width 32"
+    assert main([*words.split(), "--output_dir", "out"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == "error: `test_split`: expected readable images in 'test', all are corrupt."
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

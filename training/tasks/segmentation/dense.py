@@ -145,7 +145,11 @@ def bank_of(
     num_classes: int,
     said: str,
 ) -> Patches:
-    """Return about `bank_size` patches of the training images, as many of each image, drawn by the seed."""
+    """Return about `bank_size` patches of the training images, as many of each image, drawn by the seed.
+
+    Raises:
+        InputError: No readable image, or patches of one class alone.
+    """
     window = (arguments.image_height, arguments.image_width)
     generator = torch.Generator().manual_seed(arguments.seed)
     each = -(-arguments.bank_size // len(images))
@@ -169,7 +173,14 @@ def bank_of(
     progress.close()
     if not values:
         raise InputError(f"`train_split`: expected readable images in {images.split!r}, all are corrupt.")
-    return Patches(torch.cat(values), torch.cat(classes))
+    found = torch.cat(classes)
+    if len(found.unique()) < 2:
+        raise InputError(
+            f"`image_height`: expected patches of at least 2 classes, those {len(found)} drawn from windows of "
+            f"{window[0]}x{window[1]} pixels have one or none, each by most of its pixels; raise --image_height, "
+            "--image_width and --bank_size, or take a model of smaller patches."
+        )
+    return Patches(torch.cat(values), found)
 
 
 def scored(
@@ -191,16 +202,20 @@ def scored(
         num_classes: That there are.
         said: For the progress.
         arguments: The flags.
+
+    Raises:
+        InputError: No readable image.
     """
     window = (arguments.image_height, arguments.image_width)
     totals = {name: np.zeros((num_classes, num_classes), np.int64) for name in scorers}
     progress = _progress(len(images), f"patches of {said}, test images")
-
+    readable = 0
     for index in range(len(images)):
         progress.update(index + 1)
         found = _read(images, encoder, index, instances=arguments.instances)
         if found is None:
             continue
+        readable += 1
         pixels, truth = found
         height, width = truth.shape
         places = [(top, left) for top in _tiles(height, window[0]) for left in _tiles(width, window[1])]
@@ -214,6 +229,8 @@ def scored(
                 guessed[y : y + window[0], x : x + window[1]] = magnified.argmax(0)
             totals[name] += confusion(truth.numpy(), guessed[:height, :width].numpy(), num_classes)
     progress.close()
+    if not readable:
+        raise InputError(f"`test_split`: expected readable images in {images.split!r}, all are corrupt.")
     return totals
 
 
