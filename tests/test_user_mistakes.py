@@ -80,7 +80,12 @@ MISTAKES = {
     "knn, results": (f"{KNN} taken {LABELLED}", "`output_dir`: expected JSON in taken/results.json"),
     "knn, in a file": (f"{KNN} encoder {LABELLED} --output_dir note.txt/out", "`output_dir`: expected a folder to"),
     "linear, share": (f"evaluate linear encoder {LABELLED} --held_out_ratio 2", "`held_out_ratio`: expected a share"),
-    "retrieval, flag": (f"evaluate retrieval encoder {LABELLED} --seed -1", "`seed`: expected a number of at least 0"),
+    "retrieval, flag": (f"evaluate retrieval encoder {LABELLED} --seed -1", "`seed`: expected an integer from 0 to"),
+    "linear, seed": (f"evaluate linear encoder {LABELLED} --seed 4294967296", "`seed`: expected an integer from 0 to"),
+    "detection, seed": (
+        f"finetune detection encoder {LABELLED} --seed 4294967296 --output_dir new",
+        "`seed`: expected an integer from 0 to",
+    ),
     "few-labels, labels": (f"evaluate few-labels encoder {LABELLED} --labels x", "`labels`: expected percentages"),
     "classifier, no folder": (f"finetune classification encoder {LABELLED}", "`output_dir`: expected a folder for"),
     "classifier, long": (

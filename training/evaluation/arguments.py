@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.run.checks import MAX_SEED
 
 
 def flag(default: Any, text: str) -> Any:
@@ -170,7 +171,6 @@ AT_LEAST: dict[str, float] = {
     "max_train_samples": 1,
     "max_test_samples": 1,
     "per_device_eval_batch_size": 1,
-    "seed": 0,
     "batch_size": 1,
     "unlabelled_batch_size": 1,
     "lora_rank": 0,
@@ -228,5 +228,16 @@ def check_ranges(arguments: LabelledDataArguments) -> None:
             f"`embeddings`: expected a folder for the training images and one for the test images, got "
             f"{len(values['embeddings'])}."
         )
+    check_seed(values.get("seed", 0))
     if not arguments.dataset_name:
         raise InputError("`dataset_name`: expected labelled images, got none; add --dataset_name NAME.")
+
+
+def check_seed(seed: int) -> None:
+    """Check that NumPy and scikit-learn take a seed.
+
+    Raises:
+        InputError: They do not.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"`seed`: expected an integer from 0 to {MAX_SEED}, got {seed}.")

@@ -125,8 +125,12 @@ def _choose(x: np.ndarray, y: np.ndarray, held_out_ratio: float, seed: int) -> t
         logger.info("C = 1: too few images of a class to hold some out")
         return 1.0, {}
     splits = SPLITS_OF_SMALL if len(y) < SMALL else 1
+    parts = list(StratifiedShuffleSplit(splits, test_size=held_out, random_state=seed).split(x, y))
+    if any(len(np.unique(y[fit])) < 2 for fit, _ in parts):
+        logger.info("C = 1: with so many images held out, the others are of one class")
+        return 1.0, {}
     correct = dict.fromkeys(STRENGTHS, 0.0)
-    for fit, check in StratifiedShuffleSplit(splits, test_size=held_out, random_state=seed).split(x, y):
+    for fit, check in parts:
         mean, deviation = _moments(x[fit])
         model = _Regression(STRENGTHS[0])
         for strength in STRENGTHS:  # from strong to weak regularisation, each starting from the solution before

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.evaluation.arguments import flag
+from hf_vicreg.training.evaluation.arguments import check_seed, flag
 from hf_vicreg.training.run.run_folder import refuse_foreign_folder
 
 OWN_FILE = "finetuning.json"  # what a folder has to hold to be taken for a fine-tuned model of ours
@@ -167,7 +167,7 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("checkpoints_total_limit", "image_height", "image_width", "num_queries"), 1),
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
     **dict.fromkeys(("learning_rate", "encoder_learning_rate_ratio", "weight_decay", "max_grad_norm"), 0),
-    **dict.fromkeys(("dataloader_num_workers", "seed", "lora_rank"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "lora_rank"), 0),
     "temperature": 1,
     "max_target_length": 2,  # a token and the end
     "vocab_size": 260,  # bytes and the special tokens
@@ -226,6 +226,7 @@ def check_run(arguments: RunArguments) -> None:
     for name, least in AT_LEAST.items():
         if values.get(name) is not None and not least <= values[name] < float("inf"):
             raise InputError(f"`{name}`: expected a number of at least {least}, got {values[name]}.")
+    check_seed(arguments.seed)
     for name in SHARES:
         if not 0 <= values.get(name, 0) <= 1:
             raise InputError(f"`{name}`: expected a number from 0 to 1, got {values[name]}.")

@@ -83,6 +83,13 @@ def test_one_label_a_class_is_enough():
         linear_probe(features[:1], labels[:1], features, held_out_ratio=0.2, seed=0)
 
 
+def test_one_class_left_to_fit_is_no_choice():
+    features, _ = clusters(100)
+    labels = (torch.arange(100) >= 98).long()
+    probe = linear_probe(features, labels, features, held_out_ratio=0.9, seed=0)
+    assert (probe.strength, probe.held_out) == (1.0, {})
+
+
 def test_retrieval_equals_scikit_learn_per_query():
     gallery, gallery_labels = clusters(150)
     queries, query_labels = clusters(70, classes=4, seed=1)

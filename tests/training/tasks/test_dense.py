@@ -152,6 +152,7 @@ def test_test_images_that_cannot_be_read_are_one_line(tmp_path, workplace, monke
     ("flags", "message"),
     [
         ("", "`dataset_name`: expected images with masks"),
+        ("--dataset_name DATA --seed -1", "`seed`: expected an integer from 0 to 4294966295, got -1"),
         ("--dataset_name DATA --neighbours 0", "`neighbours`: expected at least 1, got 0"),
         ("--dataset_name DATA --test_split train", "`test_split`: expected another split than the 'train' trained on"),
         ("--dataset_name DATA --mask_column_name cells", "`mask_column_name`: expected a column 'cells'"),

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_vicreg.training.errors import InputError, as_input_error
+from hf_vicreg.training.evaluation.arguments import check_seed
 from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_encoder, source_for
 from hf_vicreg.training.evaluation.labelled import count_overlap
 from hf_vicreg.training.evaluation.linear import fit_linear_probe, require_sklearn
@@ -78,6 +79,7 @@ def evaluate_dense(model: str, arguments: DenseArguments) -> dict[str, Any]:
             raise InputError(f"`{name}`: expected at least 1, got {getattr(arguments, name)}.")
     if not 0 < arguments.held_out_ratio < 1:
         raise InputError(f"`held_out_ratio`: expected a share between 0 and 1, got {arguments.held_out_ratio}.")
+    check_seed(arguments.seed)
     require_sklearn()
     if arguments.instances:
         check_extra()
