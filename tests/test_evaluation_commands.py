@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from PIL import Image
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, EfficientNetImageProcessor, MobileViTImageProcessor
 
 import hf_vicreg
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
@@ -195,6 +195,18 @@ def test_many_classes_by_number_have_no_matrix(workplace):
         assert "confusion" not in record["details"]
         assert not list(folder.glob("*confusion.png"))
     assert json.loads((workplace / "numbered" / "config.json").read_text())["id2label"]["100"] == "100000"
+
+
+@pytest.mark.parametrize("kind", [MobileViTImageProcessor, EfficientNetImageProcessor])
+def test_other_pixels_in_testing_than_in_training_are_refused(kind, workplace, capsys):
+    BigBirdViTModel.from_pretrained("runs/mine").save_pretrained("runs/others")
+    size = {"height": 32, "width": 32}
+    kind(size=size, crop_size=size).save_pretrained("runs/others")
+    flags = ["runs/others", "--dataset_name", "my_labelled_images", "--output_dir", "others", "--max_steps", "1"]
+    assert main(["finetune", "classification", *flags]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: `MODEL`: expected an image processor that divides RGB by 255 and normalises it")
+    assert not (workplace / "others").exists()
 
 
 def test_a_classifier_is_saved_though_its_picture_cannot_be(workplace):

@@ -9,7 +9,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.order import alike
 from hf_vicreg.training.tasks.arguments import CaptioningArguments
-from hf_vicreg.training.tasks.classification.data import image_size_of, pixel_values
+from hf_vicreg.training.tasks.classification.data import check_pixels, image_size_of, pixel_values
 from hf_vicreg.training.tasks.data import AnnotatedImages, TargetViews, load_annotated
 
 IGNORED = -100  # a label that the loss leaves out
@@ -46,6 +46,7 @@ class CaptionedViews(TargetViews):
         arguments: CaptioningArguments,
     ):
         """Take what turns captions into tokens, and the processor for its image size."""
+        check_pixels(processor)
         tokens = caption_tokens(tokenizer, images.annotations, arguments.max_target_length)
         super().__init__(images.source, tokens, image_size_of(processor), arguments)
 

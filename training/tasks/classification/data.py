@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from transformers import BaseImageProcessor
 
+from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import TuningArguments
 from hf_vicreg.training.images.colour import finish_views
 from hf_vicreg.training.images.order import MAX_SUBSTITUTES, StepSampler, alike
@@ -19,6 +21,8 @@ from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.run.arguments import ViewsConfig
 
 LABELLED, UNLABELLED = "labelled", "unlabelled"
+FLAT = (230, 120, 30)  # a colour whose channels differ: one that is swapped or shifted shows
+UNCHANGED = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]  # as `ViewSampler` draws colours where nothing is changed
 
 
 class ClassifierImages(Dataset):
@@ -128,3 +132,27 @@ def pixel_values(part: dict[str, torch.Tensor], processor: BaseImageProcessor, d
     finished = ((mean, std), None if low is None else (low, high))
     views = [finish_views(crops[:, view], part["colours"][:, view], *finished) for view in range(crops.shape[1])]
     return torch.stack(views, dim=1)
+
+
+def check_pixels(processor: BaseImageProcessor) -> None:
+    """Check on an image of one colour that training makes of it what the processor makes: testing uses the latter.
+
+    Processors of images of science are ours, and are not asked.
+
+    Raises:
+        InputError: Other pixels, as of swapped channels or a normalisation of its own.
+    """
+    if getattr(processor, "channel_low", None) is not None:
+        return
+    height, width = image_size_of(processor)
+    theirs = processor(Image.new("RGB", (width, height), FLAT), return_tensors="pt")["pixel_values"][0]
+    part = {"crops": torch.tensor(FLAT, dtype=torch.uint8).view(1, 1, 3, 1, 1), "colours": torch.tensor([[UNCHANGED]])}
+    ours = pixel_values(part, processor, torch.device("cpu")).flatten()
+    found = theirs[..., theirs.shape[-2] // 2, theirs.shape[-1] // 2].flatten().float()
+    if found.shape != ours.shape or not torch.allclose(found, ours, atol=0.02):
+        shown = (", ".join(f"{float(one):.2f}" for one in values) for values in (ours, found))
+        raise InputError(
+            "`MODEL`: expected an image processor that divides RGB by 255 and normalises it by image_mean, image_std, "
+            f"got {type(processor).__name__}, which makes of the colour {FLAT} not {next(shown)} but {next(shown)}; "
+            "take a model with another processor."
+        )

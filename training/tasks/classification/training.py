@@ -27,6 +27,7 @@ from hf_vicreg.training.tasks.classification.data import (
     UNLABELLED,
     ClassifierImages,
     PairedSampler,
+    check_pixels,
     collate,
     image_size_of,
     pixel_values,
@@ -58,8 +59,9 @@ class ClassifierStep(TaskStep):
             seed: Of order and augmentation.
 
         Raises:
-            InputError: A batch that the processes cannot share.
+            InputError: A batch that the processes cannot share, and what `check_pixels` refuses.
         """
+        check_pixels(processor)
         self.processor, self.sources, self.seed = processor, sources, seed
         wanted = {LABELLED: settings.batch_size, UNLABELLED: settings.unlabelled_batch_size}
         # few labels fill no large batch

@@ -15,7 +15,7 @@ from hf_vicreg.training.evaluation.encoder import load_processor, weights_digest
 from hf_vicreg.training.evaluation.features import encoded_batches
 from hf_vicreg.training.tasks.arguments import LabelArguments
 from hf_vicreg.training.tasks.captioning.data import collate
-from hf_vicreg.training.tasks.classification.data import image_size_of, pixel_values
+from hf_vicreg.training.tasks.classification.data import check_pixels, image_size_of, pixel_values
 from hf_vicreg.training.tasks.classification.model import build_classifier
 from hf_vicreg.training.tasks.data import AnnotatedImages, TargetViews, read_for
 from hf_vicreg.training.tasks.multitask.labels import load_classes, load_numbers, load_several_classes
@@ -66,6 +66,7 @@ def prepare_labels(model_name: str, kind: str, arguments: LabelArguments, accele
     model = build_classifier(model_name, names, from_scratch=False, seed=arguments.seed)
     model.config.problem_type = f"single_label_{kind}" if kind == CLASSES else kind
     processor = load_processor(model_name, model.config)
+    check_pixels(processor)
     train, test = read_for(processor, train), read_for(processor, test)
     units = Units(torch.zeros(len(names)), torch.ones(len(names)))
     if kind == NUMBERS:
