@@ -209,6 +209,14 @@ def test_other_pixels_in_testing_than_in_training_are_refused(kind, workplace, c
     assert not (workplace / "others").exists()
 
 
+def test_test_images_among_the_unlabelled_ones_are_counted(workplace):
+    flags = "--consistency --unlabelled_dir my_labelled_images/test --output_dir leaky --max_steps 1"
+    arguments = ["runs/mine", "--dataset_name", "my_labelled_images", *flags.split()]
+    assert main(["finetune", "classification", *arguments]) == 0
+    (record,) = json.loads((workplace / "leaky" / "results.json").read_text())["evaluations"]
+    assert record["data"]["test_images_in_train"] == 12
+
+
 def test_a_classifier_is_saved_though_its_picture_cannot_be(workplace):
     flags = ["runs/mine", "--dataset_name", "my_labelled_images", "--output_dir", "undrawn", "--max_steps", "1"]
     assert main(["finetune", "classification", *flags]) == 0

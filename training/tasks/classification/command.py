@@ -51,12 +51,14 @@ def finetune_classification(model_name: str, arguments: FinetuneArguments) -> di
     folder = Path(arguments.output_dir)
     _check_folder(arguments)
     train, test = load_labelled(arguments)
-    overlap = count_overlap(train.digests, test.digests)
+    trained_on = train.digests
     sources = training_sources(train, arguments.labels_per_class, arguments.seed)
     if not arguments.consistency:
         del sources[UNLABELLED]
     elif arguments.unlabelled_dir is not None:
         sources[UNLABELLED], _ = load_sources(train_dir=arguments.unlabelled_dir)
+        trained_on = trained_on + LabelledImages(UNLABELLED, sources[UNLABELLED], []).digests
+    overlap = count_overlap(trained_on, test.digests)
     accelerator = classifier_accelerator(model_name, arguments.mixed_precision)
     model = build_classifier(model_name, train.class_names, from_scratch=arguments.from_scratch, seed=arguments.seed)
     processor = load_processor(model_name, model.config)
