@@ -58,6 +58,7 @@ planned_memory) "$PYTHON" -m benchmarks.planned_memory "$@" ;;
 ablations)
     images CIFAR10
     "$PYTHON" -m benchmarks.ablations --dataset_name "$CIFAR10" --out "$OUT/ablations.json" "$@" ;;
+distant_marks) "$PYTHON" -m benchmarks.distant_marks --out "$OUT/distant_marks.json" "$@" ;;
 sparse_against_dense)
     images BCCD
     "$PYTHON" -m benchmarks.sparse_against_dense --dataset_name "$BCCD" --output_dir "$OUT/sparse_against_dense" \
