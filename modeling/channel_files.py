@@ -181,9 +181,13 @@ class _Frames:
             return self.pixels.apply_color_lut(stored, data)
         if stored.ndim == 3:
             return stored
-        slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
+        rescaling = self._part("PixelValueTransformationSequence", index)
+        slope, intercept = (
+            default if rescaling.get(name) in (None, "") else float(rescaling.get(name))
+            for name, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
+        )
         values = stored if (slope, intercept) == (1, 0) else (stored * slope + intercept).astype(np.float32)
-        window = self._window()
+        window = self._window(index)
         if window is not None:
             centre, width = window
             values = ((values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5).clip(0, 1).astype(np.float32)
@@ -194,10 +198,19 @@ class _Frames:
             values = (2 * intercept + total * slope - values).astype(values.dtype)
         return values
 
-    def _window(self) -> tuple[float, float] | None:
+    def _part(self, sequence: str, index: int) -> Any:
+        """Return where a frame's values of a kind stand: in its own part, that of all frames, or the file (C.7.6.16)."""
+        own = (self.data.get("PerFrameFunctionalGroupsSequence") or [])[index : index + 1]
+        for groups in (*own, *(self.data.get("SharedFunctionalGroupsSequence") or [])[:1]):
+            if groups.get(sequence):
+                return groups.get(sequence)[0]
+        return self.data
+
+    def _window(self, index: int) -> tuple[float, float] | None:
         """Return centre and width of the first window; none where values have a unit, such as Hounsfield's."""
-        data = self.data
-        united = data.get("RescaleType", "US") != "US" or data.get("Modality") in ("CT", "PT", "NM")
+        unit = self._part("PixelValueTransformationSequence", index).get("RescaleType") or "US"
+        data = self._part("FrameVOILUTSequence", index)
+        united = unit != "US" or self.data.get("Modality") in ("CT", "PT", "NM")
         if united or not data.get("WindowWidth") or data.get("WindowCenter") is None:
             return None
         found = [data.WindowCenter, data.WindowWidth]

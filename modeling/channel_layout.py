@@ -51,6 +51,9 @@ class ChannelFile:
             UnreadableChannels: Other channels than wanted, or values that are no real numbers.
         """
         lengths = dict(zip(self.axes, self.levels[0].shape, strict=True))
+        # a level of fewer planes or times is none of the same pages
+        of_pages = [place for place, axis in enumerate(self.axes) if axis not in "YX"]
+        self.levels = [one for one in self.levels if all(one.shape[at] == self.levels[0].shape[at] for at in of_pages)]
         channels = math.prod(length for axis, length in lengths.items() if axis in CHANNEL_AXES)
         stacked = math.prod(length for axis, length in lengths.items() if axis not in CHANNEL_AXES + "YX")
         wanted, self.alpha = self.num_channels, self.alpha and channels == self.num_channels + 1
@@ -94,8 +97,8 @@ class ChannelFile:
         kept = [axis for axis in self.axes if axis not in place]
         pixels = np.moveaxis(pixels, [kept.index("Y"), kept.index("X")], [0, 1])
         pixels = pixels.reshape(*pixels.shape[:2], -1)[:, :, : self.num_channels]
-        if self.inverted and pixels.dtype.kind == "u":
-            pixels = np.iinfo(pixels.dtype).max - pixels
+        if self.inverted and pixels.dtype.kind in "bui":
+            pixels = np.invert(pixels)  # the smallest and the largest that can be stored change places
         return plain(pixels)
 
 

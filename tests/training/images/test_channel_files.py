@@ -297,6 +297,72 @@ def test_dicom_values_are_as_the_standard_says(tmp_path):
     np.testing.assert_array_equal(open_channels(str(path), 1).read()[:, :, 0], 65535 - unsigned[0])
 
 
+def test_values_of_a_multi_frame_dicom_are_those_of_each_frame(tmp_path):
+    """Enhanced files say it by frame, or once for all of them, and not at the top."""
+
+    def rescaling(slope, intercept, unit="HU"):
+        part = pydicom.Dataset()
+        part.RescaleSlope, part.RescaleIntercept, part.RescaleType = slope, intercept, unit
+        groups = pydicom.Dataset()
+        groups.PixelValueTransformationSequence = [part]
+        return groups
+
+    stored, path = pixels_of("int16", 3).transpose(2, 0, 1), tmp_path / "enhanced.dcm"
+    write_dicom(path, stored, Modality="CT", SharedFunctionalGroupsSequence=[rescaling(2, -1024)])
+    expected = stored.transpose(1, 2, 0) * 2.0 - 1024
+    np.testing.assert_allclose(open_channels(str(path), 3).read(), expected)
+    each = [rescaling(1, 10), rescaling(1, 20), pydicom.Dataset()]
+    shared = rescaling(2, -1024)
+    write_dicom(path, stored, PerFrameFunctionalGroupsSequence=each, SharedFunctionalGroupsSequence=[shared])
+    found = open_channels(str(path), 3).read()
+    np.testing.assert_allclose(found[:, :, :2], stored.transpose(1, 2, 0)[:, :, :2] + np.array([10, 20]))
+    np.testing.assert_allclose(found[:, :, 2], expected[:, :, 2])
+    window = pydicom.Dataset()
+    window.WindowCenter, window.WindowWidth = 100, 201
+    groups = rescaling(1, 0, "US")
+    groups.FrameVOILUTSequence = [window]
+    write_dicom(path, stored[:1], Modality="US", SharedFunctionalGroupsSequence=[groups])
+    expected = ((stored[0] - 99.5) / 200 + 0.5).clip(0, 1)
+    np.testing.assert_allclose(open_channels(str(path), 1).read()[:, :, 0], expected, atol=1e-6)
+
+
+def test_empty_tags_of_a_dicom_say_nothing(tmp_path):
+    stored, path = pixels_of("uint16", 1).transpose(2, 0, 1), tmp_path / "empty.dcm"
+    write_dicom(path, stored, Modality="DX", RescaleSlope=None, RescaleIntercept=None, RescaleType="")
+    np.testing.assert_array_equal(open_channels(str(path), 1).read()[:, :, 0], stored[0])
+    write_dicom(path, stored, Modality="DX", RescaleType="", WindowCenter=2000, WindowWidth=1000)
+    assert open_channels(str(path), 1).read().max() == 1
+
+
+def test_a_level_of_fewer_planes_is_left_out_of_a_pyramid(tmp_path):
+    path = tmp_path / "volume.zarr"
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    values = np.arange(2 * 4, dtype="uint16").reshape(2, 1, 4, 1, 1)
+    levels = {
+        "0": np.broadcast_to(values, (2, 1, 4, 32, 32)),
+        "1": np.broadcast_to(values[:, :, ::2], (2, 1, 2, 16, 16)),
+    }
+    levels["2"] = np.broadcast_to(values, (2, 1, 4, 8, 8))
+    for name, one in levels.items():
+        group.create_array(name, shape=one.shape, chunks=one.shape, dtype=one.dtype)[:] = one
+    group.attrs["multiscales"] = [
+        {"axes": [{"name": axis} for axis in "tczyx"], "datasets": [{"path": name} for name in levels]}
+    ]
+    file = open_channels(str(path), 1, "images", lazy=True)
+    assert [file.size(level) for level in range(len(file.levels))] == [(32, 32), (8, 8)]
+    for level in range(2):
+        assert [int(file.read(image, level).max()) for image in range(file.num_images)] == list(range(8))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int16"])
+def test_white_is_zero_in_one_bit_and_signed_files_too(tmp_path, dtype):
+    values = np.array([[0, 1], [1, 0]], dtype) if dtype == "bool" else np.array([[-32768, 32767], [5, -1]], dtype)
+    tifffile.imwrite(tmp_path / "white.tif", values, photometric="miniswhite")
+    found = open_channels(str(tmp_path / "white.tif"), 1).read()[:, :, 0]
+    expected = ~values if dtype == "bool" else np.array([[32767, -32768], [-6, 0]])
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_white_that_is_zero_transparency_and_numbers_that_are_none(tmp_path):
     pixels = pixels_of("uint8", 1)
     tifffile.imwrite(tmp_path / "white.tif", pixels[:, :, 0], photometric="miniswhite")
