@@ -199,7 +199,7 @@ class _Frames:
         return values
 
     def _part(self, sequence: str, index: int) -> Any:
-        """Return where a frame's values of a kind stand: in its own part, that of all frames, or the file (C.7.6.16)."""
+        """Return where a frame's values of a kind stand: its own part, that of all frames, or the file (C.7.6.16)."""
         own = (self.data.get("PerFrameFunctionalGroupsSequence") or [])[index : index + 1]
         for groups in (*own, *(self.data.get("SharedFunctionalGroupsSequence") or [])[:1]):
             if groups.get(sequence):

@@ -186,3 +186,18 @@ def test_a_preset_leaves_nothing_of_the_one_in_a_recipe_below_it(tmp_path):
     above = {"data": "digits", "output_dir": "x", "config": recipe, "views": {"preset": "pathology"}}
     assert resolve(above).views.channel_dropout_probability == 0
     assert resolve(above).views.stain == 0.15
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+def test_corners_from_outside_have_a_value_of_the_image(dtype):
+    """0 is black in a photograph, and water on a CT scan."""
+    low = {"int16": -1000, "float32": -1000}.get(dtype, 100)
+    pixels = np.full((16, 16, 2), low, dtype)
+    pixels[8:, :, 1] += 50
+    turned = (0.9, 0.4, -3.0, -0.4, 0.9, 3.0)
+    found = Raster.of(pixels).transform((16, 16), Image.Transform.AFFINE, turned, Image.Resampling.BILINEAR)
+    found = np.asarray(found)
+    assert found.dtype == dtype
+    assert (found[:, :, 0] == low).all()
+    assert found[:, :, 1].min() == low
+    assert found[:, :, 1].max() == low + 50

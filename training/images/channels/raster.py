@@ -56,12 +56,13 @@ class Raster:
     def transform(
         self, size: tuple[int, int], method: Image.Transform, data: Any, resample: Image.Resampling
     ) -> "Raster":
-        """Return the pixels transformed as Pillow does, channel by channel, in their own depth."""
+        """Return the pixels transformed as Pillow does, by channel and in their own depth; outside is its least."""
         pixels = np.asarray(self)
         planes = []
         for plane in np.moveaxis(pixels, -1, 0):
             exact = plane if plane.dtype == np.uint8 else plane.astype(np.float32)
-            moved = np.asarray(Image.fromarray(np.ascontiguousarray(exact)).transform(size, method, data, resample))
+            image, least = Image.fromarray(np.ascontiguousarray(exact)), exact.min().item()  # 0 may mean something
+            moved = np.asarray(image.transform(size, method, data, resample, fillcolor=least))
             planes.append(moved if pixels.dtype.kind == "f" else moved.round().astype(pixels.dtype))
         return Raster.of(np.stack(planes, axis=-1))
 
