@@ -213,11 +213,11 @@ class ImageSource:
         """Return what a user finds an image by."""
         return f"row {index}" if self.file_names is None else self.file_names[index]
 
-    def sampled(self) -> range:
+    def sampled(self) -> Sequence[int]:
         """Return the indices of up to 64 images spread evenly over all."""
         return self._spread(NUM_SAMPLED)
 
-    def _spread(self, count: int) -> range:
+    def _spread(self, count: int) -> Sequence[int]:
         return range(0, len(self), -(-len(self) // count) or 1)
 
 

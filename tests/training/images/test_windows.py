@@ -85,6 +85,22 @@ def test_each_window_is_an_image_and_small_images_are_whole(slides):
     assert source.digest(5) != source.digest(6)
 
 
+def test_a_sample_of_windows_is_of_all_columns_and_rows(tmp_path):
+    for number in range(8):
+        np.save(tmp_path / f"{number}.npy", np.zeros((640, 640, 1), np.uint8))
+    source = channel_folder(str(tmp_path), 1, window=16)  # 40 windows a row: every 200th is in the first column
+    sampled = source.sampled()
+    assert len(sampled) == 64
+    assert list(sampled) == list(source.sampled())
+    assert all(200 * part <= index < 200 * (part + 1) for part, index in enumerate(sampled))
+    for side in (2, 3):
+        places = source.items[sampled, side] // 16
+        assert len(set(places.tolist())) > 20
+        assert places.max() - places.min() > 30
+    whole = channel_folder(str(tmp_path), 1)
+    assert list(whole.sampled()) == list(range(8))
+
+
 @pytest.mark.parametrize("name", ["a.ome.tif", "b.zarr"])
 def test_the_level_of_the_pyramid_is_the_one_that_a_view_needs(slides, name):
     file = open_channels(str(slides / name), 2, lazy=True)

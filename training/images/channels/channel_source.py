@@ -3,8 +3,9 @@
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,18 @@ class ChannelSource(ImageSource):
         found = super().first(count)
         assert isinstance(found, ChannelSource)
         return found if self.items is None else replace(found, items=self.items[: len(found)])
+
+    def _spread(self, count: int) -> Sequence[int]:
+        """Return up to `count` indices, one of each of as many equal parts; of windows at a drawn place in its part.
+
+        Windows lie in rows, one file's after another's: even steps can meet the same column in all of them.
+        """
+        even = super()._spread(count)
+        if self.items is None or not self.items[:, 4].any():
+            return even
+        assert isinstance(even, range)
+        places = Random(0)  # the same for all who ask, on every machine
+        return [start + int(places.random() * min(even.step, len(self) - start)) for start in even]
 
     def _file_of(self, index: int) -> int:
         return index if self.items is None else int(self.items[index, 0])
