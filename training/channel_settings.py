@@ -7,8 +7,7 @@ from typing import Any
 
 from hf_vicreg.training.building import OpenRun
 from hf_vicreg.training.images.channels.channel_source import ChannelSource, as_channels
-from hf_vicreg.training.images.channels.folders import without_blank
-from hf_vicreg.training.images.channels.measuring import measured_views
+from hf_vicreg.training.images.channels.measuring import measured_views, with_signal
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream
 from hf_vicreg.training.launch.distributed import run_on_main
@@ -19,7 +18,6 @@ from hf_vicreg.training.run.settings import read_recipe
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # one voice for the whole command
 
-OF_PHOTOS = ([0.0] * 3, [255.0] * 3)
 FIELDS = ("channel_low", "channel_high", "image_mean", "image_std")
 
 
@@ -27,7 +25,7 @@ def with_measured(settings: dict[str, Any], config: RunConfig, opened: OpenRun) 
     """Return settings and configuration with the normalisation of the images; every process must call.
 
     A resumed run has it in its recipe, another run's recipe may give it; else it is measured. In `opened`, windows
-    that hold nothing are left out.
+    that hold nothing are left out, before the others are measured.
 
     Raises:
         InputError: Nothing can be measured, or all is blank.
@@ -35,6 +33,8 @@ def with_measured(settings: dict[str, Any], config: RunConfig, opened: OpenRun) 
     source = opened.source
     if not (isinstance(source, ChannelSource) or (isinstance(source, ImageStream) and config.reads_channels)):
         return settings, config
+    if isinstance(source, ChannelSource):
+        opened.source = source = run_on_main(partial(with_signal, source, config), opened.accelerator)
     if config.normalisation_kind != "photo" and config.channel_ranges is None:
         stored = _stored(config)
         if stored is not None:
@@ -43,9 +43,6 @@ def with_measured(settings: dict[str, Any], config: RunConfig, opened: OpenRun) 
             settings = run_on_main(lambda: measured_views(settings, config, _looked_at(source)), opened.accelerator)
         config = resolve(settings)
         _log(config)
-    if isinstance(source, ChannelSource):
-        ranges = config.channel_ranges or OF_PHOTOS
-        opened.source = run_on_main(partial(without_blank, source, *ranges), opened.accelerator)
     return settings, config
 
 

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.channel_source import ChannelSource
-from hf_vicreg.training.images.channels.folders import channel_folder, without_blank
-from hf_vicreg.training.images.channels.measuring import measure
+from hf_vicreg.training.images.channels.folders import channel_folder
+from hf_vicreg.training.images.channels.measuring import without_empty
 from hf_vicreg.training.run.places import is_image_folder
 
 
@@ -37,13 +37,7 @@ def channel_images(source: str, num_channels: int, pages: str | None, window: in
     refusals = [found.refusal(index) for index in found.sampled()]
     if all(refusals):
         raise InputError(f"`source`: expected readable images in {found.name}; {found.describe(0)}: {refusals[0]}.")
-    if found.items is None:
-        return found
-    try:
-        ranges = measure(found, "percentile")
-    except InputError:  # of a channel that is constant: then only what is so throughout is empty
-        return without_blank(found, [0.0] * num_channels, [0.0] * num_channels)
-    return without_blank(found, ranges.channel_low, ranges.channel_high)
+    return found if found.items is None else without_empty(found)
 
 
 class EncodedChannels(Dataset):

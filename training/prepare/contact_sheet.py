@@ -10,8 +10,7 @@ from PIL import Image
 
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.channel_source import ChannelSource
-from hf_vicreg.training.images.channels.folders import without_blank
-from hf_vicreg.training.images.channels.measuring import measured_views
+from hf_vicreg.training.images.channels.measuring import measured_views, with_signal
 from hf_vicreg.training.images.channels.raster import Raster, as_picture
 from hf_vicreg.training.images.colour import finish_views
 from hf_vicreg.training.images.image_source import ImageSource
@@ -51,9 +50,9 @@ def draw_views(
     source, _, _ = load_images(config)
     assert isinstance(source, ImageSource)
     if isinstance(source, ChannelSource):
+        source = with_signal(source, config)
         settings = measured_views(settings, config, source)
         config = resolve(settings)
-        source = without_blank(source, *(config.channel_ranges or ([0.0] * 3, [255.0] * 3)))
     source = usable_images(source, config)
     samplers = ViewSampler.of_views(config.views, config.image_size)[:2] * (NUM_VIEWS // 2)
     rows = []

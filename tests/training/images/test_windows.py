@@ -9,9 +9,10 @@ import torch
 import zarr
 from torch.utils.data import DataLoader
 
+from hf_vicreg import pretrain
 from hf_vicreg.modeling.channel_files import open_channels
 from hf_vicreg.modeling.channel_layout import ChannelFile
-from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.errors import InputError, RunStopped
 from hf_vicreg.training.images.channels import channel_source
 from hf_vicreg.training.images.channels.folders import channel_folder, without_blank
 from hf_vicreg.training.images.channels.raster import Raster
@@ -153,6 +154,40 @@ def test_blank_windows_are_left_out_and_counted(slides, caplog):
     assert all(np.asarray(kept.read(index))[:, :, 0].std() > 100 for index in range(len(kept)))
     with pytest.raises(InputError, match="expected windows that hold something"):
         without_blank(source.first(2), [0, 0], [60_000, 60_000])
+
+
+@pytest.mark.parametrize("normalisation", ["percentile", "minmax", "fixed 0 65535"])
+def test_what_remains_is_measured_and_does_not_hang_on_the_normalisation(tmp_path, caplog, normalisation):
+    folder, dice = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    pixels = dice.integers(100, 110, (160, 176, 1)).astype(np.uint16)
+    pixels[48:112, 48:112] = dice.integers(500, 3000, (64, 64, 1))  # 16 of 110 windows
+    pixels[55, 55] = 65535  # a hot pixel
+    np.save(folder / "a.npy", pixels)
+    model = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    flags = {
+        "out": tmp_path / "run",
+        "data": folder,
+        "model": model | {"image_size": 16, "patch_size": 8, "num_channels": 1},
+        "vicreg": {"expander_sizes": [16, 16]},
+        "batch_size": 4,
+        "max_steps": 2,
+        "checkpointing_steps": 1,
+        "device": "cpu",
+        "normalisation": normalisation,
+        "window": 16,
+    }
+    with pytest.raises(RunStopped):
+        pretrain(**flags, max_time=1e-6)
+    with caplog.at_level("INFO"):  # by a stored normalisation the same windows are blank, or it would be refused
+        processor = pretrain(**flags, resume_from_checkpoint="latest").processor
+    assert "94 of 110 windows are blank and left out" in caplog.text
+    tissue = pixels[48:112, 48:112].astype(float)
+    bounds = {"percentile": np.percentile(tissue, (0.5, 99.5)), "minmax": (tissue.min(), tissue.max())}
+    low, high = bounds.get(normalisation, (0, 65535))
+    scaled = ((tissue - low) / (high - low)).clip(0, 1)
+    found = [*processor.channel_low, *processor.channel_high, *processor.image_mean, *processor.image_std]
+    np.testing.assert_allclose(found, [low, high, scaled.mean(), scaled.std()])
 
 
 def test_loader_processes_read_windows_as_this_one_does(slides):

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.channels.channel_source import ChannelSource
+from hf_vicreg.training.images.channels.folders import without_blank
 from hf_vicreg.training.images.decoding import UnusableImage
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.run.checks import fixed_bounds
@@ -14,6 +16,7 @@ from hf_vicreg.training.run.config import RunConfig
 NUM_MEASURED = 64  # images
 PIXELS_OF_EACH = 2**16  # on a grid over the image
 PERCENTILES = (0.5, 99.5)
+OF_PHOTOS = ([0.0] * 3, [255.0] * 3)
 LARGEST_WINDOW = 1024  # pixels a side of one that is read for measuring
 
 
@@ -45,16 +48,7 @@ def measure(source: ImageSource, kind: str, bounds: tuple[float, float] | None =
     Raises:
         InputError: No image can be read, or a channel has one value alone.
     """
-    found, refused = [], None
-    for index in source._spread(NUM_MEASURED):
-        try:
-            found.append(_sample(source.read_or_raise(index)))
-        except UnusableImage as error:
-            refused = refused or (index, error)
-    if not found:
-        assert refused is not None
-        name, reason = source.describe(refused[0]), str(refused[1])
-        raise InputError(f"`normalisation`: expected images to measure in {source.name}; {name}: {reason}.")
+    found = _samples(source)
     values = np.concatenate(found).astype(np.float64)
     if kind == "fixed":
         assert bounds is not None
@@ -80,6 +74,51 @@ def measured_views(settings: dict[str, Any], config: RunConfig, source: ImageSou
         return settings
     found = measure(source, config.normalisation_kind, fixed_bounds(config.run.normalisation))
     return settings | {"views": asdict(found) | settings.get("views", {})}
+
+
+def with_signal(source: ChannelSource, config: RunConfig) -> ChannelSource:
+    """Return a source without its blank windows, before the others are measured.
+
+    Of photographs they are told by the range of 8 bits, of others by the 0.5th to the 99.5th percentile of all
+    windows: whatever the normalisation, and the same when a run is resumed.
+
+    Raises:
+        InputError: No image can be read, or all windows are blank.
+    """
+    if source.items is None:
+        return source
+    if config.normalisation_kind == "photo" and config.channel_ranges is None:
+        return without_blank(source, *OF_PHOTOS)
+    return without_empty(source)
+
+
+def without_empty(source: ChannelSource) -> ChannelSource:
+    """Return a source without the windows that are blank by the 0.5th to the 99.5th percentile of all.
+
+    Raises:
+        InputError: No image can be read, or all windows are blank.
+    """
+    low, high = np.percentile(np.concatenate(_samples(source)).astype(np.float64), PERCENTILES, axis=0)
+    return without_blank(source, list(low), list(high))
+
+
+def _samples(source: ImageSource) -> list[np.ndarray]:
+    """Return values `(pixels, channels)` of each measured image that can be read.
+
+    Raises:
+        InputError: None can.
+    """
+    found, refused = [], None
+    for index in source._spread(NUM_MEASURED):
+        try:
+            found.append(_sample(source.read_or_raise(index)))
+        except UnusableImage as error:
+            refused = refused or (index, error)
+    if not found:
+        assert refused is not None
+        name, reason = source.describe(refused[0]), str(refused[1])
+        raise InputError(f"`normalisation`: expected images to measure in {source.name}; {name}: {reason}.")
+    return found
 
 
 def _sample(raster: Any) -> np.ndarray:
