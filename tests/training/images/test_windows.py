@@ -16,7 +16,7 @@ from hf_vicreg.training.errors import InputError, RunStopped
 from hf_vicreg.training.images.channels import channel_source
 from hf_vicreg.training.images.channels.folders import channel_folder, without_blank
 from hf_vicreg.training.images.channels.raster import Raster
-from hf_vicreg.training.images.channels.windows import box_at, level_for, windows_of
+from hf_vicreg.training.images.channels.windows import box_at, is_blank, level_for, windows_of
 from hf_vicreg.training.images.order import ViewDataset, collate
 from hf_vicreg.training.images.views import ViewSampler
 from hf_vicreg.training.run.arguments import ViewsConfig
@@ -154,6 +154,24 @@ def test_blank_windows_are_left_out_and_counted(slides, caplog):
     assert all(np.asarray(kept.read(index))[:, :, 0].std() > 100 for index in range(len(kept)))
     with pytest.raises(InputError, match="expected windows that hold something"):
         without_blank(source.first(2), [0, 0], [60_000, 60_000])
+
+
+def test_a_window_of_few_bright_cells_is_not_blank():
+    dice = np.random.default_rng(0)
+    whole = np.full((1024, 1024, 1), 100, np.float32) + dice.normal(0, 5, (1024, 1024, 1)).astype(np.float32)
+    empty = whole.copy()
+    for top, left in dice.integers(0, 1000, (10, 2)):
+        whole[top : top + 20, left : left + 20] = 3000
+    bounds = np.array([90], np.float32), np.array([3000], np.float32)
+    for pixels, blank in ((whole, False), (empty, True)):
+        levels = [pixels]
+        for _ in range(6):  # averaged, as scanners make them
+            last = levels[-1]
+            levels.append((last[::2, ::2] + last[1::2, ::2] + last[::2, 1::2] + last[1::2, 1::2]) / 4)
+        assert is_blank(ChannelFile(levels, "YXC", 1), 0, (0, 0, 1024, 1024), *bounds) == blank
+    small = np.full((256, 256, 1), 100, np.float32)  # without a pyramid it is looked at whole
+    small[0:30, 118:138] = 3000  # between the samples
+    assert not is_blank(ChannelFile([small], "YXC", 1), 0, (0, 0, 256, 256), *bounds)
 
 
 @pytest.mark.parametrize("normalisation", ["percentile", "minmax", "fixed 0 65535"])

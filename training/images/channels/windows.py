@@ -7,8 +7,8 @@ import numpy as np
 from hf_vicreg.modeling.channel_layout import ChannelFile
 
 BLANK_DEVIATION = 0.02  # of a channel's range; below it in every channel and every sample, a window holds nothing
-LOOK_SIDE = 16  # least side in pixels at which a window is looked at on a coarser level
-NUM_LOOKS = 5  # samples of a window without such a level: its centre and its four quarters, a quarter as wide
+LOOK_SIDE = 128  # least side in pixels at which a window is looked at: on a coarser level small things fade
+WHOLE_SIDE = 512  # longest side of a window that is looked at whole without such a level
 
 
 def windows_of(height: int, width: int, window: int) -> list[tuple[int, int, int, int]]:
@@ -48,7 +48,8 @@ def box_at(box: tuple[int, int, int, int], factors: tuple[float, float], size: t
 def is_blank(file: ChannelFile, image: int, box: tuple[int, int, int, int], low: np.ndarray, high: np.ndarray) -> bool:
     """Return whether a window holds nothing: glass, sky, a black border.
 
-    It is looked at on the coarsest level where it has `LOOK_SIDE` pixels a side; without such a level, in samples.
+    It is looked at on the coarsest level where it has `LOOK_SIDE` pixels a side; without such a level, in five samples
+    a quarter as wide, or whole where it is small.
 
     Args:
         file: Where it lies.
@@ -58,7 +59,7 @@ def is_blank(file: ChannelFile, image: int, box: tuple[int, int, int, int], low:
         high: Of each channel, the value that becomes 1.
     """
     level, *factors = level_for(file, min(box[2] - box[0], box[3] - box[1]) / LOOK_SIDE)
-    if level:
+    if level or max(box[2] - box[0], box[3] - box[1]) <= WHOLE_SIDE:
         looks = [box_at(box, (factors[0], factors[1]), file.size(level))]
     else:
         width, height = box[2] - box[0], box[3] - box[1]
