@@ -20,6 +20,7 @@ from hf_vicreg.training.images.image_source import NOT_READ, ImageSource, digest
 logger = logging.getLogger(__name__)
 
 KEPT_OPEN = 8  # files that are read by windows, in each process
+LOOKED_THROUGH = 2**24  # pixels of an image that is read to its end to tell whether it can be used
 FINGERPRINTED = 2**16  # bytes of a file: those of a slide are not read to their end for it
 # Files that are open in a process: a forked one must not share another's place in a file.
 _opened: OrderedDict[tuple[Any, ...], ChannelFile] = OrderedDict()
@@ -43,8 +44,18 @@ class ChannelSource(ImageSource):
     items: np.ndarray | None = None
 
     def read(self, index: int, reduction: Callable[[int, int], int] | None = None) -> Any:
-        """Return the image as a `Raster`, or None if it cannot be used."""
-        return super().read(index, reduction)
+        """Return the image as a `Raster`, or None if it cannot be used.
+
+        Its pixels are read here; with a `reduction`, and where they are too many for once, when it is cropped: then
+        they may still turn out damaged.
+        """
+        found = super().read(index, reduction)
+        if found is None or reduction is not None or found.width * found.height > MAX_PIXELS:
+            return found
+        try:
+            return Raster.of(np.asarray(found))
+        except UnusableImage:
+            return None
 
     def read_or_raise(self, index: int, reduction: Callable[[int, int], int] | None = None) -> Any:
         """Return the image as a `Raster`, of the coarsest level of its pyramid that `reduction` lets be taken.
@@ -70,7 +81,8 @@ class ChannelSource(ImageSource):
         """Return why an image cannot be used, None if it can; of a large one a corner is read."""
         try:
             raster = self.read_or_raise(index)
-            raster.crop((0, 0, min(64, raster.width), min(64, raster.height)))
+            whole = raster.width * raster.height <= LOOKED_THROUGH
+            raster.crop((0, 0, *(raster.size if whole else (64, 64))))
         except UnusableImage as error:
             return error
         return None
