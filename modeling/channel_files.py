@@ -30,7 +30,12 @@ GREY = {
 
 
 def open_channels(
-    file: str | bytes, num_channels: int, pages: str | None = None, *, lazy: bool = False
+    file: str | bytes,
+    num_channels: int,
+    pages: str | None = None,
+    *,
+    lazy: bool = False,
+    max_pixels: int | None = None,
 ) -> ChannelFile:
     """Return a file's images of so many channels.
 
@@ -39,9 +44,11 @@ def open_channels(
         num_channels: That each image shall have.
         pages: What the pages of a file are, `channels` or `images`; None tells it from the number of channels.
         lazy: Read later, and only what is asked for; the file stays open. Else all is read now.
+        max_pixels: Of a TIFF that is read now: a larger one is refused before it is decoded.
 
     Raises:
-        UnreadableChannels: Other channels, axes that cannot be told, no pixels, or a library that is not installed.
+        UnreadableChannels: Other channels, axes that cannot be told, no or too many pixels, or a library that is not
+            installed.
         Exception: What a library raises on a broken file.
     """
     if isinstance(file, str) and os.path.isdir(file):
@@ -49,7 +56,7 @@ def open_channels(
     opened: Any = BytesIO(file) if isinstance(file, bytes) else file
     start = file[:132] if isinstance(file, bytes) else _beginning(file)
     if start.startswith(TIFF_STARTS):
-        return _tiff(opened, num_channels, pages, lazy)
+        return _tiff(opened, num_channels, pages, lazy, max_pixels)
     if start.startswith(NPY_START):
         array = np.load(opened, mmap_mode="r" if lazy and isinstance(file, str) else None, allow_pickle=False)
         return ChannelFile([array], axes_of_array(array.shape, num_channels), num_channels, pages)
@@ -96,7 +103,15 @@ def _picture(file: str | BinaryIO, num_channels: int, pages: str | None) -> Chan
     return ChannelFile([array], "YXS"[: array.ndim], num_channels, pages, alpha=array.shape[2:] == (4,))
 
 
-def _tiff(file: str | BinaryIO, num_channels: int, pages: str | None, lazy: bool) -> ChannelFile:
+def refuse_larger(height: int, width: int, max_pixels: int | None) -> None:
+    """Raise UnreadableChannels for an image of more pixels than are read at once."""
+    if max_pixels is not None and height * width > max_pixels:
+        raise UnreadableChannels("too large", f"{width}x{height} pixels; read it by --window 1024")
+
+
+def _tiff(
+    file: str | BinaryIO, num_channels: int, pages: str | None, lazy: bool, max_pixels: int | None
+) -> ChannelFile:
     """The first series of a TIFF: in OME's and ImageJ's files the image, in others all pages of one size."""
     tifffile = _library("tifffile")
     opened = tifffile.TiffFile(file)
@@ -110,6 +125,7 @@ def _tiff(file: str | BinaryIO, num_channels: int, pages: str | None, lazy: bool
             zarr = _library("zarr")
             levels = [zarr.open(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
         else:
+            refuse_larger(page.imagelength, page.imagewidth, max_pixels)
             levels = [series.asarray()]
         if levels[0].ndim != len(series.axes) or not {"Y", "X"} <= set(series.axes):
             raise UnreadableChannels("axes", f"the order of axes {series.axes} {levels[0].shape} cannot be told")

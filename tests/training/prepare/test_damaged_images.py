@@ -1,6 +1,7 @@
 """Images that cannot be used among good ones: `prepare`, `embed` and `inspect views` skip them and name them."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -58,3 +59,23 @@ def test_an_image_damaged_inside_is_skipped_and_named(folder, model, tmp_path, c
     (one,) = (json.loads(line) for line in (tmp_path / "e" / "unusable.jsonl").read_text().splitlines())
     assert (one["name"], one["kind"]) == ("1.tif, image 1", "damaged")
     assert main(["inspect", "views", str(folder), str(tmp_path / "v.png"), *flags, "--preset", "microscopy"]) == 0
+
+
+@pytest.fixture
+def huge(tmp_path):
+    """A file of more pixels than are read at once."""
+    (tmp_path / "huge").mkdir()
+    tifffile.imwrite(
+        tmp_path / "huge" / "a.tif", np.zeros((12000, 12000), np.uint8), tile=(512, 512), compression="zlib"
+    )
+    return tmp_path / "huge"
+
+
+def test_an_oversized_file_is_refused_before_it_is_decoded(huge):
+    source = channel_folder(str(huge), 1)
+    tracemalloc.start()
+    refusal = source.refusal(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refusal.kind == "too large"
+    assert peak < 12000 * 12000 / 10

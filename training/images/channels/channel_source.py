@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_vicreg.modeling.channel_files import open_channels
+from hf_vicreg.modeling.channel_files import open_channels, refuse_larger
 from hf_vicreg.modeling.channel_layout import ChannelFile, UnreadableChannels
 from hf_vicreg.training.images.channels.raster import Raster
 from hf_vicreg.training.images.channels.windows import box_at, level_for
@@ -150,18 +150,17 @@ class ChannelSource(ImageSource):
         try:
             if self.paths is None:
                 encoded = self.read_bytes(place)
-                file = open_channels(encoded, self.num_channels, self.pages)
+                file = open_channels(encoded, self.num_channels, self.pages, max_pixels=MAX_PIXELS)
             else:
                 file = opened_file(self.paths[place], self.num_channels, self.pages, lazy=lazy)
+            height, width = file.size()
+            refuse_larger(height, width, None if lazy else MAX_PIXELS)
         except UnreadableChannels as error:
             raise UnusableImage(error.kind, str(error)) from error
         except Exception as error:  # on broken files libraries raise nearly anything
             if encoded is None and self.paths is not None:
                 encoded = _first_bytes(self.paths[place])
             raise unusable(error, encoded) from error
-        height, width = file.size()
-        if not lazy and height * width > MAX_PIXELS:
-            raise UnusableImage("too large", f"{width}x{height} pixels; read it by --window 1024")
         left, top, right, bottom = box if box[2] else (0, 0, width, height)
         return file, image, (left, top, right, bottom)
 
@@ -169,7 +168,7 @@ class ChannelSource(ImageSource):
 def opened_file(path: str, num_channels: int, pages: str | None, *, lazy: bool) -> ChannelFile:
     """Return a file's images; those that are read lazily stay open, the last few of them."""
     if not lazy:
-        return open_channels(path, num_channels, pages)
+        return open_channels(path, num_channels, pages, max_pixels=MAX_PIXELS)
     key = (os.getpid(), path, num_channels, pages)
     if key not in _opened:
         while len(_opened) >= KEPT_OPEN:
