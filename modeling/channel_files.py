@@ -106,7 +106,11 @@ def _picture(file: str | BinaryIO, num_channels: int, pages: str | None) -> Chan
 def refuse_larger(height: int, width: int, max_pixels: int | None) -> None:
     """Raise UnreadableChannels for an image of more pixels than are read at once."""
     if max_pixels is not None and height * width > max_pixels:
-        raise UnreadableChannels("too large", f"{width}x{height} pixels; read it by --window 1024")
+        raise UnreadableChannels(
+            "too large",
+            f"{width}x{height} pixels refused, at most {max_pixels:,} are read at once; store it by windows: "
+            "hf-vicreg prepare IMAGES OUT --num_channels N --window 1024",
+        )
 
 
 def _tiff(

@@ -55,6 +55,12 @@ def write_unusable(
         logger.warning("  %s", line)
 
 
+def none_readable(source: ImageSource) -> str:
+    """Return the end of a sentence on a source without a readable image: their number, and what is wrong with one."""
+    reason = one_line(f"{source.describe(0)}: {source.why(0) or 'could not be read'}")
+    return f"none of {len(source):,} can be read; {reason}"
+
+
 def grouped_lines(entries: list[dict[str, Any]]) -> list[str]:
     """Return a line for each kind of reason, the most frequent first, with the first images it holds for."""
     kinds: dict[str, list[dict[str, Any]]] = {}

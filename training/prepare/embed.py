@@ -22,7 +22,7 @@ from hf_vicreg.training.evaluation.encoder import VisionEncoder, load_vision_enc
 from hf_vicreg.training.evaluation.features import same_model
 from hf_vicreg.training.images.channels.folders import channel_folder
 from hf_vicreg.training.images.sources import ImageSource, dataset_source, load_sources, load_splits
-from hf_vicreg.training.images.unusable import write_unusable
+from hf_vicreg.training.images.unusable import none_readable, write_unusable
 from hf_vicreg.training.launch.distributed import build_accelerator, check_device, run_on_main
 from hf_vicreg.training.launch.signals import StopRequest
 from hf_vicreg.training.monitor.progress import Progress
@@ -282,7 +282,7 @@ def _finish(folder: Path, source: ImageSource, record: dict[str, Any]) -> Embedd
     shards = range(-(-len(source) // IMAGES_A_SHARD))
     ids = embedded_ids([_shard_path(folder, shard, len(source)) for shard in shards])
     if not ids:
-        raise InputError(f"`IMAGES`: expected readable images in {source.name}, all {len(source)} are corrupt.")
+        raise InputError(f"`IMAGES`: expected readable images in {source.name}, {none_readable(source)}.")
     done = Embedded(folder, len(ids), len(source) - len(ids))
     finished = record | {"num_rows": done.num_rows, "num_unusable": done.num_unusable}
     if read_record("OUT", folder / EMBEDDING_FILE).get("num_rows") != done.num_rows:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.images.channels.channel_source import ChannelSource
 from hf_vicreg.training.images.sources import ImageSource, load_sources
+from hf_vicreg.training.images.unusable import none_readable
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.prepare.channel_store import EncodedChannels, channel_images
 from hf_vicreg.training.run.places import is_image_folder
@@ -115,7 +116,7 @@ def prepare(
         prepared.skipped[name] = [images.describe(index) for index in skipped]
         prepared.images[name] = len(images) - len(skipped)
         if not prepared.images[name]:
-            raise InputError(f"`source`: expected readable images in {images.name}, all {len(images)} are corrupt.")
+            raise InputError(f"`source`: expected readable images in {images.name}, {none_readable(images)}.")
     return prepared
 
 

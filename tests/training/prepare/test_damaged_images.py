@@ -79,3 +79,13 @@ def test_an_oversized_file_is_refused_before_it_is_decoded(huge):
     tracemalloc.stop()
     assert refusal.kind == "too large"
     assert peak < 12000 * 12000 / 10
+
+
+def test_where_no_image_can_be_read_the_first_ones_reason_is_given(huge, model, tmp_path, capsys):
+    reason = "a.tif: 12000x12000 pixels refused, at most 134,217,728 are read at once; store it by windows: "
+    remedy = "hf-vicreg prepare IMAGES OUT --num_channels N --window 1024."
+    assert main(["embed", str(huge), model, str(tmp_path / "e"), "--device", "cpu", "--num_workers", "0"]) == 2
+    said = capsys.readouterr().err
+    assert f"error: `IMAGES`: expected readable images in huge, none of 1 can be read; {reason}{remedy}" in said
+    assert main(["prepare", str(huge), str(tmp_path / "out"), "--num_channels", "1"]) == 2
+    assert reason + remedy in capsys.readouterr().err

@@ -146,7 +146,7 @@ def test_what_it_cannot_do_is_said_and_nothing_is_touched(tmp_path, case, capsys
     elif case == "nothing":
         for path in folder.iterdir():
             path.write_bytes(b"broken")
-        message = "`source`: expected readable images in images, all 2 are corrupt"
+        message = "`source`: expected readable images in images, none of 2 can be read; "
     elif case == "size":
         arguments[-1] = "0"
         message = "`size`: expected at least 1 pixel, got 0"
