@@ -18,10 +18,10 @@ from hf_vicreg.training.images.channels.channel_source import ChannelSource
 from hf_vicreg.training.images.channels.folders import channel_folder
 from hf_vicreg.training.images.decoding import Header, UnusableImage, decode, read_header, unusable
 from hf_vicreg.training.images.image_source import ImageSource
-from hf_vicreg.training.images.sources import IMAGE_SUFFIXES, load_sources
+from hf_vicreg.training.images.sources import load_sources
 from hf_vicreg.training.images.unusable import grouped_lines
 from hf_vicreg.training.monitor.progress import Progress
-from hf_vicreg.training.run.places import data_setting
+from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES, data_setting, files_below
 
 AT_ONCE = 256  # images handed to the threads
 NUM_NAMED = 5
@@ -81,9 +81,9 @@ def inspect_images(
         source = load_sources(**where, **({} if "train_dir" in where else columns))[0]
     if patch_size is not None:
         source = source.at_least(patch_size, patch_size)
-    return summarised(
-        source, _read_all(source, num_threads), image_size, _others(where["train_dir"]) if "train_dir" in where else {}
-    )
+    suffixes = IMAGE_SUFFIXES if num_channels is None else IMAGE_SUFFIXES | SCIENCE_SUFFIXES
+    others = _others(where["train_dir"], suffixes) if "train_dir" in where else {}
+    return summarised(source, _read_all(source, num_threads), image_size, others)
 
 
 def facts_of(source: ImageSource, index: int) -> Facts:
@@ -208,10 +208,10 @@ def _read_all(source: ImageSource, num_threads: int | None) -> Iterator[Facts]:
     progress.close()
 
 
-def _others(folder: str) -> dict[str, int]:
-    """Return how many files of other suffixes lie in a folder of images."""
-    suffixes = Counter(path.suffix.lower() or "without a suffix" for path in Path(folder).rglob("*") if path.is_file())
-    return {suffix: count for suffix, count in suffixes.most_common() if suffix not in IMAGE_SUFFIXES}
+def _others(folder: str, read: set[str]) -> dict[str, int]:
+    """Return how many files of other suffixes than those read lie in a folder of images; a Zarr is one file."""
+    suffixes = Counter(Path(path).suffix.lower() or "without a suffix" for path in files_below(folder, zarr=True))
+    return {suffix: count for suffix, count in suffixes.most_common() if suffix not in read}
 
 
 def _spread(values: list[int]) -> dict[str, int] | None:

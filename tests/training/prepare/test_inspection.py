@@ -60,6 +60,17 @@ def test_a_whole_folder_is_told(folder, tmp_path, capsys):
     assert "3 are below 64 and would be enlarged" in text
 
 
+def test_files_that_were_read_by_channels_are_not_called_others(tmp_path, capsys):
+    for name in ("a.npy", "b.npy"):
+        np.save(tmp_path / name, np.random.default_rng(0).integers(0, 999, (2, 16, 16)).astype(np.uint16))
+    (tmp_path / "c.zarr").mkdir()
+    (tmp_path / "c.zarr" / "0.0").write_bytes(b"a chunk")
+    (tmp_path / "notes.txt").write_text("not an image")
+    assert main(["inspect", "images", str(tmp_path), "--num_channels", "2", "--num_proc", "1"]) == 0
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if one.startswith("not read"))
+    assert line.split(": ") == ["not read    files that are no images", "1 .txt"]
+
+
 def test_tables_and_their_labels(tmp_path, capsys):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = {"image": [picture(20, 20, seed) for seed in range(5)], "label": [0, 0, 0, 1, 1]}
