@@ -175,14 +175,14 @@ def bank_of(
     progress.close()
     if not values:
         raise InputError(f"`train_split`: expected readable images in {images.split!r}, all are corrupt.")
-    found = torch.cat(classes)
-    if len(found.unique()) < 2:
+    drawn = torch.cat(classes)
+    if len(drawn.unique()) < 2:
         raise InputError(
-            f"`image_height`: expected patches of at least 2 classes, those {len(found)} drawn from windows of "
+            f"`image_height`: expected patches of at least 2 classes, those {len(drawn)} drawn from windows of "
             f"{window[0]}x{window[1]} pixels have one or none, each by most of its pixels; raise --image_height, "
             "--image_width and --bank_size, or take a model of smaller patches."
         )
-    return Patches(torch.cat(values), found)
+    return Patches(torch.cat(values), drawn)
 
 
 def scored(
