@@ -18,6 +18,7 @@ from .rgb_image import orientation_of
 
 TIFF_STARTS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 PNG_START, NPY_START = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
+GDAL_NODATA = 42113  # a TIFF's tag
 PALETTE = 3  # TIFF's photometric interpretation
 GREY = {
     "1": "L",
@@ -135,6 +136,7 @@ def _tiff(
             raise UnreadableChannels("axes", f"the order of axes {series.axes} {levels[0].shape} cannot be told")
         inverted = page.photometric == 0
         found = ChannelFile(levels, _lettered(series.axes), num_channels, pages, alpha=alpha, inverted=inverted)
+        found.nodata = _nodata(page)
         if lazy:
             weakref.finalize(found, opened.close)
         return found
@@ -144,6 +146,15 @@ def _tiff(
     finally:
         if not lazy:
             opened.close()
+
+
+def _nodata(page: Any) -> float | None:
+    """Return the number that GDAL wrote for no value, None where it wrote none; a text, so that NaN can be said."""
+    tag = page.tags.get(GDAL_NODATA)
+    try:
+        return None if tag is None else float(tag.value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _lettered(axes: str) -> str:

@@ -35,6 +35,7 @@ class ChannelFile:
         pages: `channels` or `images`, what pages are; None tells it from the number of channels.
         alpha: Whether the last sample may be left out, being transparency.
         inverted: Whether 0 is white.
+        nodata: The stored number that stands for no value, where there is one.
     """
 
     levels: list[Any]
@@ -43,6 +44,7 @@ class ChannelFile:
     pages: str | None = None
     alpha: bool = False
     inverted: bool = False
+    nodata: float | None = None
 
     def __post_init__(self) -> None:
         """Find out what pages are.
@@ -77,13 +79,16 @@ class ChannelFile:
         shape = self.levels[level].shape
         return int(shape[self.axes.index("Y")]), int(shape[self.axes.index("X")])
 
-    def read(self, image: int = 0, level: int = 0, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    def read(
+        self, image: int = 0, level: int = 0, box: tuple[int, int, int, int] | None = None, *, gaps: bool = False
+    ) -> np.ndarray:
         """Return pixels `(height, width, channels)` in the file's depth; numbers that are none, such as NaN, are 0.
 
         Args:
             image: Which of the file's.
             level: Of the pyramid.
             box: (left, top, right, bottom) in that level's pixels; default: all. What lies outside is not read.
+            gaps: Return NaN, in float32, where there is no value: NaN, infinite or `nodata`. For statistics alone.
         """
         array = self.levels[level]
         left, top, right, bottom = box or (0, 0, *self.size(level)[::-1])
@@ -97,9 +102,14 @@ class ChannelFile:
         kept = [axis for axis in self.axes if axis not in place]
         pixels = np.moveaxis(pixels, [kept.index("Y"), kept.index("X")], [0, 1])
         pixels = pixels.reshape(*pixels.shape[:2], -1)[:, :, : self.num_channels]
+        missing = ~np.isfinite(pixels) if gaps else np.zeros((), bool)
+        if gaps and self.nodata is not None:
+            with np.errstate(over="ignore"):  # a number that the pixels' type does not hold
+                missing |= pixels == self.nodata
         if self.inverted and pixels.dtype.kind in "bui":
             pixels = np.invert(pixels)  # the smallest and the largest that can be stored change places
-        return plain(pixels)
+        found = plain(pixels)
+        return np.where(missing, np.float32(np.nan), found) if missing.any() else found
 
 
 def plain(pixels: np.ndarray) -> np.ndarray:

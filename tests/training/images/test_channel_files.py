@@ -247,6 +247,20 @@ def test_the_normalisation_is_measured_stored_and_kept_when_resumed(tmp_path):
     assert stored["image_processor_type"] == "BigBirdViTImageProcessor"
 
 
+@pytest.mark.parametrize(("gap", "tag"), [(-3.4028235e38, "-3.4028234663852886e+38"), (np.nan, "nan"), (np.inf, None)])
+def test_pixels_without_a_value_are_not_measured(tmp_path, gap, tag):
+    pixels = np.random.default_rng(0).uniform(280, 300, (64, 64)).astype(np.float32)
+    pixels[:, :10] = gap
+    tags = [] if tag is None else [(42113, "s", 0, tag, True)]
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack", extratags=tags)
+    found = measure(channel_folder(str(tmp_path), 1), "minmax")
+    assert found.channel_low == [pixels[:, 10:].min()]
+    assert found.channel_high == [pixels[:, 10:].max()]
+    assert found.image_mean == pytest.approx([0.5], abs=0.02)
+    processor = processor_of(1, "float32", BigBirdViTImageProcessor)
+    assert torch.isfinite(processor(str(tmp_path / "a.tif"), return_tensors="pt")["pixel_values"]).all()
+
+
 def test_resizing_is_the_same_in_both_forms_of_the_processor():
     pixels = pixels_of("float32", 5)
     found = [

@@ -49,23 +49,29 @@ def measure(source: ImageSource, kind: str, bounds: tuple[float, float] | None =
         InputError: No image can be read, or a channel has one value alone.
     """
     found = _samples(source)
-    values = np.concatenate(found).astype(np.float64)
-    if kind == "fixed":
-        assert bounds is not None
-        low, high = (np.full(values.shape[1], bound) for bound in bounds)
-    elif kind == "minmax":
-        low, high = values.min(0), values.max(0)
-    else:
-        low, high = np.percentile(values, PERCENTILES, axis=0)
-    for channel in np.flatnonzero(~(high > low)):
-        raise InputError(
-            f"`normalisation`: expected values that differ in channel {channel} of {source.name}, found "
-            f"{low[channel]:g} in {len(found)} images; leave the channel out, or add --normalisation fixed LOW HIGH."
-        )
-    scaled = ((values - low) / (high - low)).clip(0, 1)
-    std = scaled.std(0)
-    std[std < 1e-4] = 1.0  # a channel that `fixed` makes constant stays finite
-    return Measured(*([float(one) for one in array] for array in (low, high, scaled.mean(0), std)))
+    measured = Measured([], [], [], [])
+    for channel in range(found[0].shape[1]):  # one after another: they may be many
+        values = _values(found, channel)
+        if kind == "fixed":
+            assert bounds is not None
+            low, high = bounds
+        elif kind == "minmax":
+            low, high = values.min(initial=np.inf), values.max(initial=-np.inf)
+        else:
+            low, high = np.percentile(values, PERCENTILES) if len(values) else (np.inf, -np.inf)
+        if not high > low:
+            raise InputError(
+                f"`normalisation`: expected values that differ in channel {channel} of {source.name}, found "
+                f"{f'{low:g}' if len(values) else 'none'} in {len(found)} images; leave the channel out, or add "
+                "--normalisation fixed LOW HIGH."
+            )
+        scaled = ((values - low) / (high - low)).clip(0, 1)
+        mean, std = (float(scaled.mean()), float(scaled.std())) if len(scaled) else (0.0, 0.0)
+        measured.channel_low.append(float(low))
+        measured.channel_high.append(float(high))
+        measured.image_mean.append(mean)
+        measured.image_std.append(std if std >= 1e-4 else 1.0)  # one that `fixed` makes constant stays finite
+    return measured
 
 
 def measured_views(settings: dict[str, Any], config: RunConfig, source: ImageSource) -> dict[str, Any]:
@@ -98,8 +104,16 @@ def without_empty(source: ChannelSource) -> ChannelSource:
     Raises:
         InputError: No image can be read, or all windows are blank.
     """
-    low, high = np.percentile(np.concatenate(_samples(source)).astype(np.float64), PERCENTILES, axis=0)
+    found = _samples(source)
+    every = (_values(found, channel) for channel in range(found[0].shape[1]))
+    low, high = zip(*[np.percentile(one, PERCENTILES) if len(one) else (0, 0) for one in every], strict=True)
     return without_blank(source, list(low), list(high))
+
+
+def _values(found: list[np.ndarray], channel: int) -> np.ndarray:
+    """Return the values of a channel in float64; where there is none, NaN, they are left out."""
+    values = np.concatenate([one[:, channel] for one in found]).astype(np.float64)
+    return values[~np.isnan(values)]
 
 
 def _samples(source: ImageSource) -> list[np.ndarray]:
@@ -125,7 +139,8 @@ def _sample(raster: Any) -> np.ndarray:
     """Return values `(pixels, channels)` of an image, on a grid over it; of a huge one over its middle."""
     left, top = (max(0, (side - LARGEST_WINDOW) // 2) for side in raster.size)
     pixels = raster.crop(
-        (left, top, min(raster.width, left + LARGEST_WINDOW), min(raster.height, top + LARGEST_WINDOW))
+        (left, top, min(raster.width, left + LARGEST_WINDOW), min(raster.height, top + LARGEST_WINDOW)),
+        gaps=True,
     )
     step = max(1, int(np.ceil((pixels.shape[0] * pixels.shape[1] / PIXELS_OF_EACH) ** 0.5)))
     return pixels[::step, ::step].reshape(-1, pixels.shape[2])

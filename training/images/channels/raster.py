@@ -35,8 +35,10 @@ class Raster:
         """(width, height) in pixels."""
         return self.width, self.height
 
-    def crop(self, box: tuple[int, int, int, int]) -> np.ndarray:
+    def crop(self, box: tuple[int, int, int, int], *, gaps: bool = False) -> np.ndarray:
         """Return pixels `(height, width, channels)` of (left, top, right, bottom); no others are read.
+
+        With `gaps` they are NaN where there is no value; see `ChannelFile.read`.
 
         Raises:
             UnusableImage: They cannot be read.
@@ -44,7 +46,7 @@ class Raster:
         left, top, right, bottom = box
         inside = (self.left + left, self.top + top, self.left + right, self.top + bottom)
         try:
-            return self.file.read(self.image, self.level, inside)
+            return self.file.read(self.image, self.level, inside, gaps=gaps)
         except Exception as error:  # of a library, on a broken file
             raise unusable(error, b"damaged inside") from error
 
