@@ -377,6 +377,24 @@ def test_white_is_zero_in_one_bit_and_signed_files_too(tmp_path, dtype):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_an_ome_zarr_with_other_pixels_is_another_image(tmp_path):
+    """Shapes and metadata may be the same, and sizes too."""
+    for seed in (0, 0, 1):
+        write_zarr(
+            tmp_path / f"{len(list(tmp_path.iterdir()))}.zarr",
+            pixels_of("uint16", 2, seed).transpose(2, 0, 1),
+            2,
+            "cyx",
+        )
+    source = channel_folder(str(tmp_path), 2)
+    digests = [source.digest(index) for index in range(3)]
+    assert digests[0] == digests[1] != digests[2]
+    write_zarr(tmp_path / "0.zarr", pixels_of("uint16", 2, 2).transpose(2, 0, 1), 2, "cyx")
+    changed = channel_folder(str(tmp_path), 2)
+    assert changed.digest(0) != digests[0]
+    assert changed.fingerprint != source.fingerprint
+
+
 def test_white_that_is_zero_transparency_and_numbers_that_are_none(tmp_path):
     pixels = pixels_of("uint8", 1)
     tifffile.imwrite(tmp_path / "white.tif", pixels[:, :, 0], photometric="miniswhite")

@@ -205,9 +205,20 @@ def _first_bytes(path: str) -> bytes | None:
 
 
 def stamp(path: str) -> bytes:
-    """Return what changes when a file does: its size and first bytes; of an OME-Zarr those of its metadata."""
+    """Return what changes when a file does: its size and first bytes; of an OME-Zarr those of files in it.
+
+    Of an OME-Zarr the first 1024 files' names and sizes count, and the first bytes of the metadata and of about 32.
+    """
     if os.path.isdir(path):
-        inside = [os.path.join(path, one) for one in sorted(os.listdir(path))]
-        return b"".join(stamp(one) for one in inside if os.path.isfile(one))
+        inside: list[str] = []
+        for folder, below, names in os.walk(path):
+            below.sort()
+            inside += [os.path.join(folder, one) for one in sorted(names)]
+            if len(inside) > 1024:
+                break
+        del inside[1024:]
+        sizes = "".join(f"{os.path.relpath(one, path)} {os.path.getsize(one)} " for one in inside)
+        read = [one for one in inside if os.path.dirname(one) == path] + inside[:: max(1, len(inside) // 32)]
+        return sizes.encode(errors="replace") + b"".join(stamp(one) for one in read)
     with open(path, "rb") as file:
         return str(os.path.getsize(path)).encode() + file.read(FINGERPRINTED)
