@@ -92,15 +92,19 @@ def _contents(file: str | bytes) -> bytes:
 
 
 def _picture(file: str | BinaryIO, num_channels: int, pages: str | None) -> ChannelFile:
-    """What Pillow opens, upright: grey as it is, else RGB, with its transparency where 4 channels are wanted."""
     with Image.open(file) as opened:
-        opened.load()
-        image: Image.Image = ImageOps.exif_transpose(opened) if orientation_of(opened) > 1 else opened
-        if image.mode in GREY:
-            image = image if image.mode == GREY[image.mode] else image.convert(GREY[image.mode])
-        elif not image.mode.startswith("I;16"):
-            image = image.convert("RGBA" if "A" in image.mode or "transparency" in image.info else "RGB")
-        array = np.array(image)
+        return channels_of_picture(opened, num_channels, pages)
+
+
+def channels_of_picture(opened: Image.Image, num_channels: int, pages: str | None = None) -> ChannelFile:
+    """What Pillow opens, upright: grey as it is, else RGB, with its transparency where 4 channels are wanted."""
+    opened.load()
+    image: Image.Image = ImageOps.exif_transpose(opened) if orientation_of(opened) > 1 else opened
+    if image.mode in GREY:
+        image = image if image.mode == GREY[image.mode] else image.convert(GREY[image.mode])
+    elif not image.mode.startswith("I;16"):
+        image = image.convert("RGBA" if "A" in image.mode or "transparency" in image.info else "RGB")
+    array = np.array(image)
     return ChannelFile([array], "YXS"[: array.ndim], num_channels, pages, alpha=array.shape[2:] == (4,))
 
 

@@ -10,7 +10,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import get_image_size_for_max_height_width
 from transformers.processing_utils import ImagesKwargs
 
-from .channel_files import open_channels
+from .channel_files import channels_of_picture, open_channels
 from .channel_layout import ChannelFile, axes_of_array
 
 
@@ -57,18 +57,22 @@ def array_of(image: Any, num_channels: int, pages: str | None = None, data_forma
         data_format: Of an array: `channels_first`, `channels_last`, or None to tell it from the shape.
 
     Raises:
-        ValueError: It has other channels.
+        ValueError: It has other channels, or an array holds several images.
     """
     if isinstance(image, str):
         return open_channels(image, num_channels, pages).read()
     if isinstance(image, Image.Image):
-        grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
-        image = np.asarray(image if grey or len(image.getbands()) == num_channels else image.convert("RGB"))
-        data_format = "channels_last"
+        return channels_of_picture(image, num_channels, pages).read()
     array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     named = {"channels_first": "CYX", "channels_last": "YXC"}.get(str(getattr(data_format, "value", data_format)))
     axes = named if named is not None and array.ndim == 3 else axes_of_array(array.shape, num_channels)
-    return ChannelFile([array], axes, num_channels, pages).read()
+    found = ChannelFile([array], axes, num_channels, pages)
+    if found.num_images > 1:
+        raise ValueError(
+            f"`images`: expected one image of {num_channels} channel(s), got an array {list(array.shape)} of "
+            f"{found.num_images} images; give them as a list."
+        )
+    return found.read()
 
 
 class ChannelPixelsMixin:

@@ -395,6 +395,28 @@ def test_an_ome_zarr_with_other_pixels_is_another_image(tmp_path):
     assert changed.fingerprint != source.fingerprint
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16", "RGB", "RGBA", "P"])
+def test_a_picture_of_pillow_gives_the_pixels_of_its_file(tmp_path, mode):
+    channels = 1 if mode in ("1", "L", "LA", "I;16") else 3
+    values = pixels_of("uint8", 3)
+    picture = (
+        Image.fromarray(pixels_of("uint16", 1)[:, :, 0]) if mode == "I;16" else Image.fromarray(values).convert(mode)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.png", exif=exif)
+    processor = processor_of(channels, "uint8")
+    with Image.open(tmp_path / "a.png") as opened:
+        found = processor(opened, return_tensors="np")["pixel_values"]
+    of_file = processor(str(tmp_path / "a.png"), return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(found, of_file, atol=1e-6)
+
+
+def test_an_array_of_several_images_is_not_taken_for_one():
+    with pytest.raises(ValueError, match=r"an array \[8, 32, 40\] of 8 images; give them as a list"):
+        processor_of(1, "uint8")(np.zeros((8, 32, 40), "uint8"))
+
+
 def test_white_that_is_zero_transparency_and_numbers_that_are_none(tmp_path):
     pixels = pixels_of("uint8", 1)
     tifffile.imwrite(tmp_path / "white.tif", pixels[:, :, 0], photometric="miniswhite")
