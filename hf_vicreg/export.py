@@ -24,7 +24,6 @@ from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, PreTrainedModel
 
 from hf_vicreg.drift import pictures_of, pixels_of
-from hf_vicreg.modeling.modeling_vicreg import pooled_features
 from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.encoder import load_config, load_processor, load_vision_encoder, load_weights
@@ -38,25 +37,11 @@ TIMEOUT_S = 1800
 REPEATS = 5
 
 
-@dataclass(frozen=True)
-class Task:
-    """What an exported program gives.
-
-    Attributes:
-        outputs: Names.
-        of: The model's outputs as tensors, in that order.
-    """
-
-    outputs: tuple[str, ...]
-    of: Callable[[Any], tuple[torch.Tensor, ...]]
-
-
+# what an exported program gives, by name
 TASKS = {
-    "features": Task(
-        ("pooler_output", "last_hidden_state"), lambda found: (pooled_features(found), found.last_hidden_state)
-    ),
-    "classification": Task(("logits",), lambda found: (found.logits,)),
-    "detection": Task(("logits", "pred_boxes"), lambda found: (found.logits, found.pred_boxes)),
+    "features": ("pooler_output", "last_hidden_state"),
+    "classification": ("logits",),
+    "detection": ("logits", "pred_boxes"),
 }
 
 
@@ -136,17 +121,17 @@ def export(
         InputError: Bad input, a missing library, or a program that gives something else; nothing is left.
     """
     path = _checked_path(out, format, task, int8)
-    network, processor, given = _load(model, task)
+    network, processor, outputs_of = _load(model, task)
     size = _size(network.config, processor, height, width)
     pictures, described = pictures_of(images, network.config.num_channels)
     pixels = pixels_of(pictures, processor, network.config.num_channels, *size)
     pixels = pixels[torch.arange(max(BATCHES)) % len(pixels)]
-    program = _Program(network, given).eval()
+    program = _Program(network, outputs_of).eval()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting_") as scratch:
         written = Path(scratch) / path.name
         logger.info("exporting %s at %dx%d pixels", model, *size)
-        _write(program, given.outputs, pixels[:3], written, format, int8)
+        _write(program, TASKS[task], pixels[:3], written, format, int8)
         logger.info("running it without the package")
         expected, model_seconds = _run_model(program, pixels)
         found, seconds = _run_program(written, pixels)
@@ -166,9 +151,9 @@ def export(
 class _Program(nn.Module):
     """A model from pixels to a tuple of tensors."""
 
-    def __init__(self, model: PreTrainedModel, task: Task):
+    def __init__(self, model: PreTrainedModel, outputs_of: Callable[[Any], tuple[torch.Tensor, ...]]):
         super().__init__()
-        self.model, self.of = model, task.of
+        self.model, self.of = model, outputs_of
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.of(self.model(pixel_values=pixel_values))
@@ -195,9 +180,8 @@ def _checked_path(out: str | os.PathLike, format: str, task: str, int8: bool) ->
     return path
 
 
-def _load(model: str, task: str) -> tuple[PreTrainedModel, Any, Task]:
-    """Return the model of a task on the CPU, its image processor, and what the program gives."""
-    given = TASKS[task]
+def _load(model: str, task: str) -> tuple[PreTrainedModel, Any, Callable[[Any], tuple[torch.Tensor, ...]]]:
+    """Return the model of a task on the CPU, its image processor, and what takes the tensors from its output."""
     if task == "features":
         encoder = load_vision_encoder(model)
         if isinstance(encoder.model, VicRegDualEncoder):
@@ -206,8 +190,11 @@ def _load(model: str, task: str) -> tuple[PreTrainedModel, Any, Task]:
                 f"give {os.path.join(model, 'image_encoder')}."
             )
         # not what a pooler without weights makes of it
-        own = Task(given.outputs, lambda found: (encoder.feature_of(found), found.last_hidden_state))
-        return encoder.model.cpu().eval(), encoder.processor, own
+        return (
+            encoder.model.cpu().eval(),
+            encoder.processor,
+            lambda found: (encoder.feature_of(found), found.last_hidden_state),
+        )
     config = load_config(model)
     kind = AutoModelForImageClassification if task == "classification" else AutoModelForObjectDetection
     with blamed_on("MODEL", f"expected a model for {task} in {model!r}, got one of type {config.model_type!r}"):
@@ -215,7 +202,8 @@ def _load(model: str, task: str) -> tuple[PreTrainedModel, Any, Task]:
     if info["missing_keys"]:
         name = sorted(info["missing_keys"])[0]
         raise InputError(f"`MODEL`: expected weights for the whole model in {model}, found none for {name}.")
-    return network.eval(), load_processor(model, network.config), given
+    processor = load_processor(model, network.config)
+    return network.eval(), processor, lambda found: tuple(getattr(found, name) for name in TASKS[task])
 
 
 def _size(config: Any, processor: Any, height: int | None, width: int | None) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def test_a_step_that_does_not_fit_is_told_in_one_line(tmp_path, capsys):
     said = capsys.readouterr().err
     assert code == 2, said
     assert said.count("error: ") == 1
-    assert "error: `batch_size`: expected what is held at once to fit into this machine's memory" in said
+    assert "error: memory: expected what is held at once to fit into this machine's memory" in said
     assert "you tried to allocate" in said
 
 
@@ -48,7 +48,7 @@ def test_a_step_that_does_not_fit_is_told_in_one_line(tmp_path, capsys):
 )
 def test_what_torch_and_python_raise_is_told_with_the_remedy(raised, where):
     with (
-        pytest.raises(FullMemoryError, match=f"fit into {where}.* lower it"),
+        pytest.raises(FullMemoryError, match=f"fit into {where}.* take a smaller batch"),
         memory_to_hold(),
     ):
         raise raised

@@ -115,8 +115,8 @@ def memory_to_hold() -> Iterator[None]:
             raise
         where += f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
         raise FullMemoryError(
-            f"`batch_size`: expected what is held at once to fit into {where}, it does not: "
-            f"{said[:200] or 'MemoryError'}; lower it, or take smaller images or a smaller model. "
+            f"memory: expected what is held at once to fit into {where}, it does not: "
+            f"{said[:200] or 'MemoryError'}; take a smaller batch, smaller images or a smaller model. "
             "Checkpoints written before are intact."
         ) from error
 

@@ -47,7 +47,10 @@ WATCHING = {
     "embeddings",  # checked to be of this model and these images
     "unlabelled_dir",  # told by its name, and by its images' fingerprint to a resumed run
     "dataloader_num_workers",
-    *("logging_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+    "logging_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
 }
 
 

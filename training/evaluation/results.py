@@ -117,15 +117,9 @@ def describe_labels(arguments: LabelledDataArguments, train: LabelledImages, tes
         for images in (train, test)
         for index, label in enumerate(images.labels)
     ]
-    return (
-        told
-        | {
-            "train_split": arguments.train_split,
-            "test_split": arguments.train_split,  # that of the file only says which of these images are tested on
-            "label_column": "labels_file",
-            "labels_digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
-        }
-    )
+    told |= dict.fromkeys(("train_split", "test_split"), arguments.train_split)  # the file's splits are within it
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return told | {"label_column": "labels_file", "labels_digest": digest}
 
 
 def add_evaluation(folder: Path, record: dict[str, Any]) -> None:

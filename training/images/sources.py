@@ -67,7 +67,7 @@ def load_sources(
 def _numbered_as(source: ImageSource, held_out: ImageSource) -> ImageSource:
     """Return held-out images whose labels have the training split's numbers, where both splits name their classes.
 
-    Folders of classes are numbered in each split by itself, so one that a split lacks moves all that follow.
+    Each split may number its own classes, so one that it lacks moves all that follow.
     """
     names, own = source.label_names, held_out.label_names
     if source.labels is None or held_out.labels is None or not names or not own or list(names) == list(own):
@@ -80,7 +80,8 @@ def _numbered_as(source: ImageSource, held_out: ImageSource) -> ImageSource:
             repr(unknown[0]),
         )
         return replace(held_out, labels=None, label_names=None)
-    labels = [list(names).index(own[label]) for label in held_out.labels]
+    number = {name: index for index, name in enumerate(names)}
+    labels = [number[own[label]] for label in held_out.labels]
     return replace(held_out, labels=labels, label_names=list(names))
 
 

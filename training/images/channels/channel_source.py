@@ -4,7 +4,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -42,6 +42,7 @@ class ChannelSource(ImageSource):
     pages: str | None = None
     photo: bool = False
     items: np.ndarray | None = None
+    _stamped: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)  # of the file read last
 
     def read(self, index: int, reduction: Callable[[int, int], int] | None = None) -> Any:
         """Return the image as a `Raster`, or None if it cannot be used.
@@ -101,7 +102,7 @@ class ChannelSource(ImageSource):
             return super().digest(index)
         assert self.paths is not None
         try:
-            beginning = stamp(self.paths[self._file_of(index)])
+            beginning = self._stamp(self.paths[self._file_of(index)])
         except OSError:
             return NOT_READ
         place = b"" if self.items is None else self.items[index].tobytes()
@@ -138,6 +139,15 @@ class ChannelSource(ImageSource):
         assert isinstance(even, range)
         places = Random(0)  # the same for all who ask, on every machine
         return [start + int(places.random() * min(even.step, len(self) - start)) for start in even]
+
+    def _stamp(self, path: str) -> bytes:
+        """Return a file's stamp; its windows, which come one after another, share it."""
+        found = self._stamped.get(path)
+        if found is None:
+            found = stamp(path)
+            self._stamped.clear()
+            self._stamped[path] = found
+        return found
 
     def _file_of(self, index: int) -> int:
         return index if self.items is None else int(self.items[index, 0])
