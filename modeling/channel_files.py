@@ -4,8 +4,8 @@ TIFF with its axes, pages and pyramid (tifffile, imagecodecs), DICOM (pydicom), 
 16 bits, and what Pillow opens. A library is asked for when a file needs it.
 """
 
-import importlib
 import os
+import struct
 import weakref
 from io import BytesIO
 from typing import Any, BinaryIO
@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from .channel_layout import ChannelFile, UnreadableChannels, axes_of_array
+from .channel_layout import ChannelFile, UnreadableChannels, axes_of_array, library, refuse_larger
+from .dicom_frames import DicomFrames
 from .rgb_image import orientation_of
 
 TIFF_STARTS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
@@ -45,7 +46,7 @@ def open_channels(
         num_channels: That each image shall have.
         pages: What the pages of a file are, `channels` or `images`; None tells it from the number of channels.
         lazy: Read later, and only what is asked for; the file stays open. Else all is read now.
-        max_pixels: Of a TIFF that is read now: a larger one is refused before it is decoded.
+        max_pixels: Of an image that is read now: a larger one is refused before it is decoded.
 
     Raises:
         UnreadableChannels: Other channels, axes that cannot be told, no or too many pixels, or a library that is not
@@ -53,30 +54,25 @@ def open_channels(
         Exception: What a library raises on a broken file.
     """
     if isinstance(file, str) and os.path.isdir(file):
-        return ChannelFile(*_zarr(file), num_channels, pages)
+        return _zarr(file, num_channels, pages)
     opened: Any = BytesIO(file) if isinstance(file, bytes) else file
     start = file[:132] if isinstance(file, bytes) else _beginning(file)
     if start.startswith(TIFF_STARTS):
         return _tiff(opened, num_channels, pages, lazy, max_pixels)
     if start.startswith(NPY_START):
-        array = np.load(opened, mmap_mode="r" if lazy and isinstance(file, str) else None, allow_pickle=False)
-        return ChannelFile([array], axes_of_array(array.shape, num_channels), num_channels, pages)
+        array = np.load(opened, mmap_mode="c" if isinstance(file, str) else None, allow_pickle=False)
+        found = ChannelFile([array], axes_of_array(array.shape, num_channels), num_channels, pages)
+        refuse_larger(*found.size(), None if lazy else max_pixels)
+        return found
     if start[128:] == b"DICM":
-        frames = _Frames(opened)
-        return ChannelFile([frames], "QYXS"[: len(frames.shape)], num_channels, pages)
+        frames = DicomFrames(opened, None if lazy else max_pixels)
+        return ChannelFile([frames], "QYXS"[: len(frames.shape)], num_channels, pages, nodata=frames.nodata)
     if start.startswith(PNG_START) and start[24] == 16 and start[25] != 0:  # Pillow would keep 8 bits of colours
-        array = _library("imagecodecs").png_decode(_contents(file))
+        width, height = struct.unpack(">II", start[16:24])
+        refuse_larger(height, width, None if lazy else max_pixels)
+        array = library("imagecodecs").png_decode(_contents(file))
         return ChannelFile([array], "YXS"[: array.ndim], num_channels, pages, alpha=start[25] & 4 > 0)
-    return _picture(opened, num_channels, pages)
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UnreadableChannels(
-            "library", f"needs the package {name}, which is not installed: pip install 'hf-vicreg[science]'"
-        ) from error
+    return _picture(opened, num_channels, pages, None if lazy else max_pixels)
 
 
 def _beginning(path: str) -> bytes:
@@ -91,8 +87,9 @@ def _contents(file: str | bytes) -> bytes:
         return opened.read()
 
 
-def _picture(file: str | BinaryIO, num_channels: int, pages: str | None) -> ChannelFile:
+def _picture(file: str | BinaryIO, num_channels: int, pages: str | None, max_pixels: int | None) -> ChannelFile:
     with Image.open(file) as opened:
+        refuse_larger(opened.height, opened.width, max_pixels)
         return channels_of_picture(opened, num_channels, pages)
 
 
@@ -108,39 +105,38 @@ def channels_of_picture(opened: Image.Image, num_channels: int, pages: str | Non
     return ChannelFile([array], "YXS"[: array.ndim], num_channels, pages, alpha=array.shape[2:] == (4,))
 
 
-def refuse_larger(height: int, width: int, max_pixels: int | None) -> None:
-    """Raise UnreadableChannels for an image of more pixels than are read at once."""
-    if max_pixels is not None and height * width > max_pixels:
-        raise UnreadableChannels(
-            "too large",
-            f"{width}x{height} pixels refused, at most {max_pixels:,} are read at once; store it by windows: "
-            "hf-vicreg prepare IMAGES OUT --num_channels N --window 1024",
-        )
-
-
 def _tiff(
     file: str | BinaryIO, num_channels: int, pages: str | None, lazy: bool, max_pixels: int | None
 ) -> ChannelFile:
-    """The first series of a TIFF: in OME's and ImageJ's files the image, in others all pages of one size."""
-    tifffile = _library("tifffile")
+    """The first series of a TIFF, all pages of one size; of OME's files those of further positions as well."""
+    tifffile = library("tifffile")
     opened = tifffile.TiffFile(file)
     try:
         series = opened.series[0]
         page = series.keyframe
         if page.photometric == PALETTE:
-            return _picture(file, num_channels, pages)
+            return _picture(file, num_channels, pages, None if lazy else max_pixels)
         alpha = bool(page.extrasamples) and int(page.extrasamples[-1]) in (1, 2)
+        alike = [one for one in opened.series if (one.axes, one.shape) == (series.axes, series.shape)]
+        positions = alike if opened.is_ome else [series]
         if lazy:
-            zarr = _library("zarr")
-            levels = [zarr.open(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
+            levels = [_levels(one) for one in positions]
         else:
             refuse_larger(page.imagelength, page.imagewidth, max_pixels)
-            levels = [series.asarray()]
-        if levels[0].ndim != len(series.axes) or not {"Y", "X"} <= set(series.axes):
-            raise UnreadableChannels("axes", f"the order of axes {series.axes} {levels[0].shape} cannot be told")
-        inverted = page.photometric == 0
-        found = ChannelFile(levels, _lettered(series.axes), num_channels, pages, alpha=alpha, inverted=inverted)
-        found.nodata = _nodata(page)
+            levels = [[one.asarray()] for one in positions]
+        axes, first = series.axes, levels[0][0]
+        if first.ndim != len(axes) or not {"Y", "X"} <= set(axes):
+            raise UnreadableChannels("axes", f"the order of axes {axes} {first.shape} cannot be told")
+        found = ChannelFile(
+            levels[0],
+            _lettered(axes),
+            num_channels,
+            pages,
+            alpha=alpha,
+            inverted=page.photometric == 0,
+            nodata=_nodata(page),
+            further=levels[1:],
+        )
         if lazy:
             weakref.finalize(found, opened.close)
         return found
@@ -150,6 +146,12 @@ def _tiff(
     finally:
         if not lazy:
             opened.close()
+
+
+def _levels(series: Any) -> list[Any]:
+    """Return the levels of a TIFF's pyramid, read where they are sliced."""
+    zarr = library("zarr")
+    return [zarr.open(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
 
 
 def _nodata(page: Any) -> float | None:
@@ -166,88 +168,29 @@ def _lettered(axes: str) -> str:
     return "".join(axis if axis not in axes[:place] else chr(ord("a") + place) for place, axis in enumerate(axes))
 
 
-def _zarr(path: str) -> tuple[list[Any], str]:
-    """The levels and axes of an OME-Zarr, version 0.1 to 0.5."""
-    zarr = _library("zarr")
+def _zarr(path: str, num_channels: int, pages: str | None) -> ChannelFile:
+    """The images of an OME-Zarr, version 0.1 to 0.5; where bioformats2raw wrote several, those like the first."""
+    zarr = library("zarr")
     try:
-        group = zarr.open_group(path, mode="r")
-        attributes = dict(group.attrs)
-        scales = (attributes.get("ome") or attributes)["multiscales"][0]
-        levels = [group[one["path"]] for one in scales["datasets"]]
+        root = zarr.open_group(path, mode="r")
+        collected = "bioformats2raw.layout" in (root.attrs.get("ome") or root.attrs)
+        names = sorted((one for one in root.group_keys() if one.isdigit()), key=int) if collected else []
+        (levels, axes), *others = [_multiscales(root[name]) for name in names] or [_multiscales(root)]
     except (KeyError, IndexError, TypeError, FileNotFoundError, ValueError) as error:
         raise UnreadableChannels(
             "no multiscales", "a Zarr without `multiscales`, which say what its arrays are; store it as OME-Zarr"
         ) from error
-    axes = [one if isinstance(one, str) else one["name"] for one in scales.get("axes", "tczyx")]
     letters = _lettered("".join(one[0].upper() for one in axes))
     if len(letters) != levels[0].ndim or not {"Y", "X"} <= set(letters):
         raise UnreadableChannels("axes", f"the order of axes {axes} of an array {levels[0].shape} cannot be told")
-    return levels, letters
+    shapes = [one.shape for one in levels]
+    further = [one for one, named in others if named == axes and [level.shape for level in one] == shapes]
+    return ChannelFile(levels, letters, num_channels, pages, further=further)
 
 
-class _Frames:
-    """The frames of a DICOM file, `(frames, rows, columns)` and samples for colours, each read when asked for.
-
-    Values are as DICOM's pixel transformations say (PS3.3 C.11.1 and C.11.2): rescaled by slope and intercept; of
-    values without a unit the first window is taken, from 0 to 1; 0 is black; colours are RGB.
-    """
-
-    def __init__(self, file: str | BinaryIO):
-        pydicom = _library("pydicom")
-        self.pixels = importlib.import_module("pydicom.pixels")
-        self.data = pydicom.dcmread(file)
-        if "PixelData" not in self.data and "FloatPixelData" not in self.data:
-            raise UnreadableChannels("no pixels", "a DICOM file without pixels")
-        first = self._frame(0)
-        self.shape = (int(self.data.get("NumberOfFrames") or 1), *first.shape)
-        self.dtype, self.ndim = first.dtype, 1 + first.ndim
-
-    def __getitem__(self, where: tuple[Any, ...]) -> np.ndarray:
-        frames = range(self.shape[0])[where[0]]
-        if isinstance(frames, int):
-            return self._frame(frames)[where[1:]]
-        return np.stack([self._frame(one)[where[1:]] for one in frames])
-
-    def _frame(self, index: int) -> np.ndarray:
-        data = self.data
-        stored = self.pixels.pixel_array(data, index=index)  # colours come as RGB
-        kind = data.get("PhotometricInterpretation")
-        if kind == "PALETTE COLOR":
-            return self.pixels.apply_color_lut(stored, data)
-        if stored.ndim == 3:
-            return stored
-        rescaling = self._part("PixelValueTransformationSequence", index)
-        slope, intercept = (
-            default if rescaling.get(name) in (None, "") else float(rescaling.get(name))
-            for name, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
-        )
-        values = stored if (slope, intercept) == (1, 0) else (stored * slope + intercept).astype(np.float32)
-        window = self._window(index)
-        if window is not None:
-            centre, width = window
-            values = ((values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5).clip(0, 1).astype(np.float32)
-            return 1 - values if kind == "MONOCHROME1" else values
-        if kind == "MONOCHROME1":  # the smallest and the largest that can be stored change places
-            bits, signed = int(data.BitsStored), bool(data.PixelRepresentation)
-            total = -1 if signed else 2**bits - 1
-            values = (2 * intercept + total * slope - values).astype(values.dtype)
-        return values
-
-    def _part(self, sequence: str, index: int) -> Any:
-        """Return where a frame's values of a kind stand: its own part, that of all frames, or the file (C.7.6.16)."""
-        own = (self.data.get("PerFrameFunctionalGroupsSequence") or [])[index : index + 1]
-        for groups in (*own, *(self.data.get("SharedFunctionalGroupsSequence") or [])[:1]):
-            if groups.get(sequence):
-                return groups.get(sequence)[0]
-        return self.data
-
-    def _window(self, index: int) -> tuple[float, float] | None:
-        """Return centre and width of the first window; none where values have a unit, such as Hounsfield's."""
-        unit = self._part("PixelValueTransformationSequence", index).get("RescaleType") or "US"
-        data = self._part("FrameVOILUTSequence", index)
-        united = unit != "US" or self.data.get("Modality") in ("CT", "PT", "NM")
-        if united or not data.get("WindowWidth") or data.get("WindowCenter") is None:
-            return None
-        found = [data.WindowCenter, data.WindowWidth]
-        centre, width = (float(one[0] if hasattr(one, "__len__") else one) for one in found)
-        return centre, width
+def _multiscales(group: Any) -> tuple[list[Any], list[str]]:
+    """Return the levels of an image in an OME-Zarr, and the names of its axes."""
+    attributes = dict(group.attrs)
+    scales = (attributes.get("ome") or attributes)["multiscales"][0]
+    axes = [one if isinstance(one, str) else one["name"] for one in scales.get("axes", "tczyx")]
+    return [group[one["path"]] for one in scales["datasets"]], axes

@@ -1,7 +1,9 @@
 """From the axes of a stored array to images of a given number of channels: what is a channel, what an image."""
 
+import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,8 @@ class ChannelFile:
         pages: `channels` or `images`, what pages are; None tells it from the number of channels.
         alpha: Whether the last sample may be left out, being transparency.
         inverted: Whether 0 is white.
-        nodata: The stored number that stands for no value, where there is one.
+        nodata: The value that stands for none, where there is one.
+        further: Levels of the images at other positions, of the same shapes; they are images of their own.
     """
 
     levels: list[Any]
@@ -45,6 +48,7 @@ class ChannelFile:
     alpha: bool = False
     inverted: bool = False
     nodata: float | None = None
+    further: list[list[Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Find out what pages are.
@@ -55,7 +59,8 @@ class ChannelFile:
         lengths = dict(zip(self.axes, self.levels[0].shape, strict=True))
         # a level of fewer planes or times is none of the same pages
         of_pages = [place for place, axis in enumerate(self.axes) if axis not in "YX"]
-        self.levels = [one for one in self.levels if all(one.shape[at] == self.levels[0].shape[at] for at in of_pages)]
+        kept = [all(one.shape[at] == self.levels[0].shape[at] for at in of_pages) for one in self.levels]
+        self.levels, *self.further = (list(compress(one, kept)) for one in (self.levels, *self.further))
         channels = math.prod(length for axis, length in lengths.items() if axis in CHANNEL_AXES)
         stacked = math.prod(length for axis, length in lengths.items() if axis not in CHANNEL_AXES + "YX")
         wanted, self.alpha = self.num_channels, self.alpha and channels == self.num_channels + 1
@@ -72,7 +77,13 @@ class ChannelFile:
             )
         if np.dtype(self.levels[0].dtype).kind not in "buif":
             raise UnreadableChannels("depth", f"values of type {self.levels[0].dtype} are no intensities")
-        self.num_images = stacked if as_pages == "images" else 1
+        self.images_each = stacked if as_pages == "images" else 1
+        self.num_images = self.images_each * (1 + len(self.further))
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether all pixels lie in memory: those of a file that cannot be read by parts."""
+        return type(self.levels[0]) is np.ndarray
 
     def size(self, level: int = 0) -> tuple[int, int]:
         """Return (height, width) in pixels."""
@@ -90,9 +101,10 @@ class ChannelFile:
             box: (left, top, right, bottom) in that level's pixels; default: all. What lies outside is not read.
             gaps: Return NaN, in float32, where there is no value: NaN, infinite or `nodata`. For statistics alone.
         """
-        array = self.levels[level]
+        position, image = divmod(image, self.images_each)
+        array = [self.levels, *self.further][position][level]
         left, top, right, bottom = box or (0, 0, *self.size(level)[::-1])
-        of_pages = [axis for axis in self.axes if axis not in CHANNEL_AXES + "YX"] if self.num_images > 1 else []
+        of_pages = [axis for axis in self.axes if axis not in CHANNEL_AXES + "YX"] if self.images_each > 1 else []
         lengths = [array.shape[self.axes.index(axis)] for axis in of_pages]
         place = dict(zip(of_pages, np.unravel_index(image, lengths), strict=True)) if of_pages else {}
         where: dict[str, Any] = {"Y": slice(top, bottom), "X": slice(left, right)} | {
@@ -148,3 +160,27 @@ def axes_of_array(shape: tuple[int, ...], num_channels: int) -> str:
         # as most store it: the shortest axis is the channels'
         return pages + ("CYX" if shape[-3] < shape[-1] else "YXC")
     raise UnreadableChannels("axes", f"the order of axes {list(shape)} cannot be told, 2 to 4 axes are known")
+
+
+def refuse_larger(height: int, width: int, max_pixels: int | None) -> None:
+    """Raise UnreadableChannels for an image of more pixels than are read at once."""
+    if max_pixels is not None and height * width > max_pixels:
+        raise UnreadableChannels(
+            "too large",
+            f"{width}x{height} pixels refused, at most {max_pixels:,} are read at once; store it by windows: "
+            "hf-vicreg prepare IMAGES OUT --num_channels N --window 1024",
+        )
+
+
+def library(name: str) -> Any:
+    """Return a library of the extra `science`.
+
+    Raises:
+        UnreadableChannels: It is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnreadableChannels(
+            "library", f"needs the package {name}, which is not installed: pip install 'hf-vicreg[science]'"
+        ) from error

@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODELING = sorted((REPOSITORY / "modeling").glob("*.py"))
-OPENS_IMAGES = {"rgb_image", "channel_files", "channel_layout", "channel_pixels"}
+OPENS_IMAGES = {"rgb_image", "channel_files", "channel_layout", "channel_pixels", "dicom_frames"}
 ALLOWED = {"torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
 
 

@@ -158,6 +158,7 @@ def test_an_encoder_of_transformers_own_needs_code_for_its_processor_only(run, s
         "channel_files.py",
         "channel_layout.py",
         "channel_pixels.py",
+        "dicom_frames.py",
         "image_processing_bigbird_vit.py",
         "image_processing_pil_bigbird_vit.py",
         "rgb_image.py",

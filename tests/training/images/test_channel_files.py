@@ -3,6 +3,7 @@
 import json
 from io import BytesIO
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -11,12 +12,14 @@ import torch
 import zarr
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import get_decoder
 from pydicom.uid import ExplicitVRLittleEndian
 from transformers import AutoImageProcessor
 
 from hf_vicreg import BigBirdViTImageProcessor, pretrain
 from hf_vicreg.cli import main
-from hf_vicreg.modeling import channel_files
+from hf_vicreg.modeling import channel_layout
 from hf_vicreg.modeling.channel_files import open_channels
 from hf_vicreg.modeling.channel_layout import UnreadableChannels
 from hf_vicreg.modeling.image_processing_pil_bigbird_vit import BigBirdViTImageProcessorPil
@@ -305,8 +308,15 @@ def test_dicom_values_are_as_the_standard_says(tmp_path):
     np.testing.assert_allclose(open_channels(str(path), 1).read()[:, :, 0], stored[0] * 2.0 - 1024)
     unsigned = pixels_of("uint16", 1).transpose(2, 0, 1)
     write_dicom(path, unsigned, Modality="DX", WindowCenter=2000, WindowWidth=1000)
-    windowed = pydicom.pixels.apply_windowing(unsigned[0], pydicom.dcmread(path)) / 65535
-    np.testing.assert_allclose(open_channels(str(path), 1).read()[:, :, 0], windowed, atol=1e-6)
+    windowed = pydicom.pixels.apply_windowing(unsigned[0], pydicom.dcmread(path))
+    found = open_channels(str(path), 1).read()[:, :, 0]
+    np.testing.assert_allclose(found, windowed, rtol=1e-6)
+    assert (found.min(), found.max()) == (0, 65535)  # as a file without a window has them
+    white = {"Modality": "DX", "WindowCenter": [2000, 7], "WindowWidth": [1000, 7], "VOILUTFunction": "SIGMOID"}
+    write_dicom(path, unsigned, PhotometricInterpretation="MONOCHROME1", RescaleSlope=2, RescaleIntercept=5, **white)
+    windowed = 65535 / (1 + np.exp(-4 * (unsigned[0] * 2.0 + 5 - 2000) / 1000)) * 2 + 5
+    found = open_channels(str(path), 1).read()[:, :, 0]
+    np.testing.assert_allclose(found, 2 * 5 + 2 * 65535 - windowed, rtol=1e-5, atol=0.01)
     write_dicom(path, unsigned, Modality="DX", PhotometricInterpretation="MONOCHROME1")
     np.testing.assert_array_equal(open_channels(str(path), 1).read()[:, :, 0], 65535 - unsigned[0])
 
@@ -336,8 +346,8 @@ def test_values_of_a_multi_frame_dicom_are_those_of_each_frame(tmp_path):
     groups = rescaling(1, 0, "US")
     groups.FrameVOILUTSequence = [window]
     write_dicom(path, stored[:1], Modality="US", SharedFunctionalGroupsSequence=[groups])
-    expected = ((stored[0] - 99.5) / 200 + 0.5).clip(0, 1)
-    np.testing.assert_allclose(open_channels(str(path), 1).read()[:, :, 0], expected, atol=1e-6)
+    expected = ((stored[0] - 99.5) / 200 + 0.5).clip(0, 1) * 65535 - 32768
+    np.testing.assert_allclose(open_channels(str(path), 1).read()[:, :, 0], expected, rtol=1e-6, atol=0.01)
 
 
 def test_empty_tags_of_a_dicom_say_nothing(tmp_path):
@@ -345,7 +355,104 @@ def test_empty_tags_of_a_dicom_say_nothing(tmp_path):
     write_dicom(path, stored, Modality="DX", RescaleSlope=None, RescaleIntercept=None, RescaleType="")
     np.testing.assert_array_equal(open_channels(str(path), 1).read()[:, :, 0], stored[0])
     write_dicom(path, stored, Modality="DX", RescaleType="", WindowCenter=2000, WindowWidth=1000)
-    assert open_channels(str(path), 1).read().max() == 1
+    assert open_channels(str(path), 1).read().max() == 65535 > stored.max()
+
+
+def test_compressed_dicom_is_read_or_says_what_it_needs(tmp_path, monkeypatch):
+    stored, path = pixels_of("uint16", 2).transpose(2, 0, 1), tmp_path / "lossless.dcm"
+    write_dicom(path, stored)
+    data = pydicom.dcmread(path)
+    data.PixelData = encapsulate([imagecodecs.ljpeg_encode(one, bitspersample=16) for one in stored])
+    data["PixelData"].is_undefined_length = True
+    for syntax in (pydicom.uid.JPEGLosslessSV1, pydicom.uid.HTJ2KLossless, pydicom.uid.MPEG2MPML):
+        data.file_meta.TransferSyntaxUID = syntax
+        data.save_as(tmp_path / f"{syntax.keyword}.dcm")
+    found = open_channels(str(tmp_path / "JPEGLosslessSV1.dcm"), 2).read()
+    np.testing.assert_array_equal(found, stored.transpose(1, 2, 0))
+    monkeypatch.setattr(
+        get_decoder(pydicom.uid.HTJ2KLossless), "_available", {}
+    )  # as where its packages are not installed
+    with pytest.raises(UnreadableChannels, match=r"needs one of: .*pylibjpeg-openjpeg") as refusal:
+        open_channels(str(tmp_path / "HTJ2KLossless.dcm"), 2)
+    assert refusal.value.kind == "library"
+    with pytest.raises(UnreadableChannels, match="compressed as MPEG2"):
+        open_channels(str(tmp_path / "MPEG2MPML.dcm"), 2)
+
+
+def test_positions_of_one_file_are_images(tmp_path):
+    """Several fields of one sample lie in one OME-TIFF, or in one folder as bioformats2raw writes it."""
+    fields = [pixels_of("uint16", 2, seed).transpose(2, 0, 1) for seed in range(3)]
+    thumbnail = fields[0][:, :8, :8]
+    for folder in ("tif", "zarr"):
+        (tmp_path / folder).mkdir()
+    with tifffile.TiffWriter(tmp_path / "tif" / "a.ome.tif", ome=True) as file:
+        for one in (*fields, thumbnail):
+            file.write(one, metadata={"axes": "CYX"}, photometric="minisblack")
+    collected = zarr.open_group(tmp_path / "zarr" / "a.zarr", mode="w", zarr_format=2)
+    collected.attrs["bioformats2raw.layout"] = 3
+    collected.create_group("OME")
+    for name, one in enumerate(fields):
+        write_zarr(tmp_path / "zarr" / "a.zarr" / str(name), one, 2)
+    for folder in ("tif", "zarr"):
+        for window, boxes in ((None, [(0, WIDTH)] * 3), (40, [(0, 40), (WIDTH - 40, WIDTH)] * 3)):
+            source = channel_folder(str(tmp_path / folder), 2, window=window)
+            assert len(source) == len(boxes), folder
+            for index, (left, right) in enumerate(boxes):
+                expected = fields[index * 3 // len(boxes)].transpose(1, 2, 0)[:, left:right]
+                np.testing.assert_array_equal(np.asarray(source.read(index)), expected)
+
+
+def test_pages_are_found_though_few_files_have_several(tmp_path):
+    one = pixels_of("uint16", 1)[:, :, 0]
+    for name in range(150):
+        tifffile.imwrite(tmp_path / f"{name:03}.tif", one[:8, :8], photometric="minisblack")
+    tifffile.imwrite(tmp_path / "100.tif", np.stack([one, one + 1, one + 2]), photometric="minisblack")
+    source = channel_folder(str(tmp_path), 1)
+    assert len(source) == 152
+    np.testing.assert_array_equal(np.asarray(source.read(102))[:, :, 0], one + 2)
+
+
+@pytest.mark.parametrize("form", ["png", "png16", "dcm", "npy", "tif"])
+def test_what_is_too_large_is_refused_before_it_is_decoded(tmp_path, form, monkeypatch):
+    """A few bytes may stand for gigabytes of pixels."""
+    path = tmp_path / f"a.{form[:3]}"
+    if form == "png":
+        Image.fromarray(pixels_of("uint8", 3)).save(path)
+    else:
+        write(
+            path,
+            pixels_of("uint16", 1),
+            form[:3],
+            "png16" if form == "png16" else "last" if form == "npy" else "chunky",
+        )
+
+    def decoded(*arguments, **flags):
+        raise AssertionError("decoded")
+
+    for place, name in ((Image.Image, "load"), (pydicom.pixels, "pixel_array"), (imagecodecs, "png_decode")):
+        monkeypatch.setattr(place, name, decoded)
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", decoded)
+    with pytest.raises(UnreadableChannels, match=rf"{WIDTH}x{HEIGHT} pixels refused, at most 1,000"):
+        open_channels(str(path), 3 if form == "png" else 1, max_pixels=1000)
+
+
+def test_padding_of_a_dicom_is_left_out_of_the_range(tmp_path):
+    stored = np.full((1, HEIGHT, WIDTH), -2000, np.int16)
+    stored[0, 5:30, 5:30] = np.linspace(0, 1000, 625).reshape(25, 25)
+    tags = {"Modality": "CT", "RescaleSlope": 1, "RescaleIntercept": -24, "PixelPaddingValue": -2000}
+    write_dicom(tmp_path / "a.dcm", stored, **tags)
+    assert np.isnan(open_channels(str(tmp_path / "a.dcm"), 1).read(gaps=True)).mean() == 1 - 625 / (HEIGHT * WIDTH)
+    found = measure(channel_folder(str(tmp_path), 1), "minmax")
+    assert (found.channel_low, found.channel_high) == ([-24.0], [976.0])
+
+
+def test_a_channel_of_few_bright_spots_is_told_to_be_measured_otherwise(tmp_path):
+    pixels = np.zeros((HEIGHT, WIDTH), np.uint16)
+    pixels[0, :5] = 3000
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    with pytest.raises(InputError, match=r"found 0 for both in 1 images of values from 0 to 3000; add .* minmax"):
+        measure(channel_folder(str(tmp_path), 1), "percentile")
+    assert measure(channel_folder(str(tmp_path), 1), "minmax").channel_high == [3000.0]
 
 
 def test_a_level_of_fewer_planes_is_left_out_of_a_pyramid(tmp_path):
@@ -452,7 +559,7 @@ def test_what_cannot_be_told_or_is_not_there_is_said(tmp_path, monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(channel_files.importlib, "import_module", missing)
+    monkeypatch.setattr(channel_layout.importlib, "import_module", missing)
     with pytest.raises(UnreadableChannels, match=r"needs the package tifffile.*pip install 'hf-vicreg\[science\]'"):
         open_channels(str(tmp_path / "a.tif"), 1)
 

@@ -7,6 +7,7 @@ import pytest
 import tifffile
 import torch
 import zarr
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_vicreg import pretrain
@@ -246,3 +247,18 @@ def test_few_files_stay_open(slides, monkeypatch):
     for index in (0, 16, 32, 48, 0):
         np.asarray(source.read(index))
         assert len(channel_source._opened) <= 2
+
+
+def test_of_files_that_are_decoded_whole_one_is_kept(slides, tmp_path):
+    """PNG has no parts: eight decoded slides in each loader process are more than the memory there is."""
+    channel_source._opened.clear()
+    for name in range(3):
+        Image.fromarray(slide()[:, :, 0].astype(np.uint8)).save(tmp_path / f"{name}.png")
+    decoded = channel_folder(str(tmp_path), 1, window=128)
+    for index in range(0, len(decoded), 5):
+        np.asarray(decoded.read(index))
+    assert len(channel_source._opened) == 1
+    source = channel_folder(str(slides), 2, window=128)
+    np.asarray(source.read(0))
+    np.asarray(decoded.read(0))
+    assert len(channel_source._opened) == 2  # a slide that is read by parts stays

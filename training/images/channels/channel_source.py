@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_vicreg.modeling.channel_files import open_channels, refuse_larger
-from hf_vicreg.modeling.channel_layout import ChannelFile, UnreadableChannels
+from hf_vicreg.modeling.channel_files import open_channels
+from hf_vicreg.modeling.channel_layout import ChannelFile, UnreadableChannels, refuse_larger
 from hf_vicreg.training.images.channels.raster import Raster
 from hf_vicreg.training.images.channels.windows import box_at, level_for
 from hf_vicreg.training.images.decoding import MAX_PIXELS, Header, UnusableImage, unusable
@@ -181,9 +181,12 @@ def opened_file(path: str, num_channels: int, pages: str | None, *, lazy: bool) 
         return open_channels(path, num_channels, pages, max_pixels=MAX_PIXELS)
     key = (os.getpid(), path, num_channels, pages)
     if key not in _opened:
-        while len(_opened) >= KEPT_OPEN:
-            _opened.popitem(last=False)
         _opened[key] = open_channels(path, num_channels, pages, lazy=True)
+        # such a file takes the memory of all its pixels: one at a time
+        for other in [one for one, file in _opened.items() if file.is_decoded][:-1]:
+            del _opened[other]
+        while len(_opened) > KEPT_OPEN:
+            _opened.popitem(last=False)
     _opened.move_to_end(key)
     return _opened[key]
 

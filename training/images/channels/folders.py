@@ -16,9 +16,11 @@ from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.channel_source import ChannelSource, stamp
 from hf_vicreg.training.images.channels.windows import is_blank, windows_of
 from hf_vicreg.training.images.files.file_names import FileNames
-from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES, files_below
+from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES, TIFF, files_below
 
 logger = logging.getLogger(__name__)
+
+PAGES_COUNTED = 4096  # files at most that are opened to see whether any holds several images; then all are
 
 
 def channel_folder(
@@ -96,7 +98,8 @@ def without_blank(source: ChannelSource, low: list[float], high: list[float]) ->
 def _spread_out(source: ChannelSource, window: int | None) -> ChannelSource:
     """Return a source of single images and windows where a file holds several, else the source as it is."""
     assert source.paths is not None
-    looked_at = range(len(source)) if window is not None else source.sampled()
+    every = window is not None or source.pages == "images"
+    looked_at = range(len(source)) if every else source._spread(PAGES_COUNTED)
     count = partial(_boxes, source, window)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         found = list(threads.map(count, looked_at))
@@ -112,6 +115,9 @@ def _spread_out(source: ChannelSource, window: int | None) -> ChannelSource:
 def _boxes(source: ChannelSource, window: int | None, file: int) -> list[tuple[int, ...]]:
     """Return (image, left, top, right, bottom) of all that a file holds; one of zeros if it is one or unreadable."""
     assert source.paths is not None
+    suffix = os.path.splitext(source.paths[file])[1].lower()
+    if window is None and suffix in IMAGE_SUFFIXES - TIFF:
+        return [(0, 0, 0, 0, 0)]
     try:
         opened = open_channels(source.paths[file], source.num_channels, source.pages, lazy=True)
     except Exception:  # it is refused, with its reason, when its turn comes

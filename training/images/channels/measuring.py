@@ -15,6 +15,7 @@ from hf_vicreg.training.run.config import RunConfig
 
 NUM_MEASURED = 64  # images
 PIXELS_OF_EACH = 2**16  # on a grid over the image
+VALUES_OF_EACH = 2**19  # of all channels: of more than 8 there are fewer pixels
 PERCENTILES = (0.5, 99.5)
 OF_PHOTOS = ([0.0] * 3, [255.0] * 3)
 LARGEST_WINDOW = 1024  # pixels a side of one that is read for measuring
@@ -38,7 +39,7 @@ class Measured:
 
 
 def measure(source: ImageSource, kind: str, bounds: tuple[float, float] | None = None) -> Measured:
-    """Measure up to 64 images, spread evenly over all, each at up to 65,536 pixels.
+    """Measure up to 64 images, spread evenly over all, each at up to 65,536 pixels (of more than 8 channels fewer).
 
     Args:
         source: Of `Raster`s.
@@ -60,11 +61,7 @@ def measure(source: ImageSource, kind: str, bounds: tuple[float, float] | None =
         else:
             low, high = np.percentile(values, PERCENTILES) if len(values) else (np.inf, -np.inf)
         if not high > low:
-            raise InputError(
-                f"`normalisation`: expected values that differ in channel {channel} of {source.name}, found "
-                f"{f'{low:g}' if len(values) else 'none'} in {len(found)} images; leave the channel out, or add "
-                "--normalisation fixed LOW HIGH."
-            )
+            raise InputError(_alike(values, kind, low, f"channel {channel} of {source.name}", len(found)))
         scaled = ((values - low) / (high - low)).clip(0, 1)
         mean, std = (float(scaled.mean()), float(scaled.std())) if len(scaled) else (0.0, 0.0)
         measured.channel_low.append(float(low))
@@ -72,6 +69,20 @@ def measure(source: ImageSource, kind: str, bounds: tuple[float, float] | None =
         measured.image_mean.append(mean)
         measured.image_std.append(std if std >= 1e-4 else 1.0)  # one that `fixed` makes constant stays finite
     return measured
+
+
+def _alike(values: np.ndarray, kind: str, low: float, where: str, num_images: int) -> str:
+    """Return the refusal of a channel whose low end is its high end."""
+    if kind == "percentile" and len(values) and values.min() < values.max():
+        return (
+            f"`normalisation`: expected percentiles 0.5 and 99.5 that differ in {where}, found {low:g} for both in "
+            f"{num_images} images of values from {values.min():g} to {values.max():g}; add --normalisation minmax, "
+            "or fixed LOW HIGH."
+        )
+    return (
+        f"`normalisation`: expected values that differ in {where}, found {f'{low:g}' if len(values) else 'none'} in "
+        f"{num_images} images; leave the channel out, or add --normalisation fixed LOW HIGH."
+    )
 
 
 def measured_views(settings: dict[str, Any], config: RunConfig, source: ImageSource) -> dict[str, Any]:
@@ -142,5 +153,6 @@ def _sample(raster: Any) -> np.ndarray:
         (left, top, min(raster.width, left + LARGEST_WINDOW), min(raster.height, top + LARGEST_WINDOW)),
         gaps=True,
     )
-    step = max(1, int(np.ceil((pixels.shape[0] * pixels.shape[1] / PIXELS_OF_EACH) ** 0.5)))
-    return pixels[::step, ::step].reshape(-1, pixels.shape[2])
+    wanted = min(PIXELS_OF_EACH, VALUES_OF_EACH // pixels.shape[2])
+    step = max(1, int(np.ceil((pixels.shape[0] * pixels.shape[1] / wanted) ** 0.5)))
+    return pixels[::step, ::step].reshape(-1, pixels.shape[2]).copy()  # the rest of the pixels can go
