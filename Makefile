@@ -15,12 +15,13 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist wor
 
 .PHONY: demo test test-rounding test-package test-upstream check docs format clean
 
-# One stamp for all targets: the environment is made again only when the project's own requirements change.
+# One stamp for all targets: the environment is made again only when the project's own requirements change. Of its
+# 19,000 modules most are never imported: each is compiled when it is.
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PLAINLY) $(BIN)/python -m pip install --quiet --upgrade pip $(QUIETLY)
-	$(PLAINLY) $(BIN)/python -m pip install --quiet --editable '.[dev]' $(QUIETLY)
+	$(PLAINLY) $(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]' $(QUIETLY)
 	touch $@
 
 # Pretrains on scikit-learn's digits (no download, under 3 minutes on 2 cores) and compares k-NN accuracies.
