@@ -25,6 +25,7 @@ from hf_vicreg.training.pretrained.text_source import with_text
 from hf_vicreg.training.pretrained.warm_start import with_source
 from hf_vicreg.training.run.places import with_places
 from hf_vicreg.training.run.resolve import resolve
+from hf_vicreg.training.run.run_folder import alone_in
 from hf_vicreg.training.run.settings import explicit_settings
 
 logger = logging.getLogger("hf_vicreg.training.pretrain")  # by name: launched with -m, this module is __main__
@@ -104,9 +105,10 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
     if planned.table and accelerator.is_main_process:
         logger.info("%s\n", planned.table)
     run = build_run(planned.config, opened)
-    begin(run)
-    fit(run)
-    results = finish(run)
+    with alone_in(run.folder, accelerator):
+        begin(run)
+        fit(run)
+        results = finish(run)
     return PretrainResult(run.folder, run.exports[0].model, run.processor, results)
 
 

@@ -2,6 +2,10 @@
 
 import contextlib
 import json
+import logging
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +16,25 @@ from hf_vicreg.training.errors import InputError, room_in
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
 RECIPE = "recipe.yaml"  # by which the folder of a pretraining run is known again
+PATIENCE_S = 10.0  # for a run that was killed, whose processes end a little later
+_held: set[int] = set()  # file descriptors of folders; a loader process that is forked off shall not hold them, too
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def begun_sizes(folder: Path) -> dict[str, Any]:
@@ -45,6 +67,57 @@ def file_inside(run: Path, *parts: str) -> Path:
     if not path.resolve().is_relative_to(run.resolve()):
         raise InputError(f"`{path.relative_to(run)}`: expected a file of {run}, got a link out of it; copy it there.")
     return path
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if need be; every process must enter, and the main one holds it.
+
+    The system lets go of it when the process ends, however it does. File systems without locks keep nobody out.
+
+    Raises:
+        InputError: Another run is in it, and stays.
+    """
+    from hf_vicreg.training.launch.distributed import run_on_main  # imports torch
+
+    descriptors: list[int] = []
+
+    def hold() -> None:
+        with contextlib.suppress(OSError):  # who writes there says what is wrong with it
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptors.append(os.open(folder, os.O_RDONLY))
+        for one in descriptors:
+            _held.add(one)
+            _lock(one, folder)
+
+    try:
+        run_on_main(hold, accelerator)
+        yield
+    finally:
+        for one in descriptors:
+            _held.discard(one)
+            os.close(one)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    until, said = time.monotonic() + PATIENCE_S, False
+    while fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise InputError(
+                    f"`output_dir`: expected a folder that no run is writing to, another one is in {folder}; wait for "
+                    "its end or choose another folder. Several processes of one run need a launcher (torchrun, "
+                    "accelerate launch or --num_processes)."
+                ) from None
+            if not said:
+                logger.info("waiting for another run to leave %s", folder)
+            said = True
+            time.sleep(0.2)
+        except OSError:  # no locks there
+            break
 
 
 def start_folder(folder: Path, own_file: str, text: str, accelerator: "Accelerator") -> None:

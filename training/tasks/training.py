@@ -26,7 +26,7 @@ from hf_vicreg.training.evaluation.encoder import public_name, quiet_transformer
 from hf_vicreg.training.evaluation.results import add_evaluation, evaluation_record
 from hf_vicreg.training.images.order import StepSampler
 from hf_vicreg.training.launch.signals import StopRequest, outlive_signals
-from hf_vicreg.training.run.run_folder import start_folder
+from hf_vicreg.training.run.run_folder import alone_in, start_folder
 from hf_vicreg.training.tasks.arguments import OWN_FILE, TaskArguments
 from hf_vicreg.training.tasks.prepared import PreparedTask
 
@@ -189,9 +189,9 @@ def fine_tune(loop: TrainingLoop, settings: Any, model_name: str, recipe: dict[s
     if checkpoint is not None:
         loop.resume(checkpoint)
     described = {"model": public_name(model_name)} | recipe
-    start_folder(loop.folder, OWN_FILE, json.dumps(described, indent=1) + "\n", accelerator)
-    logger.info("%s, %d steps", images, loop.step.num_steps)
-    with loop.stop:
+    with alone_in(loop.folder, accelerator), loop.stop:
+        start_folder(loop.folder, OWN_FILE, json.dumps(described, indent=1) + "\n", accelerator)
+        logger.info("%s, %d steps", images, loop.step.num_steps)
         loop.fit()
     with room_in(loop.folder):
         kept = loop.folder / ADAPTER if accelerator.is_main_process else None
