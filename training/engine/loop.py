@@ -30,7 +30,7 @@ from hf_vicreg.training.objectives.vicreg import VICREG
 
 logger = logging.getLogger(__name__)
 
-REHEARSED_STEPS = (3, 20)
+REHEARSED_STEPS, SLOW_STEP_S = (3, 20), 10.0  # one step that long tells enough
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class TrainingLoop:
         """Take a few steps from the first one on to learn how fast they are; nothing else is done with this loop.
 
         Args:
-            seconds: About how long; at least three steps and at most twenty are taken, after one to warm up.
+            seconds: About how long; at least three steps (of slow ones one) and at most twenty, after one to warm up.
 
         Returns:
             Seconds of each step, and how many of them were spent waiting for images.
@@ -199,6 +199,7 @@ class TrainingLoop:
                 waits.append(stopwatch.waited)
                 started, stopwatch.waited = now, 0.0
                 if len(taken) == 2:  # all processes take as many steps
+                    enough = 1 if taken[1] > SLOW_STEP_S else enough
                     (enough,) = largest([min(most, max(enough, round(seconds / taken[1])))], self.accelerator)
                 if len(taken) > enough:
                     break

@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 
 from hf_vicreg.training.errors import InputError, RelayedError
+from hf_vicreg.training.launch.cores import local_processes, usable_cores
 from hf_vicreg.training.launch.devices import ALONE, accelerator_kind, check_launcher, has_bf16
 from hf_vicreg.training.launch.meeting import meet
 
@@ -57,7 +58,7 @@ def build_accelerator(
     kind = None if use_cpu else kind
     if mixed_precision == "fp16" and kind in (None, ALONE):
         raise InputError("`mixed_precision`: expected a GPU for 'fp16', found none; use 'bf16' or 'no'.")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = local_processes()
     there = 0 if kind is None else torch.accelerator.device_count()
     if kind is not None and local > there:
         raise InputError(
@@ -139,8 +140,7 @@ def set_threads(local_world_size: int) -> int:
 
     `accelerate launch` without a configuration file sets one OpenMP thread a process, even for a single one.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // local_world_size)
+    threads = max(1, usable_cores() // local_world_size)
     torch.set_num_threads(threads)
     return threads
 

@@ -15,7 +15,7 @@ from hf_vicreg.modeling.modeling_bigbird_vit import layer_pattern
 from hf_vicreg.training.errors import InputError, as_input_error
 from hf_vicreg.training.objectives.registry import entry_of
 from hf_vicreg.training.objectives.vicreg import VICREG
-from hf_vicreg.training.planner.ladder import LADDER, Size, used_side
+from hf_vicreg.training.planner.ladder import LADDER, training_flops, used_side
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import words
 
@@ -117,7 +117,7 @@ def choose(
         size = LADDER[rung]
         made.rung = None if "hidden_size" in given else rung
         seen = "the smallest of the ladder" if rung == 0 else "the largest that sees images enough in the time"
-        for key, value in size.model.items():
+        for key, value in size.fields_at(given.get("hidden_size")).items():
             if key != "initializer_range" or not {"hidden_size", "num_hidden_layers"} & given.keys():
                 made.fill(f"model.{key}", value, seen)
         made.fill("model.pooling", "mean", "the mean of the patches")
@@ -136,7 +136,7 @@ def choose(
 
 def _image_side(images: Images, machine: Machine, seconds: float) -> int:
     """Return a side in pixels: the images' own, as far as the device can afford it; a multiple of 16, or 32."""
-    core_hours = seconds / 3600 * machine.cores
+    core_hours = seconds / 3600 * machine.cores * machine.num_processes
     most = 224 if machine.device != "cpu" else 96 if core_hours < 4 else 128 if core_hours < 50 else 224
     own = min(images.height, images.width)
     return max(32, min(most, own // 16 * 16))
@@ -152,15 +152,6 @@ def _rung(images: Images, machine: Machine, seconds: float, side: int) -> int:
         if seen >= size.images_seen:
             best = index
     return best
-
-
-def training_flops(size: Size) -> float:
-    """Return the FLOPs of one image's two views, forward and backward: matrices of the layers and the expander."""
-    model, width = size.model, 8 * size.batch
-    tokens = (size.cells - 1) ** 2 + 1
-    layer = 4 * model["hidden_size"] ** 2 + 2 * model["hidden_size"] * model["intermediate_size"]
-    expander = model["hidden_size"] * width + 2 * width**2
-    return 3 * 2 * 2 * (tokens * model["num_hidden_layers"] * layer + expander)
 
 
 def _choose_grid(made: Choices, side: int, cells: int, images: Images) -> None:
@@ -240,6 +231,12 @@ def _choose_batch(made: Choices, wanted: int, images: Images, machine: Machine) 
     made.reasons["batch_size"] = "given"
     if settings.get("per_device_train_batch_size") is not None:
         batch = settings["batch_size"] = settings["per_device_train_batch_size"] * processes
+    if batch is None and settings.get("statistics_batch_size") is not None:
+        # it is divided over as many steps of the encoder
+        whole = settings["statistics_batch_size"]
+        most = min(wanted, images.count, whole)
+        divisors = [one for one in range(most, 0, -1) if whole % one == 0 and one % processes == 0]
+        batch = made.fill("batch_size", divisors[0] if divisors else most, "a part of statistics_batch_size")
     if batch is None:
         # two steps an epoch at least, where that leaves a batch worth the name
         most = images.count if images.count < 2 * MIN_IMAGES else max(MIN_IMAGES, images.count // 2)

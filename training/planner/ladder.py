@@ -24,6 +24,20 @@ class Size:
     batch: int
     images_seen: int
 
+    def fields_at(self, width: int | None) -> dict[str, Any]:
+        """Return the encoder's fields, for a width that was given: heads and MLP are as wide in proportion.
+
+        A head keeps its width where that divides the encoder's, else it has the nearest one that does.
+        """
+        own = self.model["hidden_size"]
+        if width is None or width == own or width < 1:
+            return self.model
+        head = own // self.model["num_attention_heads"]
+        divisors = [one for one in range(8, width + 1, 4) if width % one == 0] or [width]  # of 4, for rotary positions
+        head = min(divisors, key=lambda one: (abs(one - head), one))
+        mlp = width * self.model["intermediate_size"] // own
+        return self.model | {"num_attention_heads": width // head, "intermediate_size": mlp}
+
 
 def _fields(width: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
     return {
@@ -41,6 +55,15 @@ LADDER = (
     Size("ViT-Small", _fields(384, 12, 6, 1536), 16, 1024, 20_000_000),
     Size("ViT-Base", _fields(768, 12, 12, 3072), 16, 2048, 150_000_000),
 )
+
+
+def training_flops(size: Size) -> float:
+    """Return the FLOPs of one image's two views, forward and backward: matrices of the layers and the expander."""
+    model, width = size.model, 8 * size.batch
+    tokens = (size.cells - 1) ** 2 + 1
+    layer = 4 * model["hidden_size"] ** 2 + 2 * model["hidden_size"] * model["intermediate_size"]
+    expander = model["hidden_size"] * width + 2 * width**2
+    return 3 * 2 * 2 * (tokens * model["num_hidden_layers"] * layer + expander)
 
 
 def used_side(side: int, crop: float, stride: int | list[int] | tuple[int, int]) -> int:

@@ -3,12 +3,12 @@
 import contextlib
 import ctypes
 import gc
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hf_vicreg.training.launch.cores import CGROUPS, MEMBERSHIP, cgroup_folders, usable_cores
 from hf_vicreg.training.launch.devices import device_module, device_name
 
 USABLE_RATIO = 0.9  # of the memory: the rest is for the file cache and for what a prediction misses
@@ -49,14 +49,14 @@ def this_machine(
         num_processes: Of the run.
         local_processes: Of them on this machine: they share its memory and cores.
     """
-    cores = max(1, _num_cores() // local_processes)
+    cores = max(1, usable_cores() // local_processes)
     # the CPU has none, nor `mps`, which shares its memory
     asked = getattr(device_module(device), "mem_get_info", None)
     if asked is not None:
         memory, name = asked(device)[0], device_name(device)
     else:
-        memory = resident_memory() + max(0, available_memory() - (local_processes - 1) * resident_memory())
-        memory = memory if local_processes == 1 else memory // local_processes
+        # the others have met this one: what they hold is no longer available
+        memory = resident_memory() + available_memory() // local_processes
         name = f"{cores} CPU core{'s' if cores > 1 else ''}" if device.type == "cpu" else device.type
     return Machine(device.type, name, cores, min(memory, max_memory or memory), num_processes)
 
@@ -117,33 +117,21 @@ def _status_bytes(field: str) -> int:
     return getattr(info, "peak_wset", info.rss) if field == "VmHWM" else info.rss
 
 
-def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list:
+def cgroup_limits(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> list:
     """Return (limit, used) in bytes of every cgroup above this process that has a limit, version 1 and 2.
 
     Inactive file pages count as used in a cgroup, but are given back when memory is asked for.
     """
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }
     found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = base / path.lstrip("/")
-        # inside a container the path may be the host's, and the container's own group is the root
-        for folder in dict.fromkeys([group, *group.parents, base]):
-            if folder != base and base not in folder.parents:
-                continue
-            limit, used = _read_number(folder / names[0]), _read_number(folder / names[1])
-            if limit is not None and used is not None and limit < 2**60:
-                found.append((limit, max(0, used - _stat(folder / "memory.stat", names[2]))))
+    for folder, version in cgroup_folders("memory", root, membership):
+        most, held, inactive = names[version]
+        limit, used = _read_number(folder / most), _read_number(folder / held)
+        if limit is not None and used is not None and limit < 2**60:
+            found.append((limit, max(0, used - _stat(folder / "memory.stat", inactive))))
     return found
 
 
@@ -161,7 +149,3 @@ def _stat(path: Path, field: str) -> int:
         return next((int(value) for name, value in rows if name == field), 0)
     except (OSError, ValueError):
         return 0
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

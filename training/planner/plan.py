@@ -1,7 +1,6 @@
 """From what was given, the images, the machine and the time to a run's configuration, measured before step 1."""
 
 import logging
-import os
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream
+from hf_vicreg.training.launch.cores import local_processes
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.launch.sharding import refuse_shard_size
 from hf_vicreg.training.planner.choices import (
@@ -79,12 +79,11 @@ def configure(
     """
     run, processes = config.run, accelerator.num_processes
     refuse_shard_size(run.dp_shard_size, processes)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     machine = this_machine(
         accelerator.device,
         max_memory=bytes_of(run.max_memory) if run.max_memory else None,
         num_processes=processes,
-        local_processes=local,
+        local_processes=local_processes(),
     )
     resuming = run.resume_from_checkpoint is not None
     if isinstance(source, ImageSource) and (is_open(settings) or run.plan_only) and not resuming:
@@ -263,12 +262,13 @@ def _fit_schedule(
     per_epoch = max(1, images.count // config.step_size)
     ends = pixels + 2 * measured + CLOSING_SECONDS
     between = MEASURING_RATIO * left // measured * measured if measured else 0.0
-    steps = steps_within(
-        left - ends - between, step, per_epoch, most_epochs=MAX_EPOCHS, images=images.count, budget=budget
-    )
     given_length = made.settings.keys() & {"num_train_epochs", "max_steps"}
-    if given_length:
+    if given_length:  # it holds, whatever the time
         steps = run.max_steps or run.num_train_epochs * per_epoch
+    else:
+        steps = steps_within(
+            left - ends - between, step, per_epoch, most_epochs=MAX_EPOCHS, images=images.count, budget=budget
+        )
     choose_schedule(made, steps, per_epoch, step, measured)
     planned = resolve(made.settings | {"per_device_train_batch_size": None})
     fitting = replace(planned.run, batch_size=run.batch_size, statistics_batch_size=run.statistics_batch_size)

@@ -1,7 +1,6 @@
 """A whole set of images, read before a run, by `hf-vicreg inspect images`: sizes, kinds, copies, what is skipped."""
 
 import hashlib
-import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from hf_vicreg.training.images.decoding import Header, UnusableImage, decode, re
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.sources import load_sources
 from hf_vicreg.training.images.unusable import grouped_lines
+from hf_vicreg.training.launch.cores import usable_cores
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES, data_setting, files_below
 
@@ -195,7 +195,7 @@ def report(found: dict[str, Any]) -> str:
 def _read_all(source: ImageSource, num_threads: int | None) -> Iterator[Facts]:
     """Yield the facts of all images in order, showing how far it is; Pillow decodes on several threads at once."""
     if num_threads is None:
-        num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_threads = usable_cores()
     progress = Progress(len(source), 0, shown=True)
     done = 0
     with ThreadPoolExecutor(num_threads) as threads:

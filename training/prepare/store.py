@@ -23,6 +23,7 @@ from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.images.channels.channel_source import ChannelSource
 from hf_vicreg.training.images.sources import ImageSource, load_sources
 from hf_vicreg.training.images.unusable import none_readable
+from hf_vicreg.training.launch.cores import usable_cores
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.prepare.channel_store import EncodedChannels, channel_images
 from hf_vicreg.training.run.places import is_image_folder
@@ -106,7 +107,7 @@ def prepare(
     record = {"size": size or SIZE, "images_a_shard": each, "fingerprints": fingerprints}
     _open_folder(out, record)
     if num_proc is None:
-        num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_proc = usable_cores()
     prepared = Prepared({}, {})
     if isinstance(train, ChannelSource):
         prepared.measured = any(one.dtype != np.uint8 for one in _corners(train))

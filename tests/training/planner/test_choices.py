@@ -1,6 +1,7 @@
 """What is chosen from images, machine and time: sparse, within the images, and around what was given."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -15,9 +16,8 @@ from hf_vicreg.training.planner.choices import (
     choose_schedule,
     density,
     is_open,
-    training_flops,
 )
-from hf_vicreg.training.planner.ladder import used_side
+from hf_vicreg.training.planner.ladder import training_flops, used_side
 from hf_vicreg.training.planner.machine import Machine
 from hf_vicreg.training.planner.schedule import steps_within
 from hf_vicreg.training.run.arguments import seconds_of
@@ -98,13 +98,18 @@ def test_flops_of_the_ladder_by_hand():
     ("given", "found"),
     [
         ({"model": {"hidden_size": 96, "num_attention_heads": 2}}, {"hidden_size": 96, "num_attention_heads": 2}),
+        ({"model": {"hidden_size": 256}}, {"num_attention_heads": 8, "intermediate_size": 768}),
+        (
+            {"model": {"hidden_size": 100, "intermediate_size": 10}},
+            {"num_attention_heads": 5, "intermediate_size": 10},
+        ),
         ({"model": {"image_size": 64}}, {"image_size": 64, "patch_size": 16, "patch_stride": 8}),
         ({"model": {"patch_size": 4}}, {"image_size": 40, "patch_size": 4}),
         ({"views": {"num_local_views": 2, "local_image_size": 24}}, {"image_size": 40, "patch_size": 8}),
         ({"model": {"tile_size": 1}}, {"tile_size": 1}),
         ({"views": {"image_size": 48}}, {"image_size": 48, "patch_size": 12, "patch_stride": 6}),
     ],
-    ids=["width", "image", "patch", "local views", "tile", "views"],
+    ids=["width and heads", "width", "width and MLP", "image", "patch", "local views", "tile", "views"],
 )
 def test_the_rest_adapts_to_what_is_given(given, found):
     made = choose(given, FOLDERS["cifar"], CPU, 900)
@@ -112,6 +117,31 @@ def test_the_rest_adapts_to_what_is_given(given, found):
     assert {key: model.get(key) for key in found} == found
     assert _density(made) <= MAX_DENSITY
     BigBirdViTConfig(**model)
+
+
+@pytest.mark.parametrize("width", [256, 512, 768, 1024])
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("seconds", [60, 10_800, 10**6])
+def test_a_width_alone_is_no_business_of_the_machine_or_the_time(width, machine, seconds):
+    """Heads and MLP of another rung's width do not fit it."""
+    model = choose({"model": {"hidden_size": width}}, FOLDERS["many"], machine, seconds).settings["model"]
+    assert model["intermediate_size"] in (3 * width, 4 * width)
+    assert width / model["num_attention_heads"] in (32, 64)
+    BigBirdViTConfig(**model)
+
+
+@pytest.mark.parametrize(("whole", "processes", "batch"), [(64, 1, 64), (300, 1, 150), (300, 4, 100), (1024, 2, 256)])
+def test_the_batch_adapts_to_that_of_the_loss(whole, processes, batch):
+    machine = replace(CPU, num_processes=processes)
+    assert choose({"statistics_batch_size": whole}, FOLDERS["cifar"], machine, 900).settings["batch_size"] == batch
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_sixteen_cores_are_as_good_as_one_process_or_as_sixteen(name):
+    one = choose({}, FOLDERS[name], Machine("cpu", "", 16, 24 * 2**30), 10_800).settings
+    sixteen = choose({}, FOLDERS[name], Machine("cpu", "", 1, 24 * 2**30, 16), 10_800).settings
+    assert one["views"] == sixteen["views"]
+    assert one["model"] == sixteen["model"]
 
 
 @pytest.mark.parametrize(("crop", "used"), [(1.0, 24), (0.6, 28), (0.2, 32), (0.02, 32)])

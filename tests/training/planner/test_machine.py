@@ -58,6 +58,13 @@ def test_this_machine_holds_what_it_says():
     assert half.cores == max(1, found.cores // 2)
 
 
+def test_what_other_processes_hold_is_taken_off_once(monkeypatch):
+    """They have met when it is asked, so that what is available is without what they hold."""
+    monkeypatch.setattr(machine, "resident_memory", lambda: 800 * MEGABYTE)
+    monkeypatch.setattr(machine, "available_memory", lambda: (16_000 - 8 * 800) * MEGABYTE)
+    assert this_machine(torch.device("cpu"), local_processes=8).memory == 2000 * MEGABYTE
+
+
 def test_the_peak_is_that_of_since_the_reset():
     program = """
 import sys

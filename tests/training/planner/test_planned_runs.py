@@ -9,7 +9,9 @@ from transformers import AutoModel
 
 import hf_vicreg
 from hf_vicreg.cli import main
+from hf_vicreg.training.engine import loop
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.planner import plan, trial
 from hf_vicreg.training.planner.table import say_defaults
 from hf_vicreg.training.run.resolve import resolve
 from hf_vicreg.training.run.settings import explicit_settings
@@ -50,6 +52,29 @@ def test_the_time_sets_the_length(tmp_path, image_folder, capsys):
         lengths.append(int(re.search(r"length +([\d,]+) steps", capsys.readouterr().out)[1].replace(",", "")))
     assert 62 <= lengths[0] < lengths[1] <= 62_000
     assert not (tmp_path / "run").exists(), "a mere plan writes nothing"
+
+
+def test_a_length_that_is_given_holds_where_no_time_is(tmp_path, image_folder, monkeypatch):
+    """Three hours, which nobody gave, are less than one pass over some sets of images."""
+    monkeypatch.setattr(plan, "EVENING_SECONDS", 1.0)
+    images = image_folder(40)
+    length = {"num_train_epochs": None, "max_steps": 1}
+    for name, more in {"steps": length, "epochs": {}}.items():
+        assert hf_vicreg.pretrain(data=images, out=tmp_path / name, **QUICK | more).results["steps"] == 1
+    with pytest.raises(InputError, match="expected time for one pass"):
+        hf_vicreg.pretrain(data=images, out=tmp_path / "open", **QUICK | {"num_train_epochs": None})
+
+
+@pytest.mark.parametrize(("slow", "steps"), [(0.0, 2), (1e9, 4)])
+def test_of_slow_steps_one_is_tried_after_the_first(slow, steps, tmp_path, image_folder, monkeypatch):
+    taken = []
+    take = loop.TrainingLoop._take
+    monkeypatch.setattr(loop, "SLOW_STEP_S", slow)
+    monkeypatch.setattr(trial, "TRIAL_SECONDS", (1e-9, 1e-9))
+    monkeypatch.setattr(loop.TrainingLoop, "_take", lambda *arguments: taken.append(1) or take(*arguments))
+    flags = {"plan_only": True, "dataloader_num_workers": 0}
+    hf_vicreg.pretrain(data=image_folder(40), out=tmp_path / "run", time_budget="10m", **QUICK, **flags)
+    assert len(taken) == steps
 
 
 def test_a_plan_is_printed_and_nothing_is_written(tmp_path, image_folder, monkeypatch, capsys):
