@@ -167,18 +167,21 @@ class Explorer:
 
     def picture(self, row: int, side: int) -> bytes | None:
         """Return an image as JPEG, its longer side at most `side` pixels; None if it is not at hand."""
-        return self._thumbnail(row, side)
+        try:
+            return self._thumbnail(row, side)
+        except UnusableImage:  # and it may be at hand the next time
+            return None
 
-    def _encoded(self, row: int, side: int) -> bytes | None:
+    def _encoded(self, row: int, side: int) -> bytes:
         source = self.images.source
         if source is None:
-            return None
+            raise UnusableImage("missing")
         with self._decoders:
             read: Any = source.read(
                 int(self.images.ids[row]), lambda width, height: max(1, min(width, height) // side)
             )
         if read is None:
-            return None
+            raise UnusableImage("unreadable")
         image = read if isinstance(read, Image.Image) else _as_picture(np.asarray(read))
         with io.BytesIO() as file:
             fitted(image, side).save(file, "JPEG", quality=88)

@@ -180,7 +180,7 @@ function clustersPanel(app, body) {
 
 function labelsPanel(app, body) {
   const form = element("div", "row"), name = element("input"), list = element("ul", "tally"), slider = element("div", "slider"), least = element("input"), said = element("output");
-  const told = element("p"), tools = element("div", "row"), given = new Map();
+  const told = element("p"), tools = element("div", "row"), given = new Map(kept());
   Object.assign(name, { type: "text", id: "label", placeholder: "name of a class", maxLength: 100 });
   name.setAttribute("aria-label", "name of a class");
   const names = element("datalist");
@@ -202,7 +202,26 @@ function labelsPanel(app, body) {
   body.append(element("p", "hint", "Select a few images of a class and name it; the labels spread along the nearest neighbours to the rest."), form, list, slider, told, tools);
   const sent = () => ({ method: "POST", body: JSON.stringify({ given: [...given], least: least.value / 100 }) });
 
+  // labels given by hand stay in the browser: a page may be closed, or left, before they are saved
+  function kept() {
+    try {
+      const found = JSON.parse(localStorage.getItem(`labels ${app.about.key}`));
+      return Array.isArray(found) ? found.filter(Array.isArray) : [];
+    } catch {
+      return []; // not one that was written here, or a browser that keeps nothing
+    }
+  }
+
+  function keep() {
+    try {
+      localStorage.setItem(`labels ${app.about.key}`, JSON.stringify([...given]));
+    } catch {
+      // then they are gone with the page
+    }
+  }
+
   async function spread() {
+    keep();
     const found = await app.ask("spread", sent());
     if (!found) return;
     app.labels = found;
@@ -231,7 +250,8 @@ function labelsPanel(app, body) {
     );
     const all = counts.reduce((sum, one) => sum + one, 0);
     app.count("labels", found.names.length);
-    told.textContent = found.names.length ? `${all.toLocaleString("en")} of ${plural(app.about.count, "image")} have a label.` : "";
+    const alone = found.names.length === 1 ? " As long as there is one class, all are of it: name another one." : "";
+    told.textContent = found.names.length ? `${all.toLocaleString("en")} of ${plural(app.about.count, "image")} have a label.${alone}` : "";
     tools.replaceChildren(...(found.names.length ? [button("Save labels.csv", () => app.save("labels.csv", sent()))] : []));
     slider.hidden = !found.names.length;
     if (found.names.length) tools.append(element("p", "hint", "hf-vicreg finetune classification MODEL --dataset_name IMAGES --labels_file labels.csv reads it."));
@@ -239,4 +259,5 @@ function labelsPanel(app, body) {
   }
   least.addEventListener("input", show);
   slider.hidden = true;
+  return given.size ? spread() : undefined;
 }

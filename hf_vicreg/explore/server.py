@@ -1,11 +1,13 @@
 """The explorer as a web application: a static page, and what it asks for as JSON, bytes and JPEG.
 
-It only reads, and gives out nothing but images of the set, by their row. A page of another site cannot use it: the
-name it is called by must be one of this machine's own unless there is a token, and browsers are told to give no other
-site what it answers. The token of the address becomes a cookie, with which the page asks for the rest.
+It only reads, and gives out nothing but images of the set, by their row. A page of another site cannot use it: without
+a token the name it is called by must be one of this machine's own, and what a browser says comes from elsewhere is
+refused; browsers are told to give no other site what it answers. The token of the address becomes a cookie, with which
+the page asks for the rest.
 """
 
 import json
+import re
 import secrets
 from importlib import resources
 from typing import Any
@@ -24,7 +26,7 @@ from hf_vicreg.explore.explorer import Explorer
 from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.training.errors import InputError
 
-COOKIE = "hf_vicreg_explore"
+COOKIE = "hf_vicreg_explore"  # and something of its own: a browser keeps one jar for all ports of a machine
 SIDES = (96, 640)  # of the pictures that are given out, in pixels
 MOST_FOUND, MOST_LISTED = 200, 200
 MOST_BYTES = 64 * 2**20  # of what is sent here
@@ -77,7 +79,7 @@ class _Guard:
     """Lets in who may come in, and puts the headers on every answer."""
 
     def __init__(self, app: ASGIApp, token: str | None):
-        self.app, self.token = app, token
+        self.app, self.token, self.cookie = app, token, f"{COOKIE}_{secrets.token_hex(4)}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,21 +100,30 @@ class _Guard:
 
     def _refusal(self, request: Request) -> Response | None:
         if self.token is None:
-            name = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
-            if not is_loopback(name.strip("[]")):  # a name that somebody else has pointed here
+            name = re.sub(r":\d*$", "", request.headers.get("host", ""))
+            if not is_loopback(name.strip("[]").lower()):  # a name that somebody else has pointed here
                 return _error(403, "this explorer is asked by the names of this machine alone")
-            return None
+            return _error(403, "this explorer is asked by its own page alone") if _is_foreign(request) else None
         given = request.query_params.get("token")
         if given is not None and request.url.path == "/" and self._is_token(given):
             answer = RedirectResponse("./", 303)  # the address in the browser's history has no token
-            answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
+            answer.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
             return answer
-        if self._is_token(request.cookies.get(COOKIE, "")) or self._is_token(given or ""):
+        if self._is_token(request.cookies.get(self.cookie, "")) or self._is_token(given or ""):
             return None
         return _error(403, "this explorer needs the token of the address that it printed")
 
     def _is_token(self, given: str) -> bool:
         return secrets.compare_digest(given.encode(), (self.token or "").encode())
+
+
+def _is_foreign(request: Request) -> bool:
+    """Whether a page of another site asks, by what browsers say of it; a link that leads here is followed."""
+    if request.method == "GET" and request.url.path == "/":
+        return False
+    site, origin = (request.headers.get(name) for name in ("sec-fetch-site", "origin"))
+    elsewhere = origin is not None and origin.partition("//")[2] != request.headers.get("host")
+    return elsewhere or site not in (None, "none", "same-origin")
 
 
 class _Answer:
@@ -159,6 +170,7 @@ def _about(explorer: Explorer, request: Request, body: bytes) -> Response:
     return JSONResponse(
         {
             "title": images.title,
+            "key": images.key,
             "model": one_line(images.record["model"].get("name")),
             "count": len(images),
             "unreadable": images.num_unreadable,

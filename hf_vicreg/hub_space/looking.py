@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
@@ -146,7 +147,12 @@ def opened(encoded: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
             if picture.width * picture.height <= MAX_PIXELS:
-                return ImageOps.exif_transpose(picture).convert("RGB")
+                upright = ImageOps.exif_transpose(picture)
+                if upright.mode.startswith(
+                    "I"
+                ):  # 16 bits keep their upper 8, as in training: Pillow clips them at 255
+                    upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
+                return upright.convert("RGB")
     except Exception as error:  # whatever a damaged file brings a decoder to
         raise ValueError(f"no picture that can be read: {', '.join(FORMATS)} are needed") from error
     raise ValueError(f"a picture of at most {MAX_PIXELS:,} pixels is needed")

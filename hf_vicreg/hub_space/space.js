@@ -54,6 +54,7 @@
   }
 
   function remove(picture) {
+    if (!pictures.includes(picture)) return; // by an earlier click
     picture.button.remove();
     pictures.splice(pictures.indexOf(picture), 1);
     URL.revokeObjectURL(picture.source);

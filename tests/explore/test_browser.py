@@ -136,6 +136,11 @@ def test_labels_spread_and_are_saved(browser, port, explorer):
         browser.execute_script("document.getElementById('label').value = arguments[0]", label)
         press(browser, "Label the selected")
         wait.until(lambda one, at=label: one.execute_script("return app.labels?.names.length") == 1 + (at == "plain"))
+        alone = "As long as there is one class" in browser.find_element("id", "panel-labels").text
+        assert alone == (label == HOSTILE)
+    wait = show(browser, port, 1280)  # as after F5, or on another day
+    browser.execute_script("document.getElementById('tab-labels').click()")
+    assert browser.execute_script("return app.labels?.names.length") == 2
     items = browser.find_elements("css selector", ".tally li")
     assert "onerror" in items[0].text
     assert "2 by hand" in items[1].text
@@ -146,6 +151,7 @@ def test_labels_spread_and_are_saved(browser, port, explorer):
     assert {row["label"] for row in rows} <= set(browser.execute_script("return app.labels.names"))
     press(browser, "Remove")
     wait.until(lambda one: one.execute_script("return app.labels.names") == ["plain"])
+    browser.execute_script("localStorage.clear()")
     assert browser.get_log("browser") == []
 
 

@@ -84,6 +84,11 @@ def test_a_folder_of_embeddings_is_explored_with_or_without_images(explorer, emb
         bare.near_image((images / "odd.png").read_bytes(), 2)
     shown = open_explorer(embeddings, data=str(images))
     assert shown.picture(0, 96)[:2] == b"\xff\xd8"
+    path, row = images / "odd.png", shown.images.paths.index("odd.png")
+    moved = path.rename(path.with_suffix(".away"))
+    assert shown.picture(row, 96) is None
+    moved.rename(path)
+    assert shown.picture(row, 96) is not None, "a disk that was away for a moment is there again"
 
 
 def test_odd_ones_go_by_inner_layers_where_they_are_stored(explorer, images, encoder, tmp_path):

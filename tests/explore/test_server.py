@@ -96,6 +96,18 @@ def test_a_name_that_somebody_pointed_here_is_refused(port):
     assert ask(port, "/image/0", Host="127.0.0.1.evil.example")[0] == 403
     assert ask(port, "/about", Host=f"localhost:{port}")[0] == 200
     assert ask(port, "/about", Host=f"127.0.0.2:{port}")[0] == 200  # of `--host 127.0.0.2`
+    for own in ("[::1]", f"[::1]:{port}", "LOCALHOST", f"LocalHost:{port}"):
+        assert ask(port, "/about", Host=own)[0] == 200, own
+
+
+def test_what_a_page_of_another_site_asks_is_refused_but_not_its_link(port):
+    """It could not read an answer, yet have anything decoded, and the model run, as often as it likes."""
+    own = {"Origin": f"http://127.0.0.1:{port}", "Sec-Fetch-Site": "same-origin"}
+    assert ask(port, "/files.txt", "POST", b'{"rows": [0]}', **own)[0] == 200
+    for foreign in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert ask(port, "/files.txt", "POST", b'{"rows": [0]}', **foreign)[0] == 403, foreign
+    assert ask(port, "/image/0", **{"Sec-Fetch-Site": "same-site"})[0] == 403
+    assert ask(port, "/", **{"Sec-Fetch-Site": "cross-site"})[0] == 200
 
 
 def test_with_a_token_nothing_is_answered_without_it(explorer):
@@ -119,8 +131,13 @@ def test_with_a_token_nothing_is_answered_without_it(explorer):
         assert "SameSite=strict" in cookie
         for path in ("/", "/about", "/image/0"):
             assert ask(port, path, Cookie=cookie.split(";")[0])[0] == 200
-            assert ask(port, path, Cookie="hf_vicreg_explore=wrong")[0] == 403
+            assert ask(port, path, Cookie=f"{cookie.split('=')[0]}=wrong")[0] == 403
         assert ask(port, "/about?token=right")[0] == 200
+        with serving(explorer, "other") as other:  # cookies are of a machine, whatever the port
+            second = ask(other, "/?token=other")[2]["set-cookie"].split(";")[0]
+            both = f"{cookie.split(';')[0]}; {second}"
+            assert second.split("=")[0] != cookie.split("=")[0]
+            assert [ask(one, "/about", Cookie=both)[0] for one in (port, other)] == [200, 200]
 
 
 @pytest.mark.slow

@@ -24,12 +24,14 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
+from hf_vicreg.hub_space.looking import opened
 from hf_vicreg.publishing.drawn_pictures import drawn_pictures
 from hf_vicreg.publishing.publish import publish
 from hf_vicreg.publishing.push import Remote
 from hf_vicreg.publishing.space import CHOSEN, DRAWN, stage_space
 from hf_vicreg.publishing.staging import stage
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.images.decoding import decode
 
 HOSTILE = "<img src=x onerror=alert(1)>'\"</script>\x07\x1b[31m&lt;"
 FILE_NAME = "my sister's <b onclick=alert(1)>.png"
@@ -367,3 +369,13 @@ def test_published_twice_and_run_from_the_hub_alone(hub, publishing, run_folder,
     assert fewer["out"].count("nothing had changed") == 1, "the model alone"
     tree = hub.repositories["spaces/lab/demo"].tree()
     assert [name for name in tree if name.startswith("pictures/")] == ["pictures/001.png"]
+
+
+def test_a_picture_of_16_bits_is_what_training_makes_of_it():
+    values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    with io.BytesIO() as file:
+        Image.fromarray(values).save(file, "PNG")
+        found = opened(file.getvalue())
+        trained = decode(file.getvalue(), (1, 1), None)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(trained))
+    assert np.asarray(found).mean() < 140
