@@ -61,6 +61,14 @@ def none_readable(source: ImageSource) -> str:
     return f"none of {len(source):,} can be read; {reason}"
 
 
+def too_few(source: ImageSource, usable: int, least: int) -> str:
+    """Return a sentence on a source of too few images that can be used, with what is wrong with the first other."""
+    wrong = ((index, source.why(index)) for index in range(len(source)))
+    index, reason = next((one for one in wrong if one[1]), (0, None))
+    remedy = "give more" if reason is None else f"of the others, {one_line(f'{source.describe(index)}: {reason}')}"
+    return f"expected at least {least} usable images, found {usable} of {len(source):,} in {source.name}; {remedy}"
+
+
 def grouped_lines(entries: list[dict[str, Any]]) -> list[str]:
     """Return a line for each kind of reason, the most frequent first, with the first images it holds for."""
     kinds: dict[str, list[dict[str, Any]]] = {}

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.streaming import ImageStream
+from hf_vicreg.training.images.unusable import too_few
 from hf_vicreg.training.launch.cores import local_processes
 from hf_vicreg.training.launch.distributed import run_on_main
 from hf_vicreg.training.launch.sharding import refuse_shard_size
@@ -212,10 +213,7 @@ def survey(source: ImageSource, held_out: ImageSource | None) -> Images:
     """
     usable = source.count_usable(MIN_IMAGES)
     if usable < MIN_IMAGES:
-        raise InputError(
-            f"`data`: expected at least {MIN_IMAGES} usable images, found {usable} in {source.name}; "
-            "give more (`hf-vicreg inspect images` says what is wrong with the others)."
-        )
+        raise InputError(f"`data`: {too_few(source, usable, MIN_IMAGES)} (`hf-vicreg inspect images` lists them all).")
     found = source.survey()
     labelled = source.labels is not None and held_out is not None and held_out.labels is not None
     return Images(len(source), *found.median_size, labelled)

@@ -44,6 +44,8 @@ def draw_views(
     """
     if num_images < 1:
         raise InputError(f"`num_images`: expected at least 1, got {num_images}.")
+    if not Path(out).parent.is_dir() or Path(out).is_dir():
+        raise InputError(f"`out`: expected a file in a folder that is there, got {out}.")
     views = {"image_size": image_size} | flags.pop("views", {})
     settings = {"data": os.fspath(data), "output_dir": str(out), "views": views, "seed": seed} | flags
     config = resolve(settings)

@@ -3,7 +3,9 @@
 import json
 import re
 
+import numpy as np
 import pytest
+import tifffile
 import yaml
 from transformers import AutoModel
 
@@ -145,7 +147,7 @@ def test_a_recipe_with_a_time_gives_up_its_length(tmp_path, image_folder, tiny_r
     ("more", "count", "message"),
     [
         ({"time_budget": "1s"}, 40, "`time_budget`: expected time for one pass"),
-        ({}, 15, "`data`: expected at least 16 usable images, found 15"),
+        ({}, 15, "`data`: expected at least 16 usable images, found 15 of 15 in .*; give more"),
         ({"max_memory": "1m"}, 40, "`max_memory`: expected about"),
         ({"time_budget": "soon"}, 40, "`time_budget`: expected a time like"),
     ],
@@ -156,6 +158,16 @@ def test_what_cannot_be_planned_is_refused_and_nothing_is_written(tmp_path, imag
     with pytest.raises(InputError, match=message):
         hf_vicreg.pretrain(data=image_folder(count), out=tmp_path / "run", **few, **more)
     assert not (tmp_path / "run").exists()
+
+
+def test_images_that_all_want_a_flag_say_which(tmp_path):
+    (tmp_path / "cells").mkdir()
+    for index in range(20):
+        tifffile.imwrite(
+            tmp_path / "cells" / f"{index}.tif", np.zeros((4, 40, 40), np.uint16), photometric="minisblack"
+        )
+    with pytest.raises(InputError, match=r"found 0 of 20 in cells; of the others, 0.tif: .*--model.num_channels 4"):
+        hf_vicreg.pretrain(data=tmp_path / "cells", out=tmp_path / "run", time_budget="10m")
 
 
 def test_an_expander_that_nobody_chose_is_said(caplog):

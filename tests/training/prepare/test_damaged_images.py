@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTModel
 from hf_vicreg.cli import main
@@ -89,3 +90,20 @@ def test_where_no_image_can_be_read_the_first_ones_reason_is_given(huge, model, 
     assert f"error: `IMAGES`: expected readable images in huge, none of 1 can be read; {reason}{remedy}" in said
     assert main(["prepare", str(huge), str(tmp_path / "out"), "--num_channels", "1"]) == 2
     assert reason + remedy in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "out", "message"),
+    [
+        ("good", "nowhere/views.png", "`out`: expected a file in a folder that is there"),
+        ("good", ".", "`out`: expected a file"),
+        ("bad", "views.png", "expected readable images in bad, found 1 of 1 corrupt, a.png"),
+    ],
+)
+def test_a_contact_sheet_that_cannot_be_drawn_is_refused_in_a_line(images, out, message, tmp_path, capsys):
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "good" / "a.png")
+    (tmp_path / "bad" / "a.png").write_bytes(b"\x89PNG")
+    assert main(["inspect", "views", str(tmp_path / images), str(tmp_path / out)]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
