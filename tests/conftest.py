@@ -11,6 +11,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import contextlib
 import fcntl
+import gc
 import json
 import select
 import shutil
@@ -22,8 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
+
+# torch and Pillow are imported where they are used: of several processes one only hands out the tests
+
+gc.disable()  # until the tests are collected: what is imported stays, and looking through it takes seconds
 
 
 def _take_own_cores() -> None:
@@ -64,14 +67,23 @@ TINY_RECIPE = {
 }
 
 
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def _threads():
     """A run sets the threads of its process; give them back."""
+    import torch
+
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -101,6 +113,9 @@ def image_folder(tmp_path):
     """Returns a function that fills a folder with distinct PNG images and returns it."""
 
     def make(count: int = 40, size: int = 36, name: str = "images") -> Path:
+        import torch
+        from PIL import Image
+
         folder = tmp_path / name
         folder.mkdir()
         generator = torch.Generator().manual_seed(count)
