@@ -13,7 +13,15 @@ OF_SEVERAL = ("finetune", "evaluate", "embed", "convert")  # verbs that a launch
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; return the exit code: 2 for bad input, else what the verb says."""
+    """Run from the command line; return the exit code: 2 for bad input, 130 for Ctrl-C, else what the verb says."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:  # a training, once begun, stops with a checkpoint instead
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str] | None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["pretrain"]:  # its flags are the recipe's, which argparse does not know
         from hf_vicreg.training.command import main as pretrain

@@ -158,3 +158,19 @@ def test_bad_input_gets_one_line(folder, arguments, message, monkeypatch, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_ctrl_c_before_anything_has_begun_is_one_line():
+    """Most of the first seconds go into importing torch."""
+    program = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from hf_vicreg.cli import main
+sys.exit(main(["inspect", "pattern", "digits"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

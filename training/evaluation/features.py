@@ -26,6 +26,7 @@ from hf_vicreg.training.evaluation.encoder import VisionEncoder
 from hf_vicreg.training.evaluation.labelled import LabelledImages
 from hf_vicreg.training.images.channels.raster import arrays_of
 from hf_vicreg.training.images.image_source import DIGEST_BYTES, NOT_READ, ImageSource
+from hf_vicreg.training.images.unusable import none_readable
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.run.places import EMBEDDING_FILE
 from hf_vicreg.training.run.run_folder import read_record, refuse_others
@@ -159,7 +160,7 @@ def _extract(images: LabelledImages, encoder: VisionEncoder, batch_size: int) ->
     progress.close()
     if not indices:
         raise InputError(
-            f"`{images.split}`: expected readable images in {images.source.name}, all {total} are corrupt; check them."
+            f"`{images.split}`: expected readable images in {images.source.name}, {none_readable(images.source)}."
         )
     if len(indices) < total:
         logger.warning("split %r: %d of %d images are corrupt and left out", images.split, total - len(indices), total)

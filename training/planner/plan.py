@@ -86,7 +86,8 @@ def configure(
         num_processes=processes,
         local_processes=local_processes(),
     )
-    resuming = run.resume_from_checkpoint is not None
+    # before its recipe there is nothing to resume: a flag that is always given does not leave a new run unplanned
+    resuming = run.resume_from_checkpoint is not None and (Path(run.output_dir) / RECIPE).is_file()
     if isinstance(source, ImageSource) and (is_open(settings) or run.plan_only) and not resuming:
         return plan_run(settings, source, held_out, accelerator, machine, began=began)
     if not resuming:

@@ -204,9 +204,10 @@ def _give_way(below: dict[str, Any], above: dict[str, Any]) -> None:
             below[section] = {other: value for other, value in below[section].items() if other != key}
         if dropped:
             logger.info("the recipe's %s are left out for %s", ", ".join(f"`{one}`" for one in dropped), name)
-    if above.get("time_budget") is not None:  # the length is what the time holds
-        for key in ("num_train_epochs", "max_steps"):
-            below.pop(key, None)
+    timed, lengths = above.get("time_budget") is not None, ("num_train_epochs", "max_steps")
+    # the length is what the time holds; a recipe's own time has decided on its length already
+    for key in lengths if timed else ("time_budget",) if below.keys() & lengths else ():
+        below.pop(key, None)
     views, views_above = below.setdefault("views", {}), above.get("views", {})
     sized_above = views_above.get("image_size") is not None
     source = above.get("model_name_or_path")

@@ -140,7 +140,7 @@ def test_damaged_cache_is_made_again_and_corrupt_images_left_out(models, tmp_pat
     file.write_bytes(file.read_bytes()[:-5])
     assert torch.equal(load_features(images, encoder, cache, 4).values, first.values)
     assert "damaged and made again" in caplog.text
-    with pytest.raises(InputError, match="expected readable images in few, all 10 are corrupt"):
+    with pytest.raises(InputError, match="expected readable images in few, none of 10 can be read; "):
         load_features(split([b"broken"] * 10), encoder, cache, 4)
 
 

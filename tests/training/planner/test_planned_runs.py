@@ -133,6 +133,23 @@ def test_a_resumed_run_keeps_its_plan(tmp_path, image_folder):
     assert json.loads((out / "results.json").read_text())["planned_steps"] == 1
 
 
+def test_a_flag_to_resume_what_has_not_begun_leaves_it_planned(tmp_path, image_folder, capsys):
+    flags = {"resume_from_checkpoint": "latest", "plan_only": True, "time_budget": "10m"}
+    hf_vicreg.pretrain(data=image_folder(40), out=tmp_path / "run", **QUICK, **flags)
+    assert "Plan for 40 images" in capsys.readouterr().out
+
+
+def test_a_planned_run_is_repeated_by_its_recipe(tiny_recipe, tmp_path):
+    """Its time has decided on its length already: another machine would find another one."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe | {"max_steps": 24, "time_budget": "4m"}))
+    settings = explicit_settings({"config": str(recipe), "data": "digits"})
+    assert settings["max_steps"] == 24
+    assert "time_budget" not in settings
+    recipe.write_text(yaml.safe_dump({"time_budget": "4m"}))
+    assert explicit_settings({"config": str(recipe), "data": "digits"})["time_budget"] == "4m"
+
+
 def test_a_recipe_with_a_time_gives_up_its_length(tmp_path, image_folder, tiny_recipe):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_recipe | {"num_train_epochs": 7}))

@@ -29,6 +29,7 @@ from hf_vicreg.training.evaluation.results import (
     results_folder,
 )
 from hf_vicreg.training.images.channels.raster import arrays_of
+from hf_vicreg.training.images.unusable import none_readable
 from hf_vicreg.training.monitor.progress import Progress
 from hf_vicreg.training.tasks.arguments import DenseArguments
 from hf_vicreg.training.tasks.data import AnnotatedImages
@@ -174,7 +175,7 @@ def bank_of(
         classes.append(labels[chosen])
     progress.close()
     if not values:
-        raise InputError(f"`train_split`: expected readable images in {images.split!r}, all are corrupt.")
+        raise InputError(f"`train_split`: expected readable images, {none_readable(images.source)}.")
     drawn = torch.cat(classes)
     if len(drawn.unique()) < 2:
         raise InputError(
@@ -232,7 +233,7 @@ def scored(
             totals[name] += confusion(truth.numpy(), guessed[:height, :width].numpy(), num_classes)
     progress.close()
     if not readable:
-        raise InputError(f"`test_split`: expected readable images in {images.split!r}, all are corrupt.")
+        raise InputError(f"`test_split`: expected readable images, {none_readable(images.source)}.")
     return totals
 
 
