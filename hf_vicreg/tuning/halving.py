@@ -51,18 +51,17 @@ def best_of(scores: Mapping[int, float], count: int) -> list[int]:
     return sorted(found, key=lambda number: (-scores[number], number))[:count]
 
 
-def steps_for(seconds: float, counts: Sequence[int], *, step_seconds: float, other_seconds: float, least: int) -> int:
-    """Return the steps of each trial of the round that begins, at least `least`.
+def steps_for(seconds: float, counts: Sequence[int], *, step_seconds: float, other_seconds: float) -> int:
+    """Return the steps of each trial of the round that begins.
 
     Args:
         seconds: That are left for this round and those that follow.
         counts: Of trials, of this round and those that follow.
         step_seconds: Of a step.
         other_seconds: Of a trial beside its steps: start, measuring, export.
-        least: Of the steps.
     """
     each = seconds / len(counts) / counts[0]
-    return max(least, int((each - other_seconds) / step_seconds))
+    return max(0, int((each - other_seconds) / step_seconds))
 
 
 __all__ = ["best_of", "counts_of", "drawn", "steps_for"]

@@ -32,8 +32,9 @@ from hf_vicreg.training.planner.ladder import used_side
 from hf_vicreg.training.planner.schedule import words
 from hf_vicreg.training.run.section_flags import VICREG
 from hf_vicreg.tuning.command import with_values
-from hf_vicreg.tuning.halving import Range, best_of, counts_of, drawn, steps_for
-from hf_vicreg.tuning.table import to_markdown, value_of_judge
+from hf_vicreg.tuning.halving import Range, best_of, counts_of, drawn
+from hf_vicreg.tuning.rounds import is_over, is_whole, judged_rounds, next_round, next_steps, scores_of
+from hf_vicreg.tuning.table import to_markdown
 
 logger = logging.getLogger(__name__)
 
@@ -86,17 +87,22 @@ def tune(
             folder.mkdir(parents=True, exist_ok=True)
             write(folder / BASE, yaml.safe_dump(record["plan"]["recipe"], sort_keys=False))
             _store(folder, record)
-    for one in record["rounds"][-1:]:  # what failed in the round that is not over is tried again
+    if killed := record.pop("under_way", None):
+        record["spent"] += _seen_alive(folder / killed)
+    rounds = record["rounds"]
+    for one in rounds[-1:] if not is_over(record) else []:  # what failed in the last round is tried again
         one["figures"] = {number: found for number, found in one["figures"].items() if found}
-    for level in range(len(counts)):
-        if level == len(record["rounds"]):
-            members = list(range(counts[0])) if not level else best_of(_scores(record, -1), counts[level])
-            if len(members) < 2:
+    record["cut_off"] = False
+    while not record["cut_off"]:
+        if not rounds or is_whole(rounds[-1]):
+            following = next_round(record)
+            if following is None:
                 break
-            record["rounds"].append({"steps": _steps(record, level, members), "members": members, "figures": {}})
-        code = _round(folder, record, level, train, judge)
+            rounds.append(following)
+        code = _round(folder, record, len(rounds) - 1, train, judge)
         if code:
             return code
+        record["cut_off"] = not is_whole(rounds[-1])
     return _finish(folder, record)
 
 
@@ -115,7 +121,7 @@ def _begun(asked: dict[str, Any], plan: dict[str, Any], seconds: float) -> dict[
         {key: (low, high) for key, (low, high) in space.items()}, first, asked["trials"], asked["seed"]
     )
     counts, per_epoch = counts_of(asked["trials"]), plan["steps_per_epoch"]
-    if _steps(record, 0, list(range(counts[0])), least=0) < per_epoch:
+    if next_steps(record, counts) < per_epoch:
         needed = seconds + len(counts) * counts[0] * (seconds + per_epoch * plan["step_seconds"])
         raise InputError(
             f"`time_budget`: expected time for one pass over the images in each of {counts[0]} trials at least, "
@@ -145,58 +151,66 @@ def space_of(asked: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str, l
     return space, first
 
 
-def _steps(record: dict[str, Any], level: int, members: list[int], least: int | None = None) -> int:
-    """Return the steps of a round: what is left of the time, shared out, by what the trials before it took."""
-    plan, measured, rounds = record["plan"], record["measured"], record["rounds"]
-    step, other = plan["step_seconds"], record["spent"]  # a plan starts Python, reads images and tries a few steps
-    if measured["trials"]:
-        step = measured["training_seconds"] / measured["steps"]
-        other = (measured["seconds"] - measured["training_seconds"]) / measured["trials"]
-    if least is None:
-        least = rounds[level - 1]["steps"] if level else plan["steps_per_epoch"]
-    counts = [len(members), *counts_of(record["asked"]["trials"])[level + 1 :]]
-    left = record["asked"]["seconds"] - record["spent"]
-    return steps_for(left, counts, step_seconds=step, other_seconds=other, least=least)
-
-
 def _round(folder: Path, record: dict[str, Any], level: int, train: Train, judge: Judge) -> int:
-    """Train and judge what is not yet of a round; return an exit code if it was stopped, else 0."""
+    """Train and judge what is not yet of a round, as long as there is time; return an exit code if stopped, else 0."""
     one = record["rounds"][level]
     for number in one["members"]:
+        run = folder / f"trial{number:02d}-round{level + 1}"
         if str(number) in one["figures"]:
             continue
-        run = folder / f"trial{number:02d}-round{level + 1}"
-        recipe = run.with_suffix(".yaml")
-        settings = with_trial(record, number) | {"max_steps": one["steps"]}
-        shown = ", ".join(f"{key} {value:g}" for key, value in record["trials"][number].items())
-        logger.info("\nround %d, trial %d: %d steps with %s", level + 1, number, one["steps"], shown)
-        with room_in(folder):
-            write(recipe, yaml.safe_dump(settings, sort_keys=False))
-            _store(folder, record)
-        began, is_new = time.monotonic(), not run.exists()
-        code = 0 if finished(run) else train(flags_of(recipe, run, record["asked"]["seed"]))
-        figures = {} if code or not finished(run) else _judged(folder, record, run, judge)
-        taken = time.monotonic() - began
-        record["spent"] += taken
-        stopped = next((found for found in (code, figures) if isinstance(found, int) and found in STOPPED), 0)
-        if stopped:
-            with room_in(folder):
-                _store(folder, record)
-            logger.warning("stopped; the same command goes on")
-            return stopped
-        if not isinstance(figures, dict) or not figures:
-            record["failed"][run.name] = code or figures or 1
-            logger.warning("%s failed with exit code %s; the others go on", run.name, record["failed"][run.name])
-        else:
-            record["failed"].pop(run.name, None)
-        if is_new and isinstance(figures, dict) and figures:
-            results, measured = finished(run), record["measured"]
-            found = {"trials": 1, "steps": results["steps"], "training_seconds": results["training_seconds"]}
-            record["measured"] = {key: measured[key] + value for key, value in (found | {"seconds": taken}).items()}
-        one["figures"][str(number)] = figures if isinstance(figures, dict) else {}
-        with room_in(folder):
-            _store(folder, record)
+        if is_over(record) and not run.exists():  # one that has begun comes to its end
+            return 0
+        code = _trial(folder, record, level, number, run, train, judge)
+        if code:
+            return code
     return 0
+
+
+def _trial(
+    folder: Path, record: dict[str, Any], level: int, number: int, run: Path, train: Train, judge: Judge
+) -> int:
+    """Train and judge one trial of a round; return an exit code if it was stopped, else 0."""
+    one = record["rounds"][level]
+    recipe = run.with_suffix(".yaml")
+    settings = with_trial(record, number) | {"max_steps": one["steps"]}
+    shown = ", ".join(f"{key} {value:g}" for key, value in record["trials"][number].items())
+    logger.info("\nround %d, trial %d: %d steps with %s", level + 1, number, one["steps"], shown)
+    record["under_way"] = run.name
+    with room_in(folder):
+        write(recipe, yaml.safe_dump(settings, sort_keys=False))
+        _store(folder, record)
+    began, is_new = time.monotonic(), not run.exists()
+    code = 0 if finished(run) else train(flags_of(recipe, run, record["asked"]["seed"]))
+    figures = {} if code or not finished(run) else _judged(folder, record, run, judge)
+    taken = time.monotonic() - began
+    record["spent"] += taken
+    del record["under_way"]
+    stopped = next((found for found in (code, figures) if isinstance(found, int) and found in STOPPED), 0)
+    if stopped:
+        with room_in(folder):
+            _store(folder, record)
+        logger.warning("stopped; the same command goes on")
+        return stopped
+    if not isinstance(figures, dict) or not figures:
+        record["failed"][run.name] = code or figures or 1
+        logger.warning("%s failed with exit code %s; the others go on", run.name, record["failed"][run.name])
+    else:
+        record["failed"].pop(run.name, None)
+    if is_new and isinstance(figures, dict) and figures:
+        results, measured = finished(run), record["measured"]
+        found = {"trials": 1, "steps": results["steps"], "training_seconds": results["training_seconds"]}
+        record["measured"] = {key: measured[key] + value for key, value in (found | {"seconds": taken}).items()}
+    one["figures"][str(number)] = figures if isinstance(figures, dict) else {}
+    with room_in(folder):
+        _store(folder, record)
+    return 0
+
+
+def _seen_alive(run: Path) -> float:
+    """Return for how many seconds a trial showed itself since it began, by the times of its files."""
+    began = run.with_suffix(".yaml")
+    times = [one.stat().st_mtime for one in (began, run, run / "log.jsonl", run / "checkpoints") if one.exists()]
+    return max(times) - times[0] if began.exists() else 0.0
 
 
 def with_trial(record: dict[str, Any], number: int) -> dict[str, Any]:
@@ -218,16 +232,10 @@ def _judged(folder: Path, record: dict[str, Any], run: Path, judge: Judge) -> di
     return judge(folder / BASE, run)
 
 
-def _scores(record: dict[str, Any], level: int) -> dict[int, float]:
-    """Return the scores of a round by trial, more is better; NaN of those that failed."""
-    found = record["rounds"][level]["figures"]
-    return {int(number): value_of_judge(figures, record["judge"]) for number, figures in found.items()}
-
-
 def _finish(folder: Path, record: dict[str, Any]) -> int:
     """Write and print what was found; return the exit code."""
-    rounds = [best_of(_scores(record, level), 1) for level in range(len(record["rounds"]))]
-    best = next((found[0] for found in reversed(rounds) if found), None)
+    winners = [best_of(scores_of(record, level), 1) for level in range(len(judged_rounds(record)))]
+    best = next((found[0] for found in reversed(winners) if found), None)
     record["best"] = best
     text = to_markdown(record)
     with room_in(folder):

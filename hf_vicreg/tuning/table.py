@@ -6,21 +6,14 @@ from typing import Any
 from hf_vicreg.comparison.table import aligned
 from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.training.planner.schedule import words
-
-LOWER = ("alignment_uniformity",)  # of the judges, of which less is better
-
-
-def value_of_judge(figures: dict[str, float], judge: str) -> float:
-    """Return a trial's score, of which more is better; NaN where it has none."""
-    value = figures.get(judge, math.nan)
-    return -value if judge in LOWER else value
+from hf_vicreg.tuning.rounds import LOWER, is_whole, judged_rounds, value_of_judge
 
 
 def to_markdown(record: dict[str, Any]) -> str:
     """Return a row for each trial, the ones that came farthest first, and what is to be known of them."""
     rounds, judge = record["rounds"], record["judge"]
     scores = {
-        number: [value_of_judge(one["figures"].get(str(number), {}), judge) for one in rounds]
+        number: [value_of_judge(one["figures"].get(str(number), {}), judge) for one in judged_rounds(record)]
         for number in range(len(record["trials"]))
     }
 
@@ -56,7 +49,16 @@ def _notes(record: dict[str, Any]) -> list[str]:
     ]
     if judge == "knn":
         notes.append("The best of several is judged too well by the images it was chosen on: measure it on others.")
+    if record.get("cut_off"):
+        rounds, whole = record["rounds"], judged_rounds(record)
+        when = "before" if is_whole(rounds[-1]) else "in"
+        number, best = len(whole) + 1, "the round before"
+        if not is_whole(rounds[0]):
+            number, best = 1, "those that were tried"
+        notes.append(
+            f"The time was over {when} round {number}: the best is that of {best}. Give more, or fewer --trials."
+        )
     return notes + [f"{one_line(name)} failed, exit code {code}." for name, code in record["failed"].items()]
 
 
-__all__ = ["to_markdown", "value_of_judge"]
+__all__ = ["to_markdown"]

@@ -32,9 +32,9 @@ def test_draws_fill_each_range_evenly_and_begin_with_what_there_is():
 
 def test_each_round_has_its_share_of_the_time():
     given = {"step_seconds": 0.5, "other_seconds": 10.0}
-    assert steps_for(2400, [8, 4, 2], least=1, **given) == 180  # (2400 / 3 / 8 - 10) / 0.5
-    assert steps_for(1600, [4, 2], least=180, **given) == 380
-    assert steps_for(100, [4, 2], least=180, **given) == 180
+    assert steps_for(2400, [8, 4, 2], **given) == 180  # (2400 / 3 / 8 - 10) / 0.5
+    assert steps_for(1600, [4, 2], **given) == 380
+    assert steps_for(60, [4, 2], **given) == 0
 
 
 def test_ranks_without_labels_are_those_of_a_plain_loop():

@@ -18,7 +18,7 @@ from hf_vicreg.comparison.planning import plan_comparison
 from hf_vicreg.training import command
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.run.resolve import resolve
-from hf_vicreg.tuning import judging
+from hf_vicreg.tuning import judging, runs
 from hf_vicreg.tuning.command import asked_for
 from hf_vicreg.tuning.runs import space_of, tune, with_trial
 
@@ -42,7 +42,7 @@ def written_out(given, folder):
     ((name, settings),) = given["settings"].items()
     recipe = resolve(settings | {"output_dir": "x", "linear_probe": False}).to_recipe()
     recipe = {key: one for key, one in recipe.items() if key not in ("output_dir", "seed")}
-    return {name: {"recipe": recipe, "step_seconds": 0.1, "steps_per_epoch": 1, "labelled": False}}
+    return {name: {"recipe": recipe, "step_seconds": 10.0, "steps_per_epoch": 1, "labelled": False}}
 
 
 def train_here(flags):
@@ -232,3 +232,118 @@ def test_a_trials_size_of_use_is_that_of_its_crops(chosen, crop, used):
     assert (settings["views"]["crop_min_ratio"], settings["model"]["image_size"]) == (crop, used)
     assert recipe["model"]["image_size"] == before
     assert with_trial(record | {"trials": [{"learning_rate": 0.1}]}, 0)["model"]["image_size"] == before
+
+
+PLAN = {
+    "recipe": {
+        "objective": "vicreg",
+        "learning_rate": 1e-3,
+        "views": {"crop_min_ratio": 0.2, "image_size": 32},
+        "vicreg": {"covariance_weight": 1.0},
+        "model": {"patch_size": 4},
+        "logging_steps": 2,
+    },
+    "step_seconds": 1.0,
+    "steps_per_epoch": 10,
+    "labelled": True,
+}
+
+
+class Clock:
+    """Seconds that pass where a trial takes them, and none elsewhere."""
+
+    def __init__(self, monkeypatch, *, step_seconds, code_of=None):
+        self.now, self.step_seconds, self.code_of, self.trained = 0.0, step_seconds, code_of or {}, []
+        monkeypatch.setattr(runs.time, "monotonic", lambda: self.now)
+
+    def train(self, flags):
+        recipe, run = (flags[flags.index(flag) + 1] for flag in ("--config", "--output_dir"))
+        run, steps = Path(run), yaml.safe_load(Path(recipe).read_text())["max_steps"]
+        self.trained.append(run.name)
+        run.mkdir(exist_ok=True)
+        codes = self.code_of.get(run.name)
+        if codes:
+            self.now += 1
+            return codes.pop(0)
+        self.now += steps * self.step_seconds
+        seconds = {"training_seconds": steps * self.step_seconds}
+        accuracy = {"trained": 0.5 + 0.01 * int(run.name[5:7])}
+        (run / "results.json").write_text(json.dumps({"steps": steps, "knn_accuracy": accuracy} | seconds))
+        return 0
+
+
+def started(folder, clock, **changes):
+    """The exit code of a tuning of 1200 seconds whose steps were thought to take one, and what it has recorded."""
+    given = {"seconds": 1200.0, "trials": 8, "judge": "knn", "seed": 0, "search": {}, "settings": {"vicreg": {}}}
+    code = tune(given | changes, folder, plan=lambda *words: {"vicreg": PLAN}, train=clock.train, judge=nothing)
+    return code, json.loads((folder / "tuning.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "counts", "said"),
+    [
+        (1.0, [8, 4, 2], None),
+        (2.0, [8, 2], None),
+        (2.6, [8], "over before round 2: the best is that of the round before"),
+        (4.0, [6], "over in round 1: the best is that of those that were tried"),
+    ],
+)
+def test_trials_slower_than_planned_end_with_the_time_and_the_best_of_whole_rounds(
+    step_seconds, counts, said, tmp_path, monkeypatch, capsys
+):
+    clock = Clock(monkeypatch, step_seconds=step_seconds)
+    code, record = started(tmp_path / "tuning", clock)
+    assert (code, [len(one["figures"]) for one in record["rounds"]]) == (0, counts)
+    steps = [one["steps"] for one in record["rounds"]]
+    assert steps == sorted(set(steps))
+    assert clock.now <= 1200 + steps[-1] * step_seconds
+    text = capsys.readouterr().out
+    assert ("The time was over" in text) == (said is not None)
+    assert said is None or said in text
+    assert record["best"] == counts[0] - 1
+    trained = list(clock.trained)
+    assert started(tmp_path / "tuning", clock)[0] == 0  # again: the same, and nothing is trained
+    assert clock.trained == trained
+    assert capsys.readouterr().out == text
+
+
+def test_a_round_that_the_time_cuts_off_does_not_choose(tmp_path, monkeypatch, capsys):
+    clock = Clock(monkeypatch, step_seconds=1.0)
+    train = clock.train
+
+    def slower(flags):  # from the second round on
+        clock.step_seconds = 9.0 if "round2" in flags[flags.index("--output_dir") + 1] else 1.0
+        return train(flags)
+
+    clock.train = slower
+    clock.code_of = {"trial07-round2": [1]}  # the best of the first one
+    code, record = started(tmp_path / "tuning", clock)
+    assert (code, record["best"]) == (0, 7)
+    assert [len(one["figures"]) for one in record["rounds"]] == [8, 2]
+    assert "over in round 2: the best is that of the round before" in capsys.readouterr().out
+
+
+def test_what_a_killed_tunings_trial_took_is_spent(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, step_seconds=1.0)
+    train, folder = clock.train, tmp_path / "tuning"
+
+    def killed(flags):  # with its parent, 400 seconds after it began
+        if flags[flags.index("--output_dir") + 1].endswith("trial01-round1"):
+            run = folder / "trial01-round1"
+            run.mkdir()
+            began = run.with_suffix(".yaml").stat().st_mtime
+            (run / "log.jsonl").write_text("")
+            os.utime(run / "log.jsonl", (began + 400, began + 400))
+            raise KeyboardInterrupt
+        return train(flags)
+
+    clock.train = killed
+    with pytest.raises(KeyboardInterrupt):
+        started(folder, clock)
+    before = json.loads((folder / "tuning.json").read_text())["spent"]
+    clock.train = train
+    code, record = started(folder, clock)
+    assert code == 0
+    assert record["spent"] == pytest.approx(clock.now + 400)
+    assert before == record["rounds"][0]["steps"]
+    assert "under_way" not in record
