@@ -9,6 +9,7 @@ compares whole runs, and what it says of a recipe is what the recipe does.
 import json
 import logging
 import shlex
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 FILE, TABLE, BASE, TUNED = "tuning.json", "tuning.md", "base.yaml", "tuned.yaml"
 WITHOUT_LABELS = "rankme"
+KILLED = 128 + signal.SIGKILL  # by the system, for want of memory
 CROP, CROPS = "views.crop_min_ratio", (0.05, 0.8)  # of the image's area
 FACTOR = 5.0  # up and down, of numbers without a range of their own
 # of a recipe; those of a trial, not of what is tuned
@@ -154,15 +156,17 @@ def space_of(asked: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str, l
 def _round(folder: Path, record: dict[str, Any], level: int, train: Train, judge: Judge) -> int:
     """Train and judge what is not yet of a round, as long as there is time; return an exit code if stopped, else 0."""
     one = record["rounds"][level]
-    for number in one["members"]:
-        run = folder / f"trial{number:02d}-round{level + 1}"
-        if str(number) in one["figures"]:
-            continue
-        if is_over(record) and not run.exists():  # one that has begun comes to its end
-            return 0
-        code = _trial(folder, record, level, number, run, train, judge)
-        if code:
-            return code
+    for again in (False, True):  # what was killed, most often for want of memory, is tried once more
+        for number in one["members"]:
+            run = folder / f"trial{number:02d}-round{level + 1}"
+            killed = one["figures"].get(str(number)) == {} and record["failed"].get(run.name) == KILLED
+            if str(number) in one["figures"] and not (again and killed):
+                continue
+            if is_over(record) and (again or not run.exists()):  # one that has begun comes to its end
+                return 0
+            code = _trial(folder, record, level, number, run, train, judge)
+            if code:
+                return code
     return 0
 
 

@@ -8,6 +8,8 @@ from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.training.planner.schedule import words
 from hf_vicreg.tuning.rounds import LOWER, is_whole, judged_rounds, value_of_judge
 
+MISSING = "Trial 0, which has what was planned, failed: whether tuning was worth it is not known."
+
 
 def to_markdown(record: dict[str, Any]) -> str:
     """Return a row for each trial, the ones that came farthest first, and what is to be known of them."""
@@ -30,7 +32,9 @@ def to_markdown(record: dict[str, Any]) -> str:
         ]
         for number in sorted(scores, key=place)
     ]
-    return "\n".join([*aligned(headings, rows), "", *(f"- {note}" for note in _notes(record))]) + "\n"
+    first = rounds[0]["figures"].get("0")  # none yet, or none at all
+    missing = [] if first is None or judge in first else [f"{MISSING}\n"]
+    return "\n".join([*missing, *aligned(headings, rows), "", *(f"- {note}" for note in _notes(record))]) + "\n"
 
 
 def _shown(figures: dict[str, float] | None, judge: str) -> str:

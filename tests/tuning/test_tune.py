@@ -347,3 +347,19 @@ def test_what_a_killed_tunings_trial_took_is_spent(tmp_path, monkeypatch):
     assert record["spent"] == pytest.approx(clock.now + 400)
     assert before == record["rounds"][0]["steps"]
     assert "under_way" not in record
+
+
+def test_a_killed_trial_is_tried_once_more_and_it_is_said_if_the_planned_one_is_missing(tmp_path, monkeypatch, capsys):
+    clock = Clock(monkeypatch, step_seconds=1.0, code_of={"trial00-round1": [137], "trial02-round1": [1]})
+    code, record = started(tmp_path / "once", clock, trials=3)
+    assert clock.trained[:4] == ["trial00-round1", "trial01-round1", "trial02-round1", "trial00-round1"]
+    assert (code, record["rounds"][1]["members"], record["failed"]) == (0, [1, 0], {"trial02-round1": 1})
+    assert capsys.readouterr().out.startswith("| trial")
+    clock = Clock(monkeypatch, step_seconds=1.0, code_of={"trial00-round1": [137, 137]})
+    code, record = started(tmp_path / "twice", clock, trials=3)
+    assert (code, clock.trained.count("trial00-round1"), record["failed"]) == (0, 2, {"trial00-round1": 137})
+    assert record["rounds"][1]["members"] == [2, 1]
+    text = (tmp_path / "twice" / "tuning.md").read_text()
+    assert text.startswith(
+        "Trial 0, which has what was planned, failed: whether tuning was worth it is not known.\n\n|"
+    )
