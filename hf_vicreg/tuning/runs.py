@@ -247,7 +247,9 @@ def _finish(folder: Path, record: dict[str, Any]) -> int:
         write(folder / TABLE, text)
         if best is not None:
             recipe = with_trial(record, best)
-            kept = {key: one for key, one in recipe.items() if key not in OF_LENGTH and one is not None}
+            (given,) = record["asked"]["settings"].values()
+            left_out = {*OF_LENGTH, *({"logging_steps"} - given.keys())}
+            kept = {key: one for key, one in recipe.items() if key not in left_out and one is not None}
             write(folder / TUNED, yaml.safe_dump(kept, sort_keys=False))
     print(text)
     if best is None:

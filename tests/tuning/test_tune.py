@@ -363,3 +363,13 @@ def test_a_killed_trial_is_tried_once_more_and_it_is_said_if_the_planned_one_is_
     assert text.startswith(
         "Trial 0, which has what was planned, failed: whether tuning was worth it is not known.\n\n|"
     )
+
+
+@pytest.mark.parametrize("given", [{}, {"logging_steps": 7}], ids=["planned", "given"])
+def test_the_recipe_has_nothing_that_a_trials_length_chose(given, tmp_path, monkeypatch):
+    monkeypatch.setitem(PLAN, "recipe", PLAN["recipe"] | given)
+    clock = Clock(monkeypatch, step_seconds=1.0)
+    assert started(tmp_path / "tuning", clock, trials=2, settings={"vicreg": given})[0] == 0
+    recipe = yaml.safe_load((tmp_path / "tuning" / "tuned.yaml").read_text())
+    assert recipe.get("logging_steps") == given.get("logging_steps")
+    assert recipe["views"]["image_size"] == 32
