@@ -22,7 +22,8 @@ the dimensions of the embeddings, N the images of the global batch.
   loss is 5% above that of the first line; or in one of the ten lines it was a quarter above the lowest of those before
   (in a line without embedding collapse: what that leaves of the loss wavers); or in three of them a gradient was ten
   times as large as usual. Most of the loss is the hinge, and from batch to batch it moves by a few percent. A learning
-  rate far too high may have spoiled the first line already; the loss then falls from there, but not without jumps.
+  rate far too high may have spoiled the first line already; the loss then falls from there, but not without jumps. The
+  error of a reconstruction moves with what a batch shows: jumps say nothing, three times the first line's loss does.
 - **not sure**: the mean standard deviation is below 0.3 gamma, the effective rank below 3, and neither is rising. The
   run is stuck short of a collapse. Most often a learning rate far too high broke the encoder before the first line
   that would show it; a small batch or a strong invariance can do the same, so this says what to try first.
@@ -58,7 +59,7 @@ NARROW_RANK = 1.25
 STUCK_STD = 0.3  # of gamma
 STUCK_RANK = 3.0
 HIGH_FLOOR = 16.0
-ABOVE_START = 1.05
+ABOVE_START, FAR_ABOVE_START = 1.05, 3.0
 JUMP = 1.25
 SPIKE = 10.0  # times the median
 NUM_EVENTS = 3  # skipped steps, or lines with a spike
@@ -98,7 +99,7 @@ def diagnose(
         peak: The largest learning rate of lines that are not among the records.
     """
     lines = [record for record in records if "loss" in record]
-    learning_rate = partial(_learning_rate_too_high, loss_falls=objective.loss_falls)
+    learning_rate = partial(_learning_rate_too_high, objective=objective)
     rules: list[Callable[[list[Record], float], Verdict | None]] = [learning_rate, _loader_bound]
     if len(lines) >= MIN_LINES and not _value(lines[-1], "learning_rate") > _value(lines[-2], "learning_rate"):
         rules = [*SPREAD_RULES, *rules]
@@ -236,8 +237,8 @@ SPREAD_RULES = [_embedding_collapse, _encoder_collapse, _dimensional_collapse, _
 SPREAD_RULES += [_batch_too_small, _stuck]
 
 
-def _learning_rate_too_high(lines: list[Record], gamma: float, *, loss_falls: bool = True) -> Verdict | None:
-    recent = lines[-WINDOW:]
+def _learning_rate_too_high(lines: list[Record], gamma: float, *, objective: ObjectiveEntry) -> Verdict | None:
+    recent, falls, wavers = lines[-WINDOW:], objective.loss_falls, objective.loss_wavers
     earlier = lines[-WINDOW - 1] if len(lines) > WINDOW else {"skipped_steps": 0}
     skipped = _value(lines[-1], "skipped_steps") - _value(earlier, "skipped_steps")
     start, now = _value(lines[0], "loss"), _mean(lines[-MIN_LINES:], "loss")
@@ -248,14 +249,13 @@ def _learning_rate_too_high(lines: list[Record], gamma: float, *, loss_falls: bo
         if _value(line, "loss") > JUMP * low and _value(line, "embedding_std_mean") >= COLLAPSED_STD * gamma
     ]
     norms = [_value(line, "grad_norm_max") for line in recent]
-    # none while the expander warms up alone
-    usual = statistics.median([norm for norm in norms if norm > 0] or [math.inf])
+    usual = statistics.median([norm for norm in norms if norm > 0] or [math.inf])  # 0: the expander alone warms up
     spikes = sum(norm > SPIKE * usual for norm in norms)
     if skipped >= NUM_EVENTS:
         finding = f"loss or gradient was not finite in {skipped:.0f} steps of the last {len(recent)} lines"
-    elif loss_falls and len(lines) >= MIN_LINES and now > ABOVE_START * start:
+    elif falls and len(lines) >= MIN_LINES and now > (FAR_ABOVE_START if wavers else ABOVE_START) * start:
         finding = f"the loss is {now:.3g} and was {start:.3g} at the first line"
-    elif loss_falls and len(lines) >= MIN_LINES and jumps:
+    elif falls and not wavers and len(lines) >= MIN_LINES and jumps:
         finding = "the loss jumped from {:.3g} to {:.3g}".format(*jumps[-1])
     elif spikes >= NUM_EVENTS:
         finding = f"{spikes} of {len(recent)} lines have a gradient over {SPIKE:g} times the usual {usual:.2g}"

@@ -41,6 +41,7 @@ def combined(entries: Sequence[ObjectiveEntry]) -> CombinedEntry:
         silent=frozenset.intersection(*(one.silent for one in entries)),
         unit_sphere=bool(seen) and all(one.unit_sphere for one in seen),
         loss_falls=all(one.loss_falls for one in entries),
+        loss_wavers=any(one.loss_wavers for one in entries),
         vicreg_weights=any(one.vicreg_weights for one in entries),
         takes_places=any(one.takes_places for one in entries),
         whole_patches=any(one.whole_patches for one in entries),

@@ -33,6 +33,8 @@ class ObjectiveEntry:
             each is scaled to the length that unit standard deviations would give it.
         loss_falls: Whether a loss that rises is a sign of trouble. Not where an untrained encoder, whose views agree
             by themselves, may have a low one.
+        loss_wavers: Whether the loss moves with what the images of a batch show, as the error of a reconstruction
+            does: where some are blank, by a quarter from one batch to the next.
         vicreg_weights: Whether the weights of the section `vicreg` are of this loss. Its expander is everybody's.
         takes_places: Whether the model is to be told where in its image each view lies.
         whole_patches: Whether patches may not overlap.
@@ -51,6 +53,7 @@ class ObjectiveEntry:
     silent: frozenset[str] = frozenset()
     unit_sphere: bool = False
     loss_falls: bool = False
+    loss_wavers: bool = False
     vicreg_weights: bool = False
     takes_places: bool = False
     whole_patches: bool = False

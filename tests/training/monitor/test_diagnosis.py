@@ -129,6 +129,16 @@ def test_several_objectives_are_judged_together_and_each_has_its_remedy():
     assert found.remedy == diagnose(lines(embedding_std_mean=0.05))[0].remedy
 
 
+@pytest.mark.parametrize("name", ["mae", "simmim", "mae+vicreg"])
+def test_what_a_batch_shows_moves_a_reconstruction_and_is_no_learning_rate(name):
+    entry = entry_of({"objective": name})
+    wavering = lines(loss=[2.27, 2.6, 3.0, 2.4, 3.1, 2.8])  # batches with fewer or more blank images
+    assert names(wavering) == ["learning rate too high"]  # of VICReg, whose hinge hardly moves
+    assert diagnose(wavering, 1.0, entry) == []
+    for ill in ({"skipped_steps": [0, 0, 1, 3]}, {"grad_norm_max": [1] * 9 + [11] * 3}, {"loss": [2.8, 7, 9, 8.6]}):
+        assert [one.name for one in diagnose(lines(**ill), 1.0, entry)] == ["learning rate too high"]
+
+
 def test_gamma_is_the_unit_of_standard_deviations():
     records = lines(embedding_std_mean=0.25)
     assert names(records) == []
