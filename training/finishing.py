@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from typing import Any
 
 import torch
@@ -50,8 +51,12 @@ def fit(run: Run) -> None:
         raise
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Run, began: float) -> dict[str, Any]:
     """Measure, draw and export, and return what `results.json` holds; every process must call.
+
+    Args:
+        run: Its steps taken.
+        began: When the command began, by `time.monotonic`.
 
     Raises:
         InputError: The disk is full.
@@ -91,7 +96,8 @@ def finish(run: Run) -> dict[str, Any]:
             "is_dual": flags.caption_column is not None,
             "has_source": flags.model_name_or_path is not None,
         }
-        print(summary(run.folder, results, records, time_budget=flags.time_budget, **kinds))
+        seconds = time.monotonic() - began
+        print(summary(run.folder, results, records, seconds=seconds, time_budget=flags.time_budget, **kinds))
 
     run_on_main(write, run.accelerator)
     run.accelerator.wait_for_everyone()  # or the main process would leave while others still listen to it

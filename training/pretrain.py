@@ -108,7 +108,7 @@ def run_settings(settings: dict[str, Any], began: float | None = None) -> Pretra
     with alone_in(run.folder, accelerator):
         begin(run)
         fit(run)
-        results = finish(run)
+        results = finish(run, began)
     return PretrainResult(run.folder, run.exports[0].model, run.processor, results)
 
 

@@ -122,7 +122,12 @@ def small_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def linear_accuracy(
-    bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, query_labels: torch.Tensor
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
+    queries: torch.Tensor,
+    query_labels: torch.Tensor,
+    *,
+    iterations: int = MAX_ITERATIONS,
 ) -> float:
     """Return the accuracy of a logistic regression on standardised features.
 
@@ -135,6 +140,7 @@ def linear_accuracy(
         bank_labels: `(images,)` int64.
         queries: `(queries, features)`, to measure on.
         query_labels: `(queries,)` int64.
+        iterations: At most.
     """
     bank, queries = bank.double(), queries.double()
     mean, std = bank.mean(0), bank.std(0, correction=0).clamp_min(1e-6)
@@ -142,7 +148,7 @@ def linear_accuracy(
     classes = int(max(bank_labels.max(), query_labels.max())) + 1
     weight = torch.zeros(classes, bank.shape[1], dtype=bank.dtype, device=bank.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=bank.dtype, device=bank.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()

@@ -20,6 +20,7 @@ def summary(
     *,
     is_dual: bool = False,
     has_source: bool = False,
+    seconds: float = 0.0,
     time_budget: str | None = None,
 ) -> str:
     """Return what a finished run says at its end: accuracies side by side, its health, and how to load it.
@@ -30,11 +31,13 @@ def summary(
         records: The lines of its log.
         is_dual: Whether it is a run of images and captions.
         has_source: Whether its encoder began with the weights of another.
-        time_budget: What was given for the whole command.
+        seconds: That the whole command took.
+        time_budget: What was given for it.
     """
     lines = [f"Trained in {results['training_seconds']:.0f} s; attention density {results['attention_density']:.3f}."]
-    if time_budget is not None and results["training_seconds"] > seconds_of(time_budget):
-        lines.append(f"Longer than the {time_budget} given.")
+    seconds = max(seconds, results["training_seconds"])  # the latter is also of what was resumed
+    if time_budget is not None and seconds > seconds_of(time_budget):
+        lines.append(f"Longer than the {time_budget} given: {seconds:.0f} s in all.")
     kinds = {"knn_accuracy": f"{results['knn_neighbours']}-NN", "linear_accuracy": "linear"}
     measured = {title: results[kind] for kind, title in kinds.items() if results[kind]}
     if measured:

@@ -31,7 +31,7 @@ FLOPS_PER_SECOND = {"cpu": 35e9, "cuda": 25e12, "mps": 1e12}
 SHORT_STEPS = 10_000
 LOG_LINES = 20  # at least, where there are as many steps
 USED_SIZE = "crops make things look as much larger"
-MEASURING_RATIO = 0.08  # of the time, for k-NN between the first step and the last
+MEASURING_RATIO = 0.08  # of the time, for k-NN and retrieval between the first step and the last
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def choose_schedule(
         num_steps: Of the whole run.
         steps_per_epoch: Of a pass over the images.
         step_seconds: Measured.
-        knn_seconds: One measurement of k-NN; 0 without labels.
+        knn_seconds: One measurement of k-NN or retrieval; 0 without labels and captions.
     """
     settings = made.settings
     epochs = math.ceil(num_steps / steps_per_epoch)

@@ -29,6 +29,7 @@ from hf_vicreg.training.planner.choices import (
     is_open,
 )
 from hf_vicreg.training.planner.machine import Machine, this_machine
+from hf_vicreg.training.planner.measuring import measuring_seconds
 from hf_vicreg.training.planner.memory import fit_memory
 from hf_vicreg.training.planner.schedule import CLOSING_SECONDS, steps_within, words
 from hf_vicreg.training.planner.table import plan_table, say_defaults
@@ -251,15 +252,10 @@ def _fit_schedule(
 ) -> Plan:
     """Fill in the length of the run and return the plan."""
     run = config.run
-    measured = pixels = 0.0
-    if images.labelled and held_out is not None:
-        looked_at = min(run.knn_train_samples, images.count) + min(run.knn_test_samples, len(held_out))
-        looked_at = -(-looked_at // machine.num_processes)
-        pixels = looked_at * trial.read_seconds
-        measured = looked_at * (trial.read_seconds + trial.encode_seconds)
+    before, measured = measuring_seconds(config, images, held_out, machine, trial)
     step = trial.rate.step_seconds
     per_epoch = max(1, images.count // config.step_size)
-    ends = pixels + 2 * measured + CLOSING_SECONDS
+    ends = before + measured + CLOSING_SECONDS
     between = MEASURING_RATIO * left // measured * measured if measured else 0.0
     given_length = made.settings.keys() & {"num_train_epochs", "max_steps"}
     if given_length:  # it holds, whatever the time

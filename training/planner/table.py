@@ -105,6 +105,8 @@ def plan_table(
     rows.append(("checkpoint", f"every {run.checkpointing_steps} steps", why.get("checkpointing_steps", "given")))
     if images.labelled:
         rows.append(("k-NN", f"every {run.knn_every_epochs} epochs", why.get("knn_every_epochs", "given")))
+    elif "knn_every_epochs" in why:  # there are captions
+        rows.append(("retrieval", f"every {run.knn_every_epochs} epochs", why["knn_every_epochs"]))
     rows.append(("speed", f"{rate.images_per_second:.0f} images a second", "measured over a few steps"))
     rows.append(
         (

@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.training.engine.pretraining import pretraining_loop
 from hf_vicreg.training.evaluation.features import BATCH_SIZE, encoded_batches, model_encoder, pixels_of
+from hf_vicreg.training.image_text.probe import ImageTextProbe
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.run_images import usable_images
 from hf_vicreg.training.launch.devices import device_module
@@ -57,6 +58,7 @@ class Trial:
         wait_ratio: Share of a step in which the device waited for images.
         read_seconds: To read and prepare one image for k-NN.
         encode_seconds: To encode it, reading left out.
+        retrieval_seconds: To read an image and encode it with its captions, over all processes; 0 without captions.
         parameters: Of the encoder.
     """
 
@@ -65,6 +67,7 @@ class Trial:
     wait_ratio: float
     read_seconds: float
     encode_seconds: float
+    retrieval_seconds: float
     parameters: int
 
 
@@ -149,6 +152,10 @@ def try_steps(
     for _ in encoded_batches(shown, processor, model_encoder(model.encoder)):
         pass
     encode_seconds = (time.perf_counter() - encoding) / len(shown) - read_seconds
+    retrieving = time.perf_counter()
+    if shown.captions is not None:
+        ImageTextProbe(shown, processor, model, accelerator).measure()
+    retrieval_seconds = (time.perf_counter() - retrieving) / len(shown)
     parameters = sum(one.numel() for one in model.encoder.parameters())
     del loop, model
     accelerator.free_memory()
@@ -159,5 +166,6 @@ def try_steps(
         wait_ratio=sum(waits) / sum(step_seconds),
         read_seconds=read_seconds,
         encode_seconds=max(0.0, encode_seconds),
+        retrieval_seconds=retrieval_seconds,
         parameters=parameters,
     )
