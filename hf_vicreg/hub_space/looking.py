@@ -6,7 +6,6 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
@@ -151,7 +150,9 @@ def opened(encoded: bytes) -> Image.Image:
                 if upright.mode.startswith(
                     "I"
                 ):  # 16 bits keep their upper 8, as in training: Pillow clips them at 255
-                    upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
+                    numbers = torch.frombuffer(bytearray(upright.convert("I").tobytes()), dtype=torch.int32)
+                    upper = (numbers >> 8).clamp(0, 255).to(torch.uint8)
+                    upright = Image.frombytes("L", upright.size, upper.numpy().tobytes())
                 return upright.convert("RGB")
     except Exception as error:  # whatever a damaged file brings a decoder to
         raise ValueError(f"no picture that can be read: {', '.join(FORMATS)} are needed") from error
