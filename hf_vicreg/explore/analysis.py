@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import constants
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from hf_vicreg.explore.finds import strangeness
 from hf_vicreg.explore.image_set import ImageSet
 from hf_vicreg.explore.vector_index import VectorIndex, build_index
+from hf_vicreg.model_cards.escaping import one_line
 from hf_vicreg.report.space import maps_of
 from hf_vicreg.training.monitor.progress import Progress
 
@@ -60,18 +61,23 @@ def analyse(images: ImageSet) -> Analysis:
     may ask for the same at once.
     """
     folder = Path(constants.HF_HOME) / "hf_vicreg" / "explore" / f"{images.key}-{VERSION}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    if folder.is_dir():
         try:
-            _compute(images.embeddings(), images.inner_layers(), working)
-            working.chmod(0o755)
-            os.rename(working, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same
-                raise
-        finally:
-            shutil.rmtree(working, ignore_errors=True)
+            return _opened(folder)
+        except (OSError, RuntimeError, SafetensorError, KeyError) as error:  # RuntimeError is faiss'
+            logger.warning("%s is damaged and made again: %s", folder, one_line(str(error)))
+            shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    working = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        _compute(images.embeddings(), images.inner_layers(), working)
+        working.chmod(0o755)
+        os.rename(working, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, with the same
+            raise
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
     return _opened(folder)
 
 

@@ -53,7 +53,7 @@ def write_report(*runs: str | os.PathLike, data: str | None = None, output: str 
         facts = [replace(run, mark=mark) for run, mark in zip(facts, (" (A)", " (B)"), strict=True)]
     images = open_images(data, facts[0])
     place = Path(output) if output is not None else facts[0].folder / (REPORT_FILE, COMPARISON_FILE)[len(runs) - 1]
-    if not place.absolute().parent.is_dir():
+    if not place.absolute().parent.is_dir() or place.is_dir():
         raise InputError(f"`output`: expected a file in a folder that exists, got {place}.")
     names = " ".join(("RUN_A", "RUN_B") if len(runs) > 1 else ("RUN",))
     shown_data = f" --data {images.word}" if images is not None and data is not None else ""
@@ -79,9 +79,14 @@ def write_report(*runs: str | os.PathLike, data: str | None = None, output: str 
     }
     text = page(f"{' and '.join(run.name for run in facts)}: report", body, content)
     with NamedTemporaryFile("w", dir=place.parent, suffix=".tmp", encoding="utf-8", delete=False) as file:
-        file.write(text)  # aside, under a name that nothing in the folder can have taken
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(place)
+        try:
+            file.write(text)  # aside, under a name that nothing in the folder can have taken
+            file.flush()
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(place)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
     return place
 
 

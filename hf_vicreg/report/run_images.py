@@ -68,7 +68,7 @@ def open_images(data: str | None, facts: RunFacts) -> ReportImages | None:
     folder = setting.get("train_dir")
     if folder is not None and any((Path(folder) / split).is_dir() for split in SPLITS):
         setting = {"dataset_name": folder}  # splits, and in each a folder a class
-    train, test = load_sources(**setting)
+    train, test = _numbered(*load_sources(**setting))
     held_out = train if test is None else test
     word = name if name == BUILT_IN or not Path(name).exists() else "IMAGES"
     return ReportImages(
@@ -78,6 +78,23 @@ def open_images(data: str | None, facts: RunFacts) -> ReportImages | None:
         word=word,
         all_held_out=len(held_out),
     )
+
+
+def _numbered(train: ImageSource, test: ImageSource | None) -> tuple[ImageSource, ImageSource | None]:
+    """Return the images with labels that count up from 0: integers with gaps, such as ids, become names of classes."""
+    sources = [one for one in (train, test) if one is not None and one.labels is not None]
+    found = sorted({label for one in sources for label in one.labels or []})
+    if any(one.label_names for one in sources) or found == list(range(len(found))):
+        return train, test
+    number, names = {label: index for index, label in enumerate(found)}, [str(label) for label in found]
+    renamed = [
+        one
+        if one is None or one.labels is None
+        else replace(one, labels=[number[label] for label in one.labels], label_names=names)
+        for one in (train, test)
+    ]
+    assert renamed[0] is not None
+    return renamed[0], renamed[1]
 
 
 def spread(length: int, most: int) -> list[int]:

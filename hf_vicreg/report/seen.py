@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 NUM_VIEWED, NUM_PATCHED, NUM_ATTENDED = 10, 6, 4
 SMALL = 128  # side in pixels of images that stand in rows
 ATTENTION_BYTES = 3_200_000  # of a page, before they become text
+MOST_MAPS = 2**30  # bytes of the attention of one image, all layers and heads; it is held some three times
 MAX_NAMED_CLASSES = 40
 SCALES = (1, 2)
 
@@ -120,7 +121,7 @@ def attention_data(encoder: VisionEncoder, images: ReportImages, budget: int) ->
         budget: Bytes of numbers; patches that look are thinned out to stay below it.
 
     Raises:
-        InputError: A model without attention over patches.
+        InputError: A model without attention over patches, or of too many of them.
     """
     model, config = encoder.model, encoder.model.config
     some = list(readable(images.held_out, NUM_ATTENDED).items())
@@ -133,6 +134,13 @@ def attention_data(encoder: VisionEncoder, images: ReportImages, budget: int) ->
         height, width = given.pixels.shape[-2:]
         rows, columns = grid_of(model, height, width)
         a_query = 4 * layers * heads * (rows * columns + 1)
+        if a_query * (rows * columns + 1) > MOST_MAPS:
+            if items:
+                continue
+            raise InputError(
+                f"`MODEL`: expected attention of at most {MOST_MAPS / 2**30:g} GB, of {rows * columns:,} patches in "
+                f"{layers} layers of {heads} heads has {a_query * (rows * columns + 1) / 2**30:.1f}."
+            )
         count = min(len(some), budget // len(SCALES) // (a_query * (rows * columns + 1)))
         if items and not count:
             continue  # the larger size is a luxury

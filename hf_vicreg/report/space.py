@@ -127,7 +127,8 @@ def maps_of(features: torch.Tensor) -> dict[str, torch.Tensor]:
     components = left * scale
     flat = components[:, :2]
     maps = {"PCA": _in_unit_square(torch.nn.functional.pad(flat, (0, 2 - flat.shape[1])))}
-    if len(features) >= LEAST_FOR_TSNE:
+    # scikit-learn divides by the first component's deviation; of features that are all one its code would crash
+    if len(features) >= LEAST_FOR_TSNE and components[:, 0].std() > 1e-7:
         try:
             from sklearn.manifold import TSNE
             from threadpoolctl import threadpool_limits  # which scikit-learn needs itself

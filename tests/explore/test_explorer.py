@@ -75,6 +75,18 @@ def test_the_second_opening_computes_nothing_anew(explorer, images, encoder):
     np.testing.assert_array_equal(again.analysis.neighbours, explorer.analysis.neighbours)
 
 
+@pytest.mark.parametrize("name", ["index.faiss", "tables.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_analysis_is_made_again(explorer, images, encoder, name, damage, caplog):
+    (kept,) = (Path(constants.HF_HOME) / "hf_vicreg" / "explore").iterdir()
+    file = kept / name
+    file.write_bytes(file.read_bytes()[:100]) if damage == "cut" else file.unlink()
+    again = open_explorer(images, encoder, num_workers=0)
+    assert "is damaged and made again" in caplog.text
+    np.testing.assert_array_equal(again.analysis.neighbours, explorer.analysis.neighbours)
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
 def test_a_folder_of_embeddings_is_explored_with_or_without_images(explorer, embeddings, images):
     bare = open_explorer(embeddings)
     np.testing.assert_array_equal(bare.analysis.neighbours, explorer.analysis.neighbours)

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,13 +16,17 @@ from hf_vicreg import BigBirdViTConfig, BigBirdViTImageProcessor, BigBirdViTMode
 from hf_vicreg.cli import main
 from hf_vicreg.hub_space.attention import lattice
 from hf_vicreg.hub_space.colours import PatchColours
+from hf_vicreg.report import seen
 from hf_vicreg.report.attention import attention_maps
 from hf_vicreg.report.page import data_block
 from hf_vicreg.report.report import write_report
 from hf_vicreg.report.run_facts import read_facts
-from hf_vicreg.report.run_images import open_images, spread
+from hf_vicreg.report.run_images import _numbered, open_images, spread
+from hf_vicreg.report.space import maps_of
 from hf_vicreg.report.told import panels_of, thinned
 from hf_vicreg.training.errors import InputError
+from hf_vicreg.training.evaluation.encoder import load_vision_encoder
+from hf_vicreg.training.images.image_source import ImageSource
 
 MAX_BYTES = 8_000_000
 
@@ -243,6 +248,28 @@ def test_of_many_images_some_are_taken_from_everywhere():
     assert (found[0], found[-1]) == (0, 99_900)
 
 
+def test_features_that_are_all_one_have_a_map():
+    """As of a collapsed run, whose report one wants to see: scikit-learn's t-SNE would end the process."""
+    assert set(maps_of(torch.ones(150, 8))) == {"PCA"}
+    assert set(maps_of(torch.randn(150, 8))) == {"PCA", "t-SNE"}
+
+
+def test_labels_with_gaps_are_numbered():
+    train = ImageSource("a", 3, bytes, "", labels=[200_000, 7, 7])
+    test = ImageSource("b", 2, bytes, "", labels=[7, 9])
+    for one, labels in zip(_numbered(train, test), ([2, 0, 0], [0, 1]), strict=True):
+        assert (one.labels, one.label_names) == (labels, ["7", "9", "200000"])
+    named = replace(train, labels=[0, 1, 1], label_names=["x", "y"])
+    assert _numbered(named, None) == (named, None)
+
+
+def test_attention_over_too_many_patches_is_not_computed(run, images, monkeypatch):
+    encoder, facts = load_vision_encoder(str(run)), read_facts(run)
+    monkeypatch.setattr(seen, "MOST_MAPS", 1000)
+    with pytest.raises(InputError, match=r"expected attention of at most .* patches in .* heads has"):
+        seen.attention_data(encoder, open_images(str(images), facts), seen.ATTENTION_BYTES)
+
+
 def test_without_images_the_parts_that_need_them_say_so(run, tmp_path):
     page = write_report(run, output=tmp_path / "report.html").read_text()
     assert page.count("Needs images, and there are none at hand") == 5
@@ -352,6 +379,7 @@ def test_command_writes_the_page_and_refuses_what_is_no_run(run, tmp_path, capsy
     assert main(["report", str(copy), "--data", str(tmp_path / "nothing")]) == 2
     assert main(["report", str(copy), str(copy), str(copy)]) == 2
     assert main(["report", str(copy), "--output", str(tmp_path / "no" / "report.html")]) == 2
+    assert main(["report", str(copy), "--output", str(tmp_path)]) == 2
     for line in capsys.readouterr().err.strip().splitlines():
         assert line.startswith("error: `") or "Writing" in line or "%" in line, line
 
