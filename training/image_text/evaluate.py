@@ -15,7 +15,7 @@ from hf_vicreg.training.evaluation.features import encoded_batches
 from hf_vicreg.training.evaluation.online_probe import small_pixels
 from hf_vicreg.training.evaluation.results import FILE, add_evaluation, evaluation_record, results_folder
 from hf_vicreg.training.image_text.dual import Dual, load_dual
-from hf_vicreg.training.image_text.retrieval import chance, prompts, retrieval_figures, zero_shot_predictions
+from hf_vicreg.training.image_text.retrieval import chance, numbered, prompts, retrieval_figures, zero_shot_predictions
 from hf_vicreg.training.images.image_source import ImageSource
 from hf_vicreg.training.images.sources import dataset_source, load_splits
 from hf_vicreg.training.texts.captions import fingerprint_of, read_captions
@@ -48,8 +48,10 @@ def evaluate_image_text(model: str, arguments: ImageTextArguments) -> dict[str, 
     if texts is not None:
         kept = [texts[index] for index in indices]
         owners = torch.tensor([place for place, found in enumerate(kept) for _ in found])
-        metrics |= retrieval_figures(images, dual.texts([one for found in kept for one in found]), owners)
-        details |= {"captions": len(owners), "chance": chance(len(indices), len(owners))}
+        captions = [one for found in kept for one in found]
+        relations = owners, numbered(captions)
+        metrics |= retrieval_figures(images, dual.texts(captions), *relations)
+        details |= {"captions": len(owners), "chance": chance(len(indices), *relations)}
     if names is not None:
         assert source.labels is not None
         labels = torch.tensor([source.labels[index] for index in indices])

@@ -10,7 +10,7 @@ from transformers import BaseImageProcessor
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.image_text.dual import Dual
-from hf_vicreg.training.image_text.retrieval import retrieval_figures
+from hf_vicreg.training.image_text.retrieval import numbered, retrieval_figures
 from hf_vicreg.training.images.image_source import ImageSource
 
 
@@ -39,8 +39,9 @@ class ImageTextProbe:
         dual = Dual(self.dual().eval(), self.processor, self.captions.tokenizer)
         indices, images = dual.images(self.test, self.accelerator)
         rows = [self.captions.texts[index] for index in indices]
-        texts = dual.texts([one for row in rows for one in row])
+        captions = [one for row in rows for one in row]
+        texts = dual.texts(captions)
         owners = torch.tensor([place for place, row in enumerate(rows) for _ in row])
         for module, mode in zip(self.model.modules(), modes, strict=True):
             module.training = mode
-        return retrieval_figures(images, texts, owners)
+        return retrieval_figures(images, texts, owners, numbered(captions))

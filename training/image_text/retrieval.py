@@ -10,23 +10,28 @@ from hf_vicreg.training.evaluation.exact_cosine import exact_cosines, on_grid
 RECALLS = (1, 5, 10)
 
 
-def retrieval_figures(images: torch.Tensor, texts: torch.Tensor, owners: torch.Tensor) -> dict[str, float]:
+def retrieval_figures(
+    images: torch.Tensor, texts: torch.Tensor, owners: torch.Tensor, wordings: torch.Tensor | None = None
+) -> dict[str, float]:
     """Return recall at 1, 5 and 10 and the median rank, both ways, by cosine.
 
     From image to text, an image's rank is that of the best of its own captions among those of others; from text to
-    image, a caption's is that of its image among all images. What is as near as the right one counts as nearer: an
-    encoder that makes one point of everything finds nothing.
+    image, a caption's is that of the best of its images among the others. A caption that several images have is the
+    own one of each. What is as near as the right one counts as nearer: an encoder that makes one point of everything
+    finds nothing.
     Source: Karpathy and Fei-Fei 2014 (arXiv 1412.2306), section 4.1, for the two recalls and the median rank.
 
     Args:
         images: `(images, dimensions)`.
         texts: `(texts, dimensions)`.
         owners: `(texts,)` int64, the image of each caption; every image has one at least.
+        wordings: `(texts,)` int64, the same number for the same text (`numbered`); default: all texts differ.
     """
     found = {}
+    own = _own(len(images), owners, wordings)
     for name, ranks in (
-        ("image_to_text", _ranks(images, texts, torch.arange(len(images)), owners)),
-        ("text_to_image", _ranks(texts, images, owners, torch.arange(len(images)))),
+        ("image_to_text", _ranks(images, texts, own)),
+        ("text_to_image", _ranks(texts, images, own.T)),
     ):
         for count in RECALLS:
             found[f"{name}_recall_{count}"] = (ranks <= count).double().mean().item()
@@ -34,25 +39,41 @@ def retrieval_figures(images: torch.Tensor, texts: torch.Tensor, owners: torch.T
     return found
 
 
-def _ranks(
-    queries: torch.Tensor, bank: torch.Tensor, query_owners: torch.Tensor, bank_owners: torch.Tensor
-) -> torch.Tensor:
+def numbered(texts: Sequence[str]) -> torch.Tensor:
+    """Return a number for each text, `(texts,)` int64, the same one for the same text."""
+    known: dict[str, int] = {}
+    return torch.tensor([known.setdefault(one, len(known)) for one in texts], dtype=torch.int64)
+
+
+def _own(num_images: int, owners: torch.Tensor, wordings: torch.Tensor | None) -> torch.Tensor:
+    """Return whether an image has a caption, `(images, texts)` bool."""
+    wordings = torch.arange(len(owners)) if wordings is None else wordings
+    has = torch.zeros(num_images, int(wordings.max()) + 1, dtype=torch.bool)
+    has[owners, wordings] = True
+    return has[:, wordings]
+
+
+def _ranks(queries: torch.Tensor, bank: torch.Tensor, is_own: torch.Tensor) -> torch.Tensor:
     ranks = []
     for some, cosines in exact_cosines(bank, queries):
-        own = query_owners[some][:, None] == bank_owners
+        own = is_own[some]
         best = cosines.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
         ranks.append(1 + ((cosines >= best) & ~own).sum(1))
     return torch.cat(ranks)
 
 
-def chance(num_images: int, num_texts: int) -> dict[str, float]:
-    """Return recall at 10 of a blind search, where every image has as many captions as the others."""
-    drawn = min(RECALLS[-1], num_texts)
-    none_right = math.comb(num_texts - round(num_texts / num_images), drawn) / math.comb(num_texts, drawn)
-    return {
-        "image_to_text_recall_10": 1 - none_right,
-        "text_to_image_recall_10": min(1.0, RECALLS[-1] / num_images),
-    }
+def chance(num_images: int, owners: torch.Tensor, wordings: torch.Tensor | None = None) -> dict[str, float]:
+    """Return recall at 10 of a blind search; arguments as of `retrieval_figures`."""
+    own = _own(num_images, owners, wordings)
+    return {"image_to_text_recall_10": _blind(own), "text_to_image_recall_10": _blind(own.T)}
+
+
+def _blind(is_own: torch.Tensor) -> float:
+    """Return how likely one of ten that are drawn is one's own, the mean over the queries."""
+    total = is_own.shape[1]
+    drawn = min(RECALLS[-1], total)
+    counts = is_own.sum(1).tolist()
+    return sum(1 - math.comb(total - own, drawn) / math.comb(total, drawn) for own in counts) / len(counts)
 
 
 def zero_shot_predictions(images: torch.Tensor, texts: torch.Tensor, num_classes: int) -> torch.Tensor:
