@@ -125,14 +125,19 @@ def load_text_encoder(name: str) -> tuple[PreTrainedModel, set[str]]:
 @torch.no_grad()
 def _refuse_silent(encoder: PreTrainedModel, kind: str) -> None:
     try:
-        outputs = encoder.eval()(input_ids=torch.ones(1, 2, dtype=torch.int64))
+        outputs = encoder.eval()(input_ids=torch.tensor([[5, 6, 7], [5, 8, 7]]))
         features = pooled_features(outputs)
-        assert features.shape == (1, representation_size(encoder.config))
+        assert features.shape == (2, representation_size(encoder.config))
     except Exception as error:  # whatever a model of another kind makes of a text
         raise InputError(
             f"`second_model.model_type`: expected a text encoder, but a {kind!r} makes no features of a text: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
+    if torch.equal(features[0], features[1]):
+        raise InputError(
+            f"`second_model.model_type`: expected an encoder that tells texts apart, a {kind!r} has the same features "
+            "for all: it looks for an end of its own tokenizer; name a checkpoint by --text_model, or take 'bert'."
+        )
     if getattr(outputs, "pooler_output", None) is None:
         logger.info(
             "a %s has no pooled output: the feature of a text is the mean of its tokens, padding left out", kind

@@ -42,6 +42,14 @@ FLAGS = {
     "knn_every_epochs": 1,
     "views": {"jitter_probability": 0.0, "grayscale_probability": 0.0},
 }
+CLIP = {
+    "model_type": "clip_text_model",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 300,
+}
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +234,7 @@ def test_a_pretrained_text_side_is_taken_frozen_and_said(data, flags, tmp_path, 
         ({"caption_column": ["nothing"]}, "`caption_column`: expected one of"),
         ({"second_model": {"model_type": "vit", "hidden_size": 16}}, "expected an encoder of texts, got 'vit'"),
         ({"second_model": {"model_type": "t5"}}, "expected an encoder of texts, got 't5'"),
+        ({"second_model": CLIP}, "expected an encoder that tells texts apart, a 'clip_text_model'"),
         ({"text_model": "VIT"}, "`text_model`: expected a text encoder, got .* of type 'bigbird_vit'"),
         ({"text_model": "BERT"}, "`text_model`: expected a tokenizer in"),
         ({"streaming": True, "max_steps": 2}, "`caption_column`: expected a data set that is not streamed"),
