@@ -360,14 +360,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def _configuration(arguments: argparse.Namespace):
     """Return the encoder's configuration and the image size asked for, checked."""
-    from transformers import AutoConfig
-
     import hf_vicreg
     from hf_vicreg.attention_cost import check_size
-    from hf_vicreg.model_cards.shipped import located
+    from hf_vicreg.training.evaluation.encoder import load_config
 
-    with blamed_on("MODEL", f"expected a model's folder or Hub id, got {arguments.model!r}"):
-        config = AutoConfig.from_pretrained(located(arguments.model))
+    config = load_config(arguments.model)
     config = config.encoder if isinstance(config, hf_vicreg.VicRegConfig) else config
     if not isinstance(config, hf_vicreg.BigBirdViTConfig):
         raise InputError(f"`MODEL`: expected a model of type 'bigbird_vit', got {config.model_type!r}.")

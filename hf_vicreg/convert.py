@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 
 from hf_vicreg.drift import Drift, feature_drift, pictures_of, pixels_of
 from hf_vicreg.model_cards.shipped import located
@@ -17,7 +17,7 @@ from hf_vicreg.modeling.dense_weights import load_source
 from hf_vicreg.modeling.image_processing_bigbird_vit import BigBirdViTImageProcessor
 from hf_vicreg.modeling.modeling_bigbird_vit import BigBirdViTForImageClassification, BigBirdViTModel
 from hf_vicreg.training.errors import InputError, blamed_on
-from hf_vicreg.training.evaluation.encoder import quiet_transformers
+from hf_vicreg.training.evaluation.encoder import load_config, quiet_transformers
 from hf_vicreg.training.images.sources import ImageSource, load_sources
 from hf_vicreg.training.run.arguments import seconds_of
 from hf_vicreg.training.run.places import data_setting
@@ -119,9 +119,8 @@ def convert(
         raise InputError(f"`OUT`: expected a folder in a folder, got {str(out)!r}.")
     if attention_type not in ("original_full", "block_sparse"):
         raise InputError(f"`attention_type`: expected 'original_full' or 'block_sparse', got {attention_type!r}.")
-    with blamed_on("SOURCE", f"expected a model's folder or Hub id, got {str(source)!r}"):
-        source = located(os.fspath(source))
-        config = AutoConfig.from_pretrained(source)
+    config = load_config(os.fspath(source), "SOURCE")
+    source = located(os.fspath(source))
     with_head = config.architectures == ["ViTForImageClassification"]
     with blamed_on("SOURCE"):
         original = load_source(source, AutoModelForImageClassification if with_head else AutoModel)
@@ -292,7 +291,7 @@ def _processor(source: str | os.PathLike) -> BigBirdViTImageProcessor | None:
     """
     try:
         with blamed_on("SOURCE", "expected a preprocessor_config.json that can be read"):
-            theirs = AutoImageProcessor.from_pretrained(source)
+            theirs = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except InputError:
         if (Path(source) / "preprocessor_config.json").exists():
             raise

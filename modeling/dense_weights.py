@@ -102,20 +102,24 @@ def load_dense(
 
 
 def load_source(source: str | os.PathLike, auto_class: Any = AutoModel) -> Any:
-    """Return the dense model in a folder or on the Hub, without a pooler if its files have none.
+    """Return the dense model in a folder or on the Hub, without a pooler if its files have none; runs no code of it.
 
     Raises:
         ValueError: Another kind of model, damaged files, missing or unknown tensors or some of other shapes.
         OSError: No model there, or none in safetensors form.
     """
-    _check_type(AutoConfig.from_pretrained(source))
+    _check_type(AutoConfig.from_pretrained(source, trust_remote_code=False))
     # without the bar and the table of missing and unexpected tensors: they are checked, and an error is one line
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         model, loading = auto_class.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, MemoryError):
         raise

@@ -140,7 +140,7 @@ def test_pattern_is_printed_and_drawn(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cost", "nowhere/at all"], "`MODEL`: expected a model's folder or Hub id, got"),
+        (["cost", "nowhere/at all"], "`MODEL`: expected the folder or Hub id of a vision model, got"),
         (["cost", "invalid"], "`window_size`: expected an odd number of tiles, at least 1, got 2"),
         (["pattern", "encoder", "--height", "16000", "--width", "16000"], "expected at most 4096 tiles, got 62500"),
         (["cost", "vit"], "`MODEL`: expected a model of type 'bigbird_vit', got 'vit'"),

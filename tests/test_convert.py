@@ -177,7 +177,7 @@ def test_empty_folder_is_filled(sources, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere/at all", "out"], "`SOURCE`: expected a model's folder or Hub id, got 'nowhere/at all'"),
+        (["nowhere/at all", "out"], "`SOURCE`: expected the folder or Hub id of a vision model"),
         (["swin", "out"], "expected a model of type vit, dinov2, dinov2_with_registers, dinov3_vit; got 'swin'"),
         (["dinov2", "swin"], "`OUT`: expected a new or empty folder, got 'swin'"),
         (["dinov2", "out", "--tile_size", "0"], "`tile_size`: expected a positive int or (height, width), got 0"),

@@ -20,8 +20,8 @@ KNN = "evaluate knn"
 LABELLED = "--dataset_name labelled"
 DETECTION = "finetune detection encoder --dataset_name labelled"
 MISTAKES = {
-    "cost, no model": ("inspect cost nowhere", "`MODEL`: expected a model's folder or Hub id, got 'nowhere'"),
-    "cost, damaged": ("inspect cost damaged", "`MODEL`: expected a model's folder or Hub id, got 'damaged'"),
+    "cost, no model": ("inspect cost nowhere", "`MODEL`: expected the folder or Hub id of a vision model"),
+    "cost, damaged": ("inspect cost damaged", "`MODEL`: expected the folder or Hub id of a vision model"),
     "cost, bad field": ("inspect cost field", "`window_size`: expected an odd number of tiles"),
     "cost, another model": ("inspect cost vit", "`MODEL`: expected a model of type 'bigbird_vit', got 'vit'"),
     "cost, too small": ("inspect cost encoder --height 3", "expected an image of at least one patch (8, 8)"),
@@ -29,8 +29,8 @@ MISTAKES = {
     "pattern, no layer": ("inspect pattern encoder --layer 9", "`--layer`: expected 0 to 0, got 9"),
     "pattern, no folder": ("inspect pattern encoder --output no/a.svg", "`output`: expected a file to write, got"),
     "pattern, a folder": ("inspect pattern encoder --output empty", "`output`: expected a file to write, got 'empty'"),
-    "convert, no model": ("convert nowhere out", "`SOURCE`: expected a model's folder or Hub id, got 'nowhere'"),
-    "convert, damaged": ("convert damaged out", "`SOURCE`: expected a model's folder or Hub id"),
+    "convert, no model": ("convert nowhere out", "`SOURCE`: expected the folder or Hub id of a vision model"),
+    "convert, damaged": ("convert damaged out", "`SOURCE`: expected the folder or Hub id of a vision model"),
     "convert, no weights": ("convert bare out", "`SOURCE`: "),
     "convert, bad weights": ("convert broken out", "`source`: expected weights and a configuration that load"),
     "convert, another": ("convert encoder out", "`source`: expected a model of type vit, dinov2"),

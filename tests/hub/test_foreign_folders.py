@@ -1,5 +1,6 @@
 """A folder from somebody else: whatever its files say, none of it runs, breaks a page or steers a terminal."""
 
+import io
 import json
 import shutil
 import warnings
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from hf_vicreg import BigBirdViTModel
 from hf_vicreg.cli import main
 from hf_vicreg.model_cards.card import CardFacts, model_card
 from hf_vicreg.model_cards.escaping import STEERING
@@ -218,6 +220,22 @@ def test_each_of_it_alone_is_published_and_nothing_runs(name, run, capsys):
     TAMED[name](run)
     assert main(["publish", str(run), "--repo", "lab/demo", "--dry_run"]) == 0
     assert not STEERING.search("".join(capsys.readouterr()))
+
+
+@pytest.mark.parametrize("does", ["inspect cost", "convert", "from_dense"])
+def test_nothing_asks_whether_to_run_code_beside_the_weights(does, run, monkeypatch, capsys):
+    """At a terminal transformers would ask, and one key would run it."""
+    own_code(run)
+    in_json("config.json", model_type="evil")(run)
+    answers = io.StringIO("y\n" * 9)
+    monkeypatch.setattr("sys.stdin", answers)
+    if does == "from_dense":
+        with pytest.raises(ValueError, match="custom code"):
+            BigBirdViTModel.from_dense(run)
+    else:
+        assert main([*does.split(), str(run), *["out"] * (does == "convert")]) == 2
+        one_plain_line(capsys.readouterr().err)
+    assert answers.tell() == 0
 
 
 @pytest.mark.parametrize("name", REFUSED | TAMED)
