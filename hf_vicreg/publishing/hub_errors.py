@@ -1,5 +1,6 @@
 """What the Hub or the network answers, as one line that names what to do."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -45,8 +46,15 @@ def as_one_line(doing: str, endpoint: str) -> Iterator[None]:
         raise InputError(_answer(doing, error)) from None
     except (TRANSPORT_ERROR, LocalEntryNotFoundError) as error:  # the latter: no answer, and no copy kept from before
         raise InputError(_silence(doing, endpoint, error)) from None
+    except OSError as error:
+        # hf_xet, which carries large files, raises Python's own errors, and some without the number of the system's
+        if not isinstance(error, ConnectionError | TimeoutError) and error.errno is not None:
+            raise
+        raise InputError(_of_storage(doing, endpoint, error)) from None
     except RuntimeError as error:  # an upload in a thread; what happened there is its cause
         cause = error.__cause__
+        if "CAS service error" in str(error):  # older releases of hf_xet
+            raise InputError(_of_storage(doing, endpoint, error)) from None
         if isinstance(cause, HfHubHTTPError):
             raise InputError(_answer(doing, cause)) from None
         if isinstance(cause, TRANSPORT_ERROR):
@@ -56,7 +64,10 @@ def as_one_line(doing: str, endpoint: str) -> Iterator[None]:
 
 @contextmanager
 def patience(timeout_s: float) -> Iterator[None]:
-    """Let no connection of huggingface_hub's stay silent for longer; by itself it would wait for ever."""
+    """Let no connection of huggingface_hub's stay silent for longer; by itself it would wait for ever.
+
+    Those of hf_xet have time-outs of their own (`HF_XET_CLIENT_READ_TIMEOUT`), and are tried again.
+    """
     session = get_session()
     before = session.timeout
     session.timeout = timeout_s
@@ -67,9 +78,17 @@ def patience(timeout_s: float) -> Iterator[None]:
 
 
 def _answer(doing: str, error: HfHubHTTPError) -> str:
-    response = error.response
-    status = response.status_code
     said = f" ({error.server_message.strip()})" if error.server_message else ""
+    return _status(doing, error.response.status_code, said)
+
+
+def _of_storage(doing: str, endpoint: str, error: Exception) -> str:
+    """Return the line for an error of hf_xet's; of its text the status alone: addresses in it may be signed."""
+    status = re.search(r"\((\d{3}) ", str(error))
+    return _status(doing, int(status[1])) if status else _silence(doing, endpoint, error)
+
+
+def _status(doing: str, status: int, said: str = "") -> str:
     remedy = REMEDIES.get(status, "run the command again: it goes on where it stopped")
     return f"`repo`: expected to {doing}, the Hub answered {status}{said}; {remedy}."
 

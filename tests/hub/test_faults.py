@@ -13,6 +13,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_vicreg.cli import main
+from hf_vicreg.publishing.hub_errors import as_one_line
+from hf_vicreg.training.errors import InputError
 
 WORKER = Path(__file__).with_name("worker_publishing.py")
 HAND_EDITED = """---
@@ -153,6 +155,42 @@ def test_each_fault_gets_one_line_and_leaves_the_repository_whole(hub, publishin
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["type"] == "accuracy"
     words = hub.repositories["writer/cleaned"].tree()["README.md"].decode()
     assert words.index("# Words") < words.index("## How to load it")
+
+
+def test_what_goes_wrong_in_an_upload_by_xet_is_one_line(hub, publishing, run_folder):
+    pytest.importorskip("hf_xet")
+    for name, action in {"denied": 403, "busy": 503, "silent": "hang"}.items():
+        hub.create(f"writer/{name}")
+        hub.fault("GET", f"writer/{name}/xet-write-token", action)
+    names = ["denied", "busy", "silent"]
+    by_xet = {"HF_HUB_DISABLE_XET": "0", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_READ_TIMEOUT": "2s"}
+    found = publishing([{"push": str(run_folder), "repo": f"writer/{name}"} for name in names], **by_xet)
+    denied, busy, silent = (one["error"] for one in found)
+    assert denied == (
+        "`repo`: expected to publish the files, the Hub answered 403; the token may not write there; use one with "
+        "write access to it."
+    )
+    assert "the Hub answered 503; run the command again: it goes on where it stopped." in busy
+    assert re.fullmatch(r"`repo`: expected to publish the files at .*, got no answer \(ConnectionError\); .*", silent)
+    assert all(set(hub.repositories[f"writer/{name}"].tree()) == {".gitattributes"} for name in names)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConnectionResetError(104, "reset by peer"), r"got no answer \(ConnectionResetError\)"),
+        (TimeoutError(110, "timed out"), r"got no answer \(TimeoutError\)"),
+        (OSError("I/O error: failed to fill whole buffer"), r"got no answer \(OSError\)"),
+        (RuntimeError("Data processing error: CAS service error : HTTP status client error (401 X)"), "answered 401"),
+        (RuntimeError("Data processing error: CAS service error : Reqwest Error: timeout"), "no answer"),
+        (OSError(28, "No space left on device"), None),
+        (RuntimeError("of another kind"), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_of_the_network_are_one_line_and_others_pass(error, line):
+    with pytest.raises(InputError if line else type(error), match=line), as_one_line("send", "http://hub"):
+        raise error
 
 
 @pytest.mark.slow
