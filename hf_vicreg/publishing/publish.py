@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -14,7 +14,16 @@ from hf_vicreg.model_cards.escaping import printable
 from hf_vicreg.model_cards.schema import HUB_ID, FileError
 from hf_vicreg.publishing.checks import check_loads, check_loads_without_package
 from hf_vicreg.publishing.hub_errors import patience
-from hf_vicreg.publishing.push import Remote, bring_up_to_date, check_account, download, push, read_remote
+from hf_vicreg.publishing.push import (
+    Pushed,
+    Remote,
+    bring_up_to_date,
+    check_account,
+    download,
+    push,
+    read_remote,
+    refuse_another,
+)
 from hf_vicreg.publishing.secret_scan import refuse_secrets
 from hf_vicreg.publishing.space import StagedSpace, check_space, stage_space
 from hf_vicreg.publishing.staging import Staged, stage
@@ -37,6 +46,7 @@ class Publication:
         left_out: What of the run's folder does not leave the machine.
         changed: Names of files that were sent or removed; empty if the Hub had them all.
         space: The same of its Space, if one was asked for.
+        removed: Of the changed, those that are in the repository no more.
     """
 
     url: str | None
@@ -46,6 +56,7 @@ class Publication:
     left_out: list[str]
     changed: list[str]
     space: "Publication | None" = None
+    removed: list[str] = field(default_factory=list)
 
 
 def publish(
@@ -113,10 +124,12 @@ def publish(
             check_loads(staged, run)
             if staged_space is not None:
                 check_space(staged_space, staged.folder)
-            told = None if staged_space is None else _publication(staged_space, None, None, [])
-            return _publication(staged, None, None, [], told)
+            told = None if staged_space is None else _publication(staged_space)
+            return _publication(staged, None, told)
         check_account(api, repo, create_pr=create_pr)
         remote = read_remote(api, repo, revision=revision, private=private)
+        if not create_pr:  # there the owner sees what would go
+            refuse_another(remote)
         bring_up_to_date(staged, remote)
         refuse_secrets(staged.folder, ["README.md"])
         if staged_space is not None:
@@ -140,7 +153,7 @@ def publish(
         if staged_space is not None:
             staged_space.pin(pushed.commit)
             shown = _push_space(api, staged_space, remote_space, private=private)
-        return _publication(staged, pushed.url, pushed.commit, pushed.added + pushed.removed, shown)
+        return _publication(staged, pushed, shown)
 
 
 def _push_space(api: HfApi, space: StagedSpace, remote: Remote, *, private: bool) -> Publication:
@@ -149,7 +162,7 @@ def _push_space(api: HfApi, space: StagedSpace, remote: Remote, *, private: bool
     pushed = push(api, space, remote, private=private, create_pr=False)
     with tempfile.TemporaryDirectory(prefix="hf_vicreg_") as again:
         download(api, space.repo, pushed.commit, space, Path(again), "space")
-    return _publication(space, pushed.url, pushed.commit, pushed.added + pushed.removed)
+    return _publication(space, pushed)
 
 
 def report(publication: Publication) -> str:
@@ -168,17 +181,18 @@ def _report(publication: Publication) -> str:
         lines.append(f"left out: {', '.join(publication.left_out)}")
     if publication.commit is None:
         return "\n".join([*lines, "", publication.card, "", "dry run: loads and is complete; nothing was sent"])
+    if publication.removed:
+        lines.append(f"removed from the repository: {', '.join(publication.removed)}")
     changed = f"{len(publication.changed)} files sent or removed" if publication.changed else "nothing had changed"
     lines.append(f"{publication.url} at {publication.commit[:8]}: {changed}; downloaded again, and the same")
     return "\n".join(lines)
 
 
 def _publication(
-    staged: Staged | StagedSpace,
-    url: str | None,
-    commit: str | None,
-    changed: list[str],
-    space: Publication | None = None,
+    staged: Staged | StagedSpace, pushed: Pushed | None = None, space: Publication | None = None
 ) -> Publication:
     left_out = staged.left_out if isinstance(staged, Staged) else []
-    return Publication(url, commit, staged.sizes, staged.card, left_out, changed, space)
+    if pushed is None:
+        return Publication(None, None, staged.sizes, staged.card, left_out, [], space)
+    changed = pushed.added + pushed.removed
+    return Publication(pushed.url, pushed.commit, staged.sizes, staged.card, left_out, changed, space, pushed.removed)

@@ -1,6 +1,7 @@
 """A staged folder into a repository on the Hub: what differs, in one commit, on top of what was read before."""
 
 import hashlib
+import re
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from hf_vicreg.publishing.staging import Staged
 from hf_vicreg.training.errors import InputError
 
 MESSAGE = "Publish with hf-vicreg"
+MARK = "<!-- hf_vicreg:"
+MODEL_FILE = re.compile(r"config\.json|[^/]+\.(safetensors|bin|gguf|onnx|pt|pth)")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool, k
     """Return the state of a repository of a kind, `model` or `space`.
 
     Raises:
-        InputError: The Hub does not answer, or the repository is public and was to be private.
+        InputError: The Hub does not answer, the repository is public and was to be private, or its card is not UTF-8.
     """
     branch = revision or "main"
     with as_one_line("read the repository", api.endpoint):
@@ -103,8 +106,22 @@ def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool, k
         if "README.md" in files:
             with tempfile.TemporaryDirectory() as scratch:
                 path = api.hf_hub_download(repo, "README.md", revision=info.sha, local_dir=scratch, repo_type=kind)
-                card = Path(path).read_text(encoding="utf-8")
+                card = _text_of(Path(path), repo)
         return Remote(repo, branch, info.sha, has_branch, files, card, kind, hidden)
+
+
+def refuse_another(remote: Remote) -> None:
+    """Refuse to take the place of a model that was not published by this package.
+
+    Raises:
+        InputError: The repository holds a model, and no card with a generated section.
+    """
+    if MARK not in (remote.card or "") and any(MODEL_FILE.fullmatch(name) for name in remote.files):
+        raise InputError(
+            f"`repo`: expected no model in {remote.repo}, or one that hf-vicreg published, found another, whose files "
+            f"would be replaced; publish under another name, or, if it may go, write `{MARK} replace -->` into its "
+            "README.md on the Hub."
+        )
 
 
 def bring_up_to_date(staged: Staged, remote: Remote) -> None:
@@ -210,6 +227,15 @@ def _open_request(api: HfApi, staged: Staged, repo: str) -> Pushed | None:
                 if all(_local_hash(staged.folder / name, files.get(name)) == files.get(name) for name in staged.names):
                     return Pushed(info.sha, one.url, [], [])
     return None
+
+
+def _text_of(card: Path, repo: str) -> str:
+    try:
+        return card.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(
+            f"`README.md`: expected text in UTF-8 in {repo}, got another encoding; save it there as UTF-8."
+        ) from None
 
 
 def _files_at(api: HfApi, repo: str, commit: str | None, kind: str = "model") -> dict[str, str]:

@@ -157,6 +157,28 @@ def test_each_fault_gets_one_line_and_leaves_the_repository_whole(hub, publishin
     assert words.index("# Words") < words.index("## How to load it")
 
 
+def test_another_model_or_a_card_that_is_no_text_is_refused_and_stays(hub, publishing, run_folder):
+    bert = {"config.json": b'{"model_type": "bert"}', "tokenizer.json": b"{}", "vocab.txt": b"x"}
+    hub.create("writer/bert", files=bert | {"README.md": b"# My bert\n"})
+    hub.create("writer/latin", files={"README.md": "# caf\u00e9\n".encode("latin-1")})
+    hub.create("writer/given", files=bert | {"README.md": b"# My bert\n\n<!-- hf_vicreg: replace -->\n"})
+    hub.create("writer/asked", files=bert)
+    before = {name: one.tree() for name, one in hub.repositories.items()}
+    steps = [{"push": str(run_folder), "repo": f"writer/{name}"} for name in ("bert", "latin", "given")]
+    steps.append({"push": str(run_folder), "repo": "writer/asked", "create_pr": True})
+    *refused, given, asked = publishing(steps)
+    bert_line, latin_line = (one["error"] for one in refused)
+    assert "found another, whose files would be replaced" in bert_line
+    assert latin_line == (
+        "`README.md`: expected text in UTF-8 in writer/latin, got another encoding; save it there as UTF-8."
+    )
+    for name in ("bert", "latin", "asked"):
+        assert hub.repositories[f"writer/{name}"].tree() == before[f"writer/{name}"], name
+    assert given["removed"] == ["tokenizer.json"]
+    assert "vocab.txt" in hub.repositories["writer/given"].tree()
+    assert asked["url"].endswith("/discussions/1")
+
+
 def test_what_goes_wrong_in_an_upload_by_xet_is_one_line(hub, publishing, run_folder):
     pytest.importorskip("hf_xet")
     for name, action in {"denied": 403, "busy": 503, "silent": "hang"}.items():

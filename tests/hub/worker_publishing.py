@@ -29,7 +29,7 @@ def push_alone(step):
     from huggingface_hub import HfApi
 
     from hf_vicreg.publishing.hub_errors import patience
-    from hf_vicreg.publishing.push import bring_up_to_date, check_account, download, push, read_remote
+    from hf_vicreg.publishing.push import bring_up_to_date, check_account, download, push, read_remote, refuse_another
     from hf_vicreg.publishing.staging import stage
 
     api = HfApi(endpoint=step.get("endpoint"))
@@ -40,6 +40,8 @@ def push_alone(step):
             staged = stage(Path(step["push"]), Path(scratch) / "staged", repo=step["repo"])
             check_account(api, step["repo"], create_pr=create_pr)
             remote = read_remote(api, step["repo"], revision=step.get("revision"), private=private)
+            if not create_pr:
+                refuse_another(remote)
             bring_up_to_date(staged, remote)
             if "meanwhile" in step:  # someone else's commit, through the Hub's own front door
                 api.upload_file(path_or_fileobj=b"other", path_in_repo="other.txt", repo_id=step["repo"])
