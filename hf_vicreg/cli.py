@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     publish = verbs.add_parser("publish", help="a run's folder, or a fine-tuned one, onto the Hub")
     publish.add_argument("folder", metavar="RUN", help="folder of a finished run or fine-tuned BigBirdViT; only read")
     publish.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository on the Hub; made if new")
-    publish.add_argument("--private", action="store_true", help="make it a private repository")
+    publish.add_argument("--private", action="store_true", help="make it private; default: as the owner has set")
     publish.add_argument("--revision", help="branch to publish to, made if new; default: main")
     publish.add_argument("--create_pr", action="store_true", help="open a pull request instead")
     publish.add_argument("--dry_run", action="store_true", help="print files, sizes and card; send nothing")

@@ -80,7 +80,7 @@ def publish(
     Args:
         run: The folder, which is only read.
         repo: The repository's id, OWNER/NAME; made if there is none.
-        private: Make it a private one.
+        private: Make it a private one; default: public, or what the organisation has set for new ones.
         revision: Branch to publish to, made if there is none; default: `main`.
         create_pr: Open a pull request instead.
         dry_run: Stage and check, and send nothing; no network is needed.
@@ -152,7 +152,7 @@ def publish(
         shown = None
         if staged_space is not None:
             staged_space.pin(pushed.commit)
-            shown = _push_space(api, staged_space, remote_space, private=private)
+            shown = _push_space(api, staged_space, remote_space, private=private or pushed.private)
         return _publication(staged, pushed, shown)
 
 

@@ -56,12 +56,14 @@ class Pushed:
         url: Where people find it.
         added: Names of files that are new or changed.
         removed: Names of generated files that the run has no more.
+        private: Whether others cannot see it.
     """
 
     commit: str
     url: str
     added: list[str]
     removed: list[str]
+    private: bool
 
 
 def check_account(api: HfApi, repo: str, *, create_pr: bool) -> None:
@@ -91,10 +93,7 @@ def read_remote(api: HfApi, repo: str, *, revision: str | None, private: bool, k
         except RepositoryNotFoundError:
             return Remote(repo, branch, kind=kind)
         if private and not info.private:
-            raise InputError(
-                f"`private`: expected a private repository, {repo} is public; change its visibility first or choose "
-                "another."
-            )
+            raise _public(repo)
         has_branch = True
         if revision is not None:
             try:
@@ -149,20 +148,25 @@ def push(api: HfApi, staged: Staged | StagedSpace, remote: Remote, *, private: b
         api: A client with the user's token.
         staged: What to publish.
         remote: The repository as it was when the card was brought up to date. If it has changed since, the push fails.
-        private: Whether a new repository is private.
+        private: Whether a new repository is private; if not, it is public or what the organisation has set.
         create_pr: Open a pull request instead of a commit to the branch.
 
     Raises:
         InputError: Anything that went wrong, in one line; the branch is then as it was.
     """
+    if private and remote.head is not None and not remote.private:
+        raise _public(remote.repo)
     repo, head, files, has_branch, kind = remote.repo, remote.head, remote.files, remote.has_branch, remote.kind
+    hidden = remote.private
     if head is None:
         if create_pr:
             raise InputError(f"`create_pr`: expected a repository to open a pull request for, {repo} is none.")
         with as_one_line("create the repository", api.endpoint):
             sdk = "docker" if kind == "space" else None
-            api.create_repo(repo, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
-            head = api.repo_info(repo, repo_type=kind).sha
+            # None and not False, which would make public what an organisation keeps private by default
+            api.create_repo(repo, private=private or None, exist_ok=True, repo_type=kind, space_sdk=sdk)
+            info = api.repo_info(repo, repo_type=kind)
+            head, hidden = info.sha, bool(info.private)
             files = _files_at(api, repo, head, kind)
         has_branch = remote.branch == "main"
     if not has_branch:
@@ -173,7 +177,7 @@ def push(api: HfApi, staged: Staged | StagedSpace, remote: Remote, *, private: b
     added = [name for name in staged.names if _local_hash(staged.folder / name, files.get(name)) != files.get(name)]
     removed = sorted(name for name in files if staged.generated.fullmatch(name) and name not in staged.names)
     if not added and not removed:
-        return Pushed(str(head), page, [], [])
+        return Pushed(str(head), page, [], [], hidden)
     if create_pr and isinstance(staged, Staged) and (found := _open_request(api, staged, repo)):
         return found
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -191,7 +195,7 @@ def push(api: HfApi, staged: Staged | StagedSpace, remote: Remote, *, private: b
             create_pr=create_pr,
             repo_type=kind,
         )
-    return Pushed(commit.oid, commit.pr_url or page, added, removed)
+    return Pushed(commit.oid, commit.pr_url or page, added, removed, hidden)
 
 
 def download(
@@ -225,8 +229,14 @@ def _open_request(api: HfApi, staged: Staged, repo: str) -> Pushed | None:
                 info = api.model_info(repo, revision=one.git_reference)
                 files = _files_at(api, repo, info.sha)
                 if all(_local_hash(staged.folder / name, files.get(name)) == files.get(name) for name in staged.names):
-                    return Pushed(info.sha, one.url, [], [])
+                    return Pushed(info.sha, one.url, [], [], bool(info.private))
     return None
+
+
+def _public(repo: str) -> InputError:
+    return InputError(
+        f"`private`: expected a private repository, {repo} is public; change its visibility first or choose another."
+    )
 
 
 def _text_of(card: Path, repo: str) -> str:

@@ -75,6 +75,7 @@ class LoopbackHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock = threading.RLock()
         self.repositories, self.large, self.faults, self.calls = {}, {}, [], []
+        self.private_by_default = set()  # owners
         self.stopped = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -247,7 +248,9 @@ class Handler(BaseHTTPRequestHandler):
         elif repo in self.server.repositories:
             self._send(409, {"error": "exists", "url": f"{self.server.url}/{repo}"})
         else:
-            self.server.create(repo, private=asked.get("visibility") == "private" or asked.get("private") is True)
+            given = asked.get("visibility") or {True: "private", False: "public"}.get(asked.get("private"))
+            default = "private" if repo.split("/")[-2] in self.server.private_by_default else "public"
+            self.server.create(repo, private=(given or default) == "private")
             self._send(200, {"url": f"{self.server.url}/{repo}"})
 
     def _validate(self):

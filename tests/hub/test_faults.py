@@ -179,6 +179,13 @@ def test_another_model_or_a_card_that_is_no_text_is_refused_and_stays(hub, publi
     assert asked["url"].endswith("/discussions/1")
 
 
+def test_a_new_repository_is_public_or_as_its_owner_has_set(hub, publishing, run_folder):
+    hub.private_by_default.add("lab")
+    found = publishing([{"push": str(run_folder), "repo": repo} for repo in ("lab/new", "writer/new")])
+    assert {repo: one.private for repo, one in hub.repositories.items()} == {"lab/new": True, "writer/new": False}
+    assert [one["private"] for one in found] == [True, False]
+
+
 def test_what_goes_wrong_in_an_upload_by_xet_is_one_line(hub, publishing, run_folder):
     pytest.importorskip("hf_xet")
     for name, action in {"denied": 403, "busy": 503, "silent": "hang"}.items():

@@ -255,7 +255,7 @@ class PretrainArguments:
     push_to_hub: bool = _hub(False, "Publish the encoder on the Hub, as `hf-vicreg publish` does.")
     hub_model_id: str | None = _hub(None, "Repository to publish to, OWNER/NAME; made if there is none.")
     hub_strategy: str = _hub("end", "`end`: the finished run; `checkpoint`: every checkpoint, too, in the background.")
-    hub_private_repo: bool = _hub(False, "Make a new repository a private one.")
+    hub_private_repo: bool = _hub(False, "Make a new repository private; default: as its owner's new ones are.")
     device: str = _run("auto", "`auto` (a GPU if there is one), `cpu`, `cuda` or `mps`.")
     time_budget: str | None = _run(
         None, "How long the run may take: 90s, 15m, 2h, 1d, 1h30m; default of a planned run: 3h."
