@@ -123,8 +123,9 @@ def export(
     path = _checked_path(out, format, task, int8)
     network, processor, outputs_of = _load(model, task)
     size = _size(network.config, processor, height, width)
-    pictures, described = pictures_of(images, network.config.num_channels)
-    pixels = pixels_of(pictures, processor, network.config.num_channels, *size)
+    channels = getattr(network.config, "num_channels", 3)
+    pictures, described = pictures_of(images, channels)
+    pixels = pixels_of(pictures, processor, channels, *size)
     pixels = pixels[torch.arange(max(BATCHES)) % len(pixels)]
     program = _Program(network, outputs_of).eval()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers import (
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessor,
+    RTDetrResNetConfig,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from hf_vicreg import BigBirdViTConfig, BigBirdViTForImageClassification, BigBirdViTModel
 from hf_vicreg.cli import main
@@ -105,6 +113,36 @@ def test_a_detector(saved, tmp_path, format):
     done = export(str(folder), path, format=format, task="detection")
     assert (done.height, done.width) == (56, 40)
     assert done.difference <= TOLERANCE
+
+
+def test_a_detector_that_counts_its_batch_in_python_gets_one_line(tmp_path, capsys):
+    """Of transformers', RT-DETR: its configuration names no channels either."""
+    torch.manual_seed(0)
+    backbone = RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1] * 4, layer_type="basic", out_indices=[2, 3, 4]
+    )
+    config = RTDetrConfig(
+        backbone_config=backbone,
+        encoder_in_channels=[16, 32, 64],
+        encoder_hidden_dim=32,
+        d_model=32,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        decoder_in_channels=[32] * 3,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        num_queries=10,
+    )
+    assert not hasattr(config, "num_channels")
+    RTDetrForObjectDetection(config).save_pretrained(tmp_path / "detector")
+    RTDetrImageProcessor().save_pretrained(tmp_path / "detector")
+    capsys.readouterr()
+    command = ["export", str(tmp_path / "detector"), str(tmp_path / "out.pt2"), "--format", "torch"]
+    assert main([*command, "--task", "detection", "--height", "64", "--width", "64"]) == 2
+    (line,) = (one for one in capsys.readouterr().err.splitlines() if one.startswith("error: "))
+    assert "`format`: this model cannot be written as 'torch': Constraints violated (batch)" in line
+    assert not (tmp_path / "out.pt2").exists()
 
 
 def test_an_onnx_program_from_the_command_line_runs_here_as_well(saved, tmp_path, capsys):
