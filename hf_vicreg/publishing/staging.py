@@ -126,10 +126,11 @@ def stage(
         (into / "recipe.yaml").write_text(yaml.safe_dump(public, sort_keys=False))
     refuse_secrets(into, _names(into))  # before a message about a value could show one
     write_custom_code(into, [into / part / "config.json" for part in parts])
+    results, others = _of_these_weights(into, results)
     log = _read_log(run)
     encoder = _encoder_config(into)
     pictures = draw_pictures(into, getattr(encoder, "vision_config", encoder), log, results)
-    if (run / NEIGHBOURS).exists():
+    if (run / NEIGHBOURS).exists() and not _drawn_for(others, results):
         _copy_picture(file_inside(run, NEIGHBOURS), into / NEIGHBOURS)
         pictures.append(NEIGHBOURS)
     facts = CardFacts(
@@ -153,7 +154,26 @@ def stage(
         for path in run.iterdir()
         if path.name not in names and not any(name.startswith(f"{path.name}/") for name in names)
     )
+    if others:
+        told = ", ".join(f"{one.get('task')} of {(one.get('model') or {}).get('name')}" for one in others)
+        left_out.append(f"of results.json {told}: measured with other weights than these, to be measured again")
     return Staged(into, names, facts, left_out)
+
+
+def _of_these_weights(folder: Path, results: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Take evaluations of other weights out of the results of a staged folder; the results, and what was taken out."""
+    from hf_vicreg.training.evaluation.results import split_by_weights
+
+    kept, others = split_by_weights(folder, results)
+    if others:
+        (folder / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+    return kept, others
+
+
+def _drawn_for(others: list[dict[str, Any]], results: dict[str, Any]) -> bool:
+    """Whether a picture of neighbours is of other weights: each evaluation that draws one overwrites it."""
+    drawing = [one for one in (results.get("evaluations") or []) + others if NEIGHBOURS in (one.get("pictures") or [])]
+    return bool(drawing) and max(drawing, key=lambda one: str(one.get("date"))) in others
 
 
 def _names(folder: Path) -> list[str]:

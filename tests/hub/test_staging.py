@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -131,6 +132,57 @@ def test_paths_in_results_become_names(run, staged):
     public = json.loads((found.folder / "results.json").read_text())
     assert (public["dataset"], public["evaluations"][0]["details"]["more"]) == ("photos", ["y", 3])
     assert "images of `photos`" in found.card
+
+
+SOME_DIGITS = ["--dataset_name", "digits", "--max_train_samples", "64", "--max_test_samples", "32"]
+
+
+def own_rows(card):
+    """Lines of the card's table of evaluations."""
+    return [line for line in card.splitlines() if line.startswith(("| knn |", "| finetune_classification |"))]
+
+
+def test_figures_of_another_model_are_not_the_runs(run, staged, tmp_path, capsys):
+    for model in (str(run), "digits"):
+        assert main(["evaluate", "knn", model, *SOME_DIGITS, "--output_dir", str(run)]) == 0
+    results = json.loads((run / "results.json").read_text())
+    own, other = results["evaluations"]
+    own["date"], other["date"] = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"  # both took a second
+    (run / "results.json").write_text(json.dumps(results))
+    found = staged(run)
+    (row,) = own_rows(found.card)
+    assert f"accuracy_k1 {own['metrics']['accuracy_k1']:.3f}" in row
+    values = [one.metric_value for one in ModelCard(found.card).data.eval_results]
+    assert round(own["metrics"]["accuracy_k1"], 6) in values
+    assert round(other["metrics"]["accuracy_k1"], 6) not in values
+    public = json.loads((found.folder / "results.json").read_text())
+    assert [one["model"]["name"] for one in public["evaluations"]] == ["run"]
+    assert [one for one in found.left_out if one.startswith("of results.json knn of digits: ")]
+    assert "neighbours.png" not in found.names  # the later one has drawn it
+    own["date"] = "2026-01-03T00:00:00+00:00"
+    (run / "results.json").write_text(json.dumps(results))
+    (tmp_path / "later").mkdir()
+    assert "neighbours.png" in stage(run, tmp_path / "later", repo="lab/demo").names
+
+
+def test_figures_of_what_the_run_was_before_are_not_its_own(run, staged, capsys):
+    assert main(["evaluate", "knn", str(run), *SOME_DIGITS]) == 0
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"image_size": 16}))
+    found = staged(run)
+    assert own_rows(found.card) == []
+    assert "accuracy_k1" not in found.card
+    assert "neighbours.png" not in found.names
+
+
+def test_a_fine_tuned_classifiers_figures_are_its_own(run, staged, tmp_path, capsys):
+    folder = tmp_path / "classifier"
+    tuning = ["--num_train_epochs", "1", "--output_dir", str(folder)]
+    assert main(["finetune", "classification", str(run), *SOME_DIGITS, *tuning]) == 0
+    assert main(["evaluate", "knn", str(folder), *SOME_DIGITS]) == 0
+    found = staged(folder)
+    assert [row.split()[1] for row in own_rows(found.card)] == ["finetune_classification", "knn"]
+    assert not [one for one in found.left_out if "results.json" in one]
 
 
 def test_every_backend_and_class_is_named_in_the_configurations(run, staged):

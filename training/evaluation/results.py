@@ -30,11 +30,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModel, AutoModelForImageClassification
 
 from hf_vicreg.model_cards.schema import FileError, check_results
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.evaluation.arguments import LabelledDataArguments
-from hf_vicreg.training.evaluation.encoder import public_name
+from hf_vicreg.training.evaluation.encoder import load_weights, no_model, public_name, weights_digest
 from hf_vicreg.training.evaluation.labelled import LabelledImages
 from hf_vicreg.training.images.sources import ImageSource
 
@@ -133,6 +135,40 @@ def add_evaluation(folder: Path, record: dict[str, Any]) -> None:
     kept = [one for one in known if any(one.get(key) != record[key] for key in SAME)]
     results[EVALUATIONS] = [*kept, record]
     write_results(folder, results)
+
+
+def split_by_weights(folder: Path, results: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return results with those evaluations alone that are of a folder's model, and the evaluations of others.
+
+    A folder may hold evaluations of other models, by `output_dir`, and of weights or a configuration that it had
+    before. An entry that does not say which weights it is of counts as the model's.
+
+    Args:
+        folder: Of the model.
+        results: What a `results.json` holds, checked.
+
+    Raises:
+        InputError: There are evaluations, and the model does not load.
+    """
+    known = results.get(EVALUATIONS) or []
+    weights = [(one.get("model") or {}).get("weights") for one in known]
+    if all(one is None for one in weights):
+        return results, []
+    own = _digests(folder)
+    kept = [entry for entry, one in zip(known, weights, strict=True) if one is None or one in own]
+    others = [entry for entry, one in zip(known, weights, strict=True) if not (one is None or one in own)]
+    return results | {EVALUATIONS: kept}, others
+
+
+def _digests(folder: Path) -> list[str]:
+    """Return what evaluations of a folder's model call its weights: of the encoder, of a classifier as a whole too."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classifies = any(str(one).endswith("ForImageClassification") for one in config.get("architectures") or ())
+    classes = [AutoModel, AutoModelForImageClassification] if classifies else [AutoModel]
+    try:
+        return [weights_digest(load_weights(one, str(folder))[0]) for one in classes]
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise no_model(str(folder), error, "RUN") from error
 
 
 def results_folder(model: str, output_dir: str | None) -> Path:
