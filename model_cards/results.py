@@ -26,6 +26,8 @@ COMMANDS = {
 WAYS = (("knn", "k-NN"), ("linear", "linear"))  # of reading a class off a patch's features
 MASK_METRICS = (("mean_iou", "mIoU"), ("dice", "Dice"))
 METADATA_TASKS = ("knn", "linear", "finetune_classification")  # of which accuracies go into the card's metadata
+OWN_KNN = "k-NN classification of frozen features"
+OWN_TASKS = (OWN_KNN, *(COMMANDS[one] for one in METADATA_TASKS))  # what the metadata call them
 
 
 def figure(measured: dict[str, Any], key: str, form: str, unit: str = "") -> str:
@@ -137,9 +139,7 @@ def evaluation_results(results: dict[str, Any], dataset: str) -> list[EvalResult
     accuracy = (results.get("knn_accuracy") or {}).get("trained")
     if accuracy is not None:
         name = f"{results.get('knn_neighbours') or 'k'}-NN accuracy"
-        found.append(
-            _entry("k-NN classification of frozen features", results.get("hub_dataset"), dataset, name, accuracy)
-        )
+        found.append(_entry(OWN_KNN, results.get("hub_dataset"), dataset, name, accuracy))
     for one in results.get("evaluations") or []:
         if labels_note(one.get("data") or {}):  # somebody's labels say nothing of the data set that is named
             continue

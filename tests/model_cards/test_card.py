@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from hf_vicreg.model_cards.card import CardFacts, loading_snippet, model_card
-from hf_vicreg.model_cards.merging import SECTIONS, merged_card
+from hf_vicreg.model_cards.merging import OBJECTIVES, SECTIONS, merged_card
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 PICTURES = ("training_curves.png", "attention_pattern.png", "neighbours.png")
@@ -248,6 +248,49 @@ def test_what_people_wrote_around_the_sections_stays():
     assert (data["license"], data["base_model"], data["tags"][0]) == ("mit", "lab/older", "medical")
     assert "vicreg" in data["tags"]
     assert merged_card(merged, card_of(license=None)) == merged
+
+
+def test_what_was_generated_before_goes_and_what_people_stated_stays():
+    def card(objective, source, dataset):
+        results = RESULTS | {"objective": objective, "method": objective, "hub_dataset": dataset, "dataset": dataset}
+        return card_of(results=results, recipe=RECIPE | {"model_name_or_path": source})
+
+    old = ModelCard(card("vicreg", "facebook/dinov2-small", "lab/first"))
+    theirs = {"task": {"type": "image-classification"}, "dataset": {"name": "X", "type": "lab/x"}}
+    theirs["metrics"] = [{"type": "f1", "value": 0.77}]
+    front = old.data.to_dict()
+    front["datasets"] = ["lab/mine", *front["datasets"]]
+    front["metrics"] = ["f1", *front["metrics"]]
+    front["tags"] = ["medical", *front["tags"]]
+    front["model-index"][0]["results"].append(theirs)
+    edited = f"---\n{yaml.safe_dump(front)}---\n\n{old.text}"
+    data = ModelCard(merged_card(edited, card("simclr", "google/vit", "lab/second"))).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("google/vit", "finetune")
+    assert data["tags"] == ["medical", "simclr", "bigbird_vit", "self-supervised-learning", "sparse-attention"]
+    assert data["datasets"] == ["lab/mine", "lab/second"]
+    assert data["metrics"] == ["f1", "accuracy"]
+    (index,) = data["model-index"]
+    assert [one["metrics"][0]["type"] for one in index["results"]] == ["f1", "accuracy"]
+    assert index["results"][1]["dataset"]["name"] == "lab/second"
+    anew = ModelCard(merged_card(edited, card("vicreg", None, None))).data.to_dict()
+    assert not {"base_model", "base_model_relation"} & set(anew)
+    assert anew["datasets"] == ["lab/mine"]
+
+
+def test_a_card_made_by_hand_keeps_its_tags_results_and_base():
+    front = {"tags": "simclr", "base_model": "lab/older", "datasets": "lab/mine"}
+    theirs = {"task": {"type": "image-classification"}, "dataset": {"name": "X", "type": "lab/x"}}
+    front["model-index"] = [{"name": "mine", "results": [theirs | {"metrics": [{"type": "f1", "value": 0.77}]}]}]
+    data = ModelCard(merged_card(f"---\n{yaml.safe_dump(front)}---\n\n# Mine\n", card_of(results={}))).data.to_dict()
+    assert data["tags"][:2] == ["simclr", "vicreg"]
+    assert (data["base_model"], data["datasets"]) == ("lab/older", ["lab/mine"])
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.77
+
+
+def test_every_objective_is_a_tag_that_publishing_again_takes_away():
+    from hf_vicreg.training.objectives.registry import ENTRIES
+
+    assert set(OBJECTIVES) == set(ENTRIES)
 
 
 def test_tags_and_license_say_what_is_so():
