@@ -20,7 +20,7 @@ from hf_vicreg.training.errors import InputError, blamed_on
 from hf_vicreg.training.evaluation.encoder import load_config, quiet_transformers
 from hf_vicreg.training.images.sources import ImageSource, load_sources
 from hf_vicreg.training.run.arguments import seconds_of
-from hf_vicreg.training.run.places import data_setting
+from hf_vicreg.training.run.places import data_setting, lacks_processor
 
 if TYPE_CHECKING:
     from hf_vicreg.training.prepare.adapt import Adaptation
@@ -287,13 +287,13 @@ def _processor(source: str | os.PathLike) -> BigBirdViTImageProcessor | None:
     """Our processor with the settings of the source's; None if it has none.
 
     Raises:
-        InputError: One that cannot be read.
+        InputError: One that cannot be read, or the Hub does not say whether there is one.
     """
     try:
         with blamed_on("SOURCE", "expected a preprocessor_config.json that can be read"):
             theirs = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except InputError:
-        if (Path(source) / "preprocessor_config.json").exists():
+        if not lacks_processor(os.fspath(source), "SOURCE"):
             raise
         return None
     settings = {name: getattr(theirs, name, None) for name in PROCESSOR_FIELDS}

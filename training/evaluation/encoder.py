@@ -33,7 +33,7 @@ from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.images.channels.channel_source import ChannelSource, as_channels
 from hf_vicreg.training.images.image_source import ImageSource
-from hf_vicreg.training.run.places import absence, is_shards
+from hf_vicreg.training.run.places import absence, is_shards, lacks_processor
 
 logger = logging.getLogger(__name__)
 
@@ -258,12 +258,12 @@ def load_processor(name: str, config: PreTrainedConfig, field: str = "MODEL") ->
         field: What named it, for errors.
 
     Raises:
-        InputError: One that cannot be read.
+        InputError: One that cannot be read, or the Hub does not say whether there is one.
     """
     try:
         return AutoImageProcessor.from_pretrained(located(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        if (Path(name) / "preprocessor_config.json").exists():
+        if not lacks_processor(located(name), field):
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"`{field}`: the image processor of {name} cannot be read: {reason}") from error
     size = getattr(config, "image_size", None) or 224

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
+
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.run.run_folder import RECIPE, refuse_foreign_folder
 
@@ -143,6 +146,37 @@ def _new_folder(images: str, *, resuming: bool) -> Path:
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
+
+
+def lacks_processor(place: str, field: str) -> bool:
+    """Return whether a model's folder or repository has no image processor of its own.
+
+    Args:
+        place: Folder or Hub id.
+        field: What named it, for errors.
+
+    Raises:
+        InputError: Neither the Hub nor the cache says so: nothing is to be taken for missing then.
+    """
+    lacks = [_lacks(place, file, field) for file in ("preprocessor_config.json", "processor_config.json")]
+    return lacks[0]  # the other may be of texts alone, but has to be asked for
+
+
+def _lacks(place: str, file: str, field: str) -> bool:
+    if os.path.isdir(place):
+        return not os.path.isfile(os.path.join(place, file))
+    if try_to_load_from_cache(place, file) is _CACHED_NO_EXIST:
+        return True
+    try:
+        hf_hub_download(place, file)
+    except RemoteEntryNotFoundError:
+        return True
+    except Exception as error:  # no network, none allowed, a Hub that is busy: libraries below raise many kinds
+        raise InputError(
+            f"`{field}`: expected to find or miss {file} of {place}, which is not in the cache, got no answer from "
+            "the Hub; try again, with the network if you work offline."
+        ) from error
+    return False
 
 
 def is_image_folder(name: str) -> bool:
