@@ -103,6 +103,7 @@ class CardFacts:
         has_adapter: Whether the folder `adapter` does.
         comes_with_package: Whether it is one of the encoders that `hf_vicreg.load` gives.
         license: Of the weights, by the Hub's short name for it; None: the card names none.
+        converted_from: Hub id or folder name of the model whose weights `hf-vicreg convert` has taken.
 
     Raises:
         FileError: A value that is not what it has to be, with the name of the file that it is from.
@@ -120,6 +121,7 @@ class CardFacts:
     has_adapter: bool = False
     comes_with_package: bool = False
     license: str | None = None
+    converted_from: str | None = None
 
     def __post_init__(self) -> None:
         for file, attribute, check in (
@@ -146,6 +148,11 @@ class CardFacts:
         """What the images are called: of a folder on the machine it ran on, the last part of its path alone."""
         name = str(self.results.get("dataset") or MISSING)
         return PurePath(name).name if name.startswith((".", "~")) or PurePath(name).is_absolute() else name
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether a run's files say that the weights are those of a pretraining without labels."""
+        return bool(self.recipe or self.results.get("objective") or self.results.get("method"))
 
     @property
     def is_classifier(self) -> bool:
@@ -200,14 +207,14 @@ def metadata(facts: CardFacts) -> ModelCardData:
         library_name="transformers",
         pipeline_tag=_pipeline(facts),
         tags=[
-            *(facts.results.get("objective") or "vicreg").split("+"),
+            *((facts.results.get("objective") or "vicreg").split("+") if facts.is_pretrained else []),
             facts.model_type,
-            "self-supervised-learning",
+            *["self-supervised-learning"] * facts.is_pretrained,
             *["sparse-attention"] * facts.is_sparse,
         ],
         datasets=[dataset] if dataset else None,
         base_model=(base := base_model(facts)),
-        base_model_relation="finetune" if base else None,
+        base_model_relation="finetune" if base and base != facts.converted_from else None,
         metrics=["accuracy"] if measured else None,
         model_name=one_line(facts.name) if measured else None,
         eval_results=measured or None,
@@ -220,6 +227,7 @@ def base_model(facts: CardFacts) -> str | None:
     tuned = [one.get("details") or {} for one in found if one.get("task") == "finetune_classification"]
     started = [facts.multitask.get("details") or {}] if facts.multitask else tuned if facts.is_classifier else []
     name = started[-1].get("pretrained_model") if started else facts.recipe.get("model_name_or_path")
+    name = name or facts.converted_from
     return name if isinstance(name, str) and HUB_ID.fullmatch(name) else None  # paths are stored whole, or as one word
 
 
@@ -258,7 +266,8 @@ def _about(facts: CardFacts) -> str:
         labels = facts.config.get("id2label") or {}
         if facts.config.get("problem_type") == "regression":
             return f"A {code(facts.model_type)} that gives {len(labels)} number(s) for an image. Parameters: {size}."
-        return f"A {code(facts.model_type)} classifier of {len(labels)} classes. Parameters: {size}."
+        origin = _origin(facts) if facts.converted_from else "."
+        return f"A {code(facts.model_type)} classifier of {len(labels)} classes{origin} Parameters: {size}."
     if facts.is_dual:
         return (
             "Two encoders in one model, a "
@@ -268,6 +277,8 @@ def _about(facts: CardFacts) -> str:
         )
     if facts.multitask:
         return about_tasks(facts.multitask, facts.model_type)
+    if not facts.is_pretrained:
+        return f"A {code(facts.model_type)} encoder{_origin(facts)} Parameters: {size}."
     method = prose(results.get("method") or "VICReg")
     pretrained = f"pretrained without labels by {method} on {count(results, 'num_images')} images of"
     text = f"A {code(facts.model_type)} encoder, {pretrained} {code(facts.dataset)}. Parameters: {size}."
@@ -278,6 +289,14 @@ def _about(facts: CardFacts) -> str:
             "nothing and saw one view of every image each."
         )
     return text
+
+
+def _origin(facts: CardFacts) -> str:
+    if facts.converted_from:
+        return (
+            f" with the weights of {code(facts.converted_from)}, converted; what that was trained on, its card says."
+        )
+    return "; what its weights were trained on, no file beside them says."
 
 
 def _loading_note(facts: CardFacts) -> str:

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from hf_vicreg.model_cards.card import OF_THE_OWNER, CardFacts, model_card
 from hf_vicreg.model_cards.escaping import without_paths
-from hf_vicreg.model_cards.schema import check_config, check_plain, check_recipe, check_results, read_checked
+from hf_vicreg.model_cards.schema import HUB_ID, check_config, check_plain, check_recipe, check_results, read_checked
 from hf_vicreg.publishing.custom_code import AUTO_MAPS, write_custom_code
 from hf_vicreg.publishing.pictures import draw_pictures
 from hf_vicreg.publishing.secret_scan import refuse_secrets
@@ -33,6 +33,7 @@ MAX_PIXELS = 50_000_000  # of a picture that comes along
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 SECOND, PRETRAINING, ADAPTER, NEIGHBOURS = "second_encoder", "pretraining", "adapter", "neighbours.png"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONVERSION = "conversion.json"  # of `hf-vicreg convert`; it stays here
 # names of a repository that publishing writes and takes away again when a run has them no more
 GENERATED = re.compile(
     rf"(({SECOND}|{PRETRAINING})/)?(config\.json|preprocessor_config\.json|model(-\d{{5}}-of-\d{{5}})?\.safetensors"
@@ -145,6 +146,7 @@ def stage(
         has_pretraining=PRETRAINING in parts,
         has_adapter=has_adapter,
         license=license,
+        converted_from=None if recipe else _converted_from(run),
     )
     (into / "README.md").write_text(model_card(facts), encoding="utf-8")
     names = _names(into)
@@ -281,6 +283,16 @@ def _read_recipe(run: Path) -> dict[str, Any]:
     recipe = read_checked(file_inside(run, "recipe.yaml"), check_recipe)
     known = {one.name for one in fields(PretrainArguments)} | set(SECTIONS)
     return {key: value for key, value in recipe.items() if key in known and value is not None}
+
+
+def _converted_from(run: Path) -> str | None:
+    """Return the model that `hf-vicreg convert` made a folder from: its Hub id, of a folder the name alone."""
+    if not (run / CONVERSION).exists():
+        return None
+    source = read_checked(file_inside(run, CONVERSION), check_plain).get("source")
+    if not isinstance(source, str):
+        return None
+    return source if HUB_ID.fullmatch(source) and not Path(source).exists() else PurePath(source).name
 
 
 def _read_log(run: Path) -> list[dict[str, Any]]:

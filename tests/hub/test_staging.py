@@ -185,6 +185,16 @@ def test_a_fine_tuned_classifiers_figures_are_its_own(run, staged, tmp_path, cap
     assert not [one for one in found.left_out if "results.json" in one]
 
 
+@pytest.mark.parametrize(("source", "named"), [("lab/vit", "lab/vit"), ("/srv/models/vit", "vit")])
+def test_a_converted_folder_names_its_source(source, named, run, staged):
+    for name in ("recipe.yaml", "results.json", "log.jsonl"):
+        (run / name).unlink()
+    (run / "conversion.json").write_text(json.dumps({"source": source, "images": "4 images of noise"}))
+    found = staged(run)
+    assert f"with the weights of `{named}`, converted" in found.card
+    assert "conversion.json" in found.left_out
+
+
 def test_every_backend_and_class_is_named_in_the_configurations(run, staged):
     found = staged(run, include_pretraining=True)
     config, processor, wrapper = (

@@ -293,6 +293,19 @@ def test_every_objective_is_a_tag_that_publishing_again_takes_away():
     assert set(OBJECTIVES) == set(ENTRIES)
 
 
+@pytest.mark.parametrize("source", ["facebook/dinov2-small", "vit", None])
+def test_weights_of_others_are_not_called_pretrained_by_us(source):
+    config = CONFIG | {"architectures": ["BigBirdViTForImageClassification"], "id2label": {"0": "a", "1": "b"}}
+    for more in ({}, {"config": config}):
+        card = card_of(results={}, recipe={}, log=[], converted_from=source, **more)
+        about, data = section(card, "about"), ModelCard(card).data
+        assert "VICReg" not in about
+        assert "without labels" not in about
+        assert not {"vicreg", "self-supervised-learning"} & set(data.tags)
+        assert data.base_model == ("facebook/dinov2-small" if source and "/" in source else None)
+        assert (f"with the weights of `{source}`, converted" in about) == (source is not None)
+
+
 def test_tags_and_license_say_what_is_so():
     def read(**changes):
         return ModelCard(card_of(**changes)).data
