@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from hf_vicreg.model_cards.dual import DUAL_CODE, DUAL_IMPORTS, DUAL_LOCAL_CODE, DUAL_TYPE, retrieval_table
-from hf_vicreg.model_cards.escaping import code, code_block, one_line, prose, python_string
+from hf_vicreg.model_cards.escaping import code, code_block, is_path, one_line, prose, python_string, without_paths
 from hf_vicreg.model_cards.merging import BEGIN, END, SECTIONS
 from hf_vicreg.model_cards.multitask import HEADS_NOTE, about_tasks, multitask_record, tasks_table
 from hf_vicreg.model_cards.results import (
@@ -41,7 +41,6 @@ from hf_vicreg.model_cards.schema import (
     check_recipe,
     check_results,
 )
-from hf_vicreg.model_cards.shipped import names
 
 VICREG_PARTS = ("invariance", "variance", "covariance")  # of a run of before other objectives
 # where a run lay and went to: its owner's business; the card names the data itself
@@ -372,12 +371,12 @@ def _training(facts: CardFacts) -> Iterator[str]:
     yield "| | |\n| --- | --- |"
     yield f"| data | {count(results, 'num_images')} images of {code(facts.dataset)} |"
     if facts.recipe.get("model_name_or_path"):
-        yield f"| began with | the weights of {code(facts.recipe['model_name_or_path'])} |"
+        yield f"| began with | the weights of {_named(facts, 'model_name_or_path')} |"
     if facts.recipe.get("teacher"):
-        yield f"| taught by | {code(facts.recipe['teacher'])}, weight {code(facts.recipe.get('teacher_weight'))} |"
+        yield f"| taught by | {_named(facts, 'teacher')}, weight {code(facts.recipe.get('teacher_weight'))} |"
     if facts.recipe.get("teacher_features"):
         weight = code(facts.recipe.get("teacher_weight"))
-        yield f"| taught by | stored features, {code(facts.recipe['teacher_features'])}, weight {weight} |"
+        yield f"| taught by | stored features, {_named(facts, 'teacher_features')}, weight {weight} |"
     yield f"| steps | {count(results, 'steps')}{_unfinished(results)} |"
     yield f"| steps skipped as not finite | {count(results, 'skipped_steps')} |"
     batch = facts.recipe.get("statistics_batch_size") or facts.recipe.get("batch_size") or MISSING
@@ -398,7 +397,7 @@ def _training(facts: CardFacts) -> Iterator[str]:
     if facts.recipe:
         yield "\nThe command, with the recipe below as `recipe.yaml`:\n"
         yield f"{code_block(training_command(facts), 'bash')}\n"
-        unpublished = [code(facts.recipe[key]) for key in _folders(facts)]
+        unpublished = [_named(facts, key) for key in _folders(facts)]
         if unpublished:
             yield (
                 f"The author's {' and '.join(unpublished)} was a folder on a disk and is not part of this: the run "
@@ -424,10 +423,20 @@ def training_command(facts: CardFacts) -> str:
     return f"accelerate launch -m hf_vicreg.training.pretrain --config recipe.yaml {data} --output_dir runs/{name}"
 
 
+def with_folders_named(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without paths; of a folder of a model `./NAME` is left, to tell it from an id of the Hub."""
+    folders = {key: f"./{PurePath(recipe[key]).name}" for key in OF_OTHERS if is_path(recipe.get(key))}
+    return without_paths(recipe) | folders
+
+
 def _folders(facts: CardFacts) -> list[str]:
-    """The fields of a recipe that name a folder on a disk, of which the last part is stored; neither ids nor ours."""
-    given = {key: str(facts.recipe[key]) for key in OF_OTHERS if facts.recipe.get(key)}
-    return [key for key, name in given.items() if not HUB_ID.fullmatch(name) and name not in names()]
+    """The fields of a recipe that name a folder on a disk, of which `./NAME` is stored; neither ids nor ours."""
+    return [key for key in OF_OTHERS if is_path(facts.recipe.get(key))]
+
+
+def _named(facts: CardFacts, key: str) -> str:
+    """What the card calls a model that a run takes something from."""
+    return code(without_paths(facts.recipe[key]))
 
 
 def _attention(facts: CardFacts) -> str:

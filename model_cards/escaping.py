@@ -58,9 +58,12 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(one) for key, one in value.items()}
     if isinstance(value, list):
         return [without_paths(one) for one in value]
-    if isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith(("./", "../", "~"))):
-        return PurePath(value).name
-    return value
+    return PurePath(value).name if is_path(value) else value
+
+
+def is_path(value: Any) -> bool:
+    """Return whether a value is text that says where something lies on a machine."""
+    return isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith(("./", "../", "~")))
 
 
 class PrintableFormatter(logging.Formatter):

@@ -1,7 +1,6 @@
 """The finished run as a folder that others can load: encoder, processor, card and results at its root."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import yaml
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from hf_vicreg.model_cards.card import CardFacts, model_card
+from hf_vicreg.model_cards.card import CardFacts, model_card, with_folders_named
 from hf_vicreg.modeling.modeling_vicreg import VicRegForPreTraining
 from hf_vicreg.modeling.modeling_vicreg_dual_encoder import VicRegDualEncoder
 from hf_vicreg.training.engine.encoders import ADAPTER
@@ -85,17 +84,13 @@ def export_run(
     _save(folder, exports)
     # what `hf-vicreg evaluate` has added since stays: a finished run may be resumed
     kept = {key: one for key, one in read_results(folder).items() if key == EVALUATIONS}
-    for key in ("model_name_or_path", "text_model", "teacher", "teacher_features"):
-        source = recipe.get(key)
-        if source and os.path.isabs(source):  # where it lies on this machine is nobody's business
-            recipe = recipe | {key: os.path.basename(source)}
     (folder / "README.md").write_text(
         model_card(
             CardFacts(
                 name=folder.resolve().name,
                 config=json.loads((folder / "config.json").read_text()),
                 results=results,
-                recipe=recipe,
+                recipe=with_folders_named(recipe),  # where they lie on this machine is nobody's business
                 log=read_log(folder / LOG_FILE),
                 has_second_encoder=any(one.place == SECOND for one in exports),
                 has_pretraining=True,

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from hf_vicreg.model_cards.card import OF_THE_OWNER, CardFacts, model_card
+from hf_vicreg.model_cards.card import OF_THE_OWNER, CardFacts, model_card, with_folders_named
 from hf_vicreg.model_cards.escaping import without_paths
 from hf_vicreg.model_cards.schema import HUB_ID, check_config, check_plain, check_recipe, check_results, read_checked
 from hf_vicreg.publishing.custom_code import AUTO_MAPS, write_custom_code
@@ -101,7 +101,7 @@ def stage(
     results = {}
     if (run / "results.json").exists():
         results = without_paths(read_checked(file_inside(run, "results.json"), check_results))
-    recipe = without_paths(_read_recipe(run))
+    recipe = with_folders_named(_read_recipe(run))
     parts = [""]
     if (run / SECOND / "config.json").exists():
         parts.append(SECOND)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
-from hf_vicreg.model_cards.card import CardFacts, loading_snippet, model_card
+from hf_vicreg.model_cards.card import CardFacts, loading_snippet, model_card, with_folders_named
 from hf_vicreg.model_cards.merging import OBJECTIVES, SECTIONS, merged_card
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
@@ -376,3 +376,15 @@ def test_a_start_that_others_have_is_repeated_by_the_command(name):
     assert f"the weights of `{name}`" in text
     assert "FOLDER_OF_AN_ENCODER" not in text
     assert "folder on a disk" not in text
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "teacher", "text_model"])
+def test_a_folder_is_told_from_an_id_of_the_hub_without_an_owner(key):
+    model = card_of(recipe={"batch_size": 8, key: "bert-base-uncased"})
+    assert "FOLDER_OF" not in model
+    assert "folder on a disk" not in model
+    folder = card_of(recipe=with_folders_named({"batch_size": 8, key: "/home/me/models/first"}))
+    assert f" --{key} FOLDER_OF_" in folder
+    assert "The author's `first` was a folder on a disk" in folder
+    assert "/home/me" not in folder
+    assert ModelCard(folder).data.base_model is None
