@@ -51,6 +51,7 @@ def test_no_answer_is_an_error_and_a_missing_processor_is_none(hub, load):
     assert told(load())
 
 
+@pytest.mark.slow  # two processes more; the other test has the same line from a Hub
 def test_a_cache_without_the_processor_says_nothing_offline(load):
     load.add_processor(0.1)
     load("from transformers import AutoModel; import hf_vicreg; AutoModel.from_pretrained('writer/m')")
