@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import RemoteEntryNotFoundError
-
 from hf_vicreg.training.errors import InputError
 from hf_vicreg.training.run.run_folder import RECIPE, refuse_foreign_folder
 
@@ -165,6 +162,9 @@ def lacks_processor(place: str, field: str) -> bool:
 def _lacks(place: str, file: str, field: str) -> bool:
     if os.path.isdir(place):
         return not os.path.isfile(os.path.join(place, file))
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
     if try_to_load_from_cache(place, file) is _CACHED_NO_EXIST:
         return True
     try:
