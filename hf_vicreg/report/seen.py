@@ -189,7 +189,8 @@ def map_part(run: int, space: Space, images: ReportImages) -> str:
     """Return the place that the page's script draws a map into."""
     number, everything = len(space.held_out.places), images.all_held_out
     of = f"{number:,} of {everything:,}" if number < everything else f"{number:,}"
-    of_which = " of the test split" if images.is_apart else ". There is no test split: the encoder may know them"
+    unlabelled = ". No test split with labels was found: they may be those that the encoder learned from"
+    of_which = " of the test split" if images.is_apart else unlabelled
     return f'<div class="map" data-run="{run}"></div><p class="hint">{of} images{of_which}.</p>'
 
 

@@ -277,6 +277,16 @@ def test_without_images_the_parts_that_need_them_say_so(run, tmp_path):
     assert "data:image/jpeg" not in page
 
 
+def test_a_test_split_without_labels_is_not_said_to_be_absent(run, conftest, tmp_path):
+    for split, count in (("train", 6), ("test", 4)):
+        (tmp_path / "plain" / split).mkdir(parents=True)
+        for index in range(count):
+            conftest.noise(index).save(tmp_path / "plain" / split / f"{index}.png")
+    page = write_report(run, data=str(tmp_path / "plain"), output=tmp_path / "report.html").read_text()
+    assert "6 images. No test split with labels was found: they may be those that the encoder learned from." in page
+    assert "There is no test split" not in page
+
+
 def test_a_recipe_is_not_followed_to_images(run, images, tmp_path):
     copy = copied(run, tmp_path)
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
