@@ -138,7 +138,7 @@ def evaluation_results(results: dict[str, Any], dataset: str) -> list[EvalResult
     found = []
     accuracy = (results.get("knn_accuracy") or {}).get("trained")
     if accuracy is not None:
-        name = f"{results.get('knn_neighbours') or 'k'}-NN accuracy"
+        name = f"{results.get('knn_neighbours') or 'k'}-NN accuracy, measured by the run"
         found.append(_entry(OWN_KNN, results.get("hub_dataset"), dataset, name, accuracy))
     for one in results.get("evaluations") or []:
         if labels_note(one.get("data") or {}):  # somebody's labels say nothing of the data set that is named
@@ -146,8 +146,15 @@ def evaluation_results(results: dict[str, Any], dataset: str) -> list[EvalResult
         for name, value in (one.get("metrics") or {}).items():
             if one.get("task") in METADATA_TASKS and name.startswith("accuracy") and value is not None:
                 where = (one.get("data") or {}).get("dataset") or MISSING
-                found.append(_entry(COMMANDS[one["task"]], None, where, name, value))
+                found.append(_entry(COMMANDS[one["task"]], None, where, metric_of(one["task"], name), value))
     return found
+
+
+def metric_of(task: str, name: str) -> str:
+    """Return what an accuracy is called in the metadata: the Hub puts those of all methods under one's name."""
+    if task == "knn" and name.startswith("accuracy_k"):
+        return f"{name.removeprefix('accuracy_k')}-NN accuracy"
+    return f"linear probe {name}" if task == "linear" else name  # that of a classifier is the model's own
 
 
 def _entry(task: str, dataset_id: str | None, dataset: str, name: str, value: float) -> EvalResult:

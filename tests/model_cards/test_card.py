@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_vicreg.model_cards.card import CardFacts, loading_snippet, model_card, with_folders_named
 from hf_vicreg.model_cards.merging import OBJECTIVES, SECTIONS, merged_card
+from hf_vicreg.model_cards.results import evaluation_results
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 PICTURES = ("training_curves.png", "attention_pattern.png", "neighbours.png")
@@ -178,7 +180,7 @@ def test_metadata_round_trips_through_huggingface_hub(tmp_path):
     (result,) = index["results"]
     assert index["name"] == "demo"
     assert result["dataset"] == {"type": "lab/numbers", "name": "lab/numbers"}
-    assert result["metrics"] == [{"type": "accuracy", "value": 0.925, "name": "20-NN accuracy"}]
+    assert result["metrics"] == [{"type": "accuracy", "value": 0.925, "name": "20-NN accuracy, measured by the run"}]
     assert "datasets" not in ModelCard(card_of()).data.to_dict()  # `digits` is no data set of the Hub's
 
 
@@ -388,3 +390,21 @@ def test_a_folder_is_told_from_an_id_of_the_hub_without_an_owner(key):
     assert "The author's `first` was a folder on a disk" in folder
     assert "/home/me" not in folder
     assert ModelCard(folder).data.base_model is None
+
+
+def test_accuracies_of_several_methods_are_told_apart_in_the_metadata():
+    """The Hub groups them by task and data set, and keeps the name of the first alone."""
+    data = {"dataset": "set", "num_test": 10, "num_train": 20}
+    found = [
+        ("knn", {"accuracy_k20": 0.5}),
+        ("linear", {"accuracy": 0.6}),
+        ("finetune_classification", {"accuracy": 0.7}),
+    ]
+    evaluations = [{"task": task, "metrics": metrics, "data": data} for task, metrics in found]
+    index = eval_results_to_model_index("m", evaluation_results({"evaluations": evaluations}, "set"))
+    metrics = [one for result in index[0]["results"] for one in result["metrics"]]
+    assert {one["name"]: one["value"] for one in metrics} == {
+        "20-NN accuracy": 0.5,
+        "linear probe accuracy": 0.6,
+        "accuracy": 0.7,
+    }
