@@ -34,8 +34,10 @@ cifar10_cpu_long)
         --expander_warmup_ratio 0.04 --knn_every_epochs 2 --output_dir "$here/second" "$@"
     pretrain "$CIFAR10" --config cifar10_cpu_long --model_name_or_path "$here/second" --num_train_epochs 9 --learning_rate 1e-3 \
         --expander_warmup_ratio 0.04 --knn_every_epochs 3 --seed 1 --output_dir "$here/third" "$@"
+    pretrain "$CIFAR10" --config cifar10_cpu_long --model_name_or_path "$here/third" --num_train_epochs 8 --learning_rate 1e-3 \
+        --expander_warmup_ratio 0.04 --knn_every_epochs 4 --seed 2 --output_dir "$here/fourth" "$@"
     for what in knn linear; do
-        "$PYTHON" -m hf_vicreg.cli evaluate "$what" "$here/third" --dataset_name "$CIFAR10"
+        "$PYTHON" -m hf_vicreg.cli evaluate "$what" "$here/fourth" --dataset_name "$CIFAR10"
     done ;;
 student)
     images CIFAR10
