@@ -208,7 +208,7 @@ def test_a_pretrained_text_side_is_taken_frozen_and_said(data, flags, tmp_path, 
         "begins with the weights of",
     ):
         assert said in caplog.text
-    assert "text_model: source" in (tmp_path / "run" / "README.md").read_text()
+    assert "text_model: ./source" in (tmp_path / "run" / "README.md").read_text()
     # the other side: an encoder of a run's own, by its folder
     run = pretrain(
         out=tmp_path / "warm",
