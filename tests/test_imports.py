@@ -20,6 +20,8 @@ def imports_of(path):
             yield from ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.level, node.module
+            if not node.level and node.module == "hf_vicreg.training":  # `from hf_vicreg.training import tasks`
+                yield from ((0, f"{node.module}.{alias.name}") for alias in node.names)
 
 
 @pytest.mark.parametrize("path", MODELING, ids=lambda path: path.stem)

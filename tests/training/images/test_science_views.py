@@ -83,7 +83,8 @@ def test_noise_is_normal_keyed_and_kept_within_the_range():
     # of 40,000 numbers: mean and variance within five of their own deviations
     assert abs(float(noise.mean())) < 5 / 200
     assert abs(float(noise.var()) - 1) < 5 * math.sqrt(2) / 200
-    assert abs(float((noise.abs() < 1).float().mean()) - 0.6827) < 0.1  # pixels: the filter is cut into taps
+    assert abs(float((noise.abs() < 1).float().mean()) - 0.6827) < 5 * 0.4654 / 200
+    assert abs(float((noise.abs() > 3).float().mean()) - 0.0027) < 5 * 0.0519 / 200
     assert abs(float((noise[0] * noise[1]).mean())) < 5 / 100  # channels have their own
     again = normal_like(images[:1], torch.tensor([3.0]))
     assert torch.equal(again, normal_like(images, torch.tensor([9.0, 3.0]))[1:])
