@@ -15,8 +15,12 @@ from hf_vicreg.training.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# SigLIP's text models pool the last token, padding or not: each text has the length they were trained on
+# SigLIP's text models pool the last token, padding or not: each text has the length they were trained on, and no mask
 FIXED_LENGTHS = {"siglip_text_model": 64, "siglip2_text_model": 64}
+# of RoBERTa's family the first position is that behind padding's number
+POSITIONS_AFTER_PADDING = frozenset(
+    ("camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta")
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Captions:
         longest = self.length or max(len(one) for one in tokens)
         pad = self.tokenizer.pad_token_id
         ids = [one + [pad] * (longest - len(one)) for one in tokens]
-        mask = [[1] * len(one) + [0] * (longest - len(one)) for one in tokens]
+        seen = [longest if self.length else len(one) for one in tokens]
+        mask = [[1] * one + [0] * (longest - one) for one in seen]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
@@ -106,7 +111,10 @@ def tokenised(
         config: The text encoder's.
         limit: Longest text in tokens; longer ones are cut.
     """
-    most = [limit, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or limit]
+    positions = getattr(config, "max_position_embeddings", None) or limit
+    if config.model_type in POSITIONS_AFTER_PADDING:
+        positions -= (config.pad_token_id or 0) + 1
+    most = [limit, tokenizer.model_max_length, positions]
     length = FIXED_LENGTHS.get(config.model_type)
     flat = [one for row in texts for one in row]
     ids = iter(tokenizer(flat, truncation=True, max_length=length or min(most))["input_ids"])

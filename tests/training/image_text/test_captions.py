@@ -4,10 +4,11 @@ import random
 
 import datasets
 import pytest
-from transformers import BertConfig, DistilBertConfig
+from transformers import AutoConfig, AutoModel, BertConfig, DistilBertConfig, SiglipTextConfig
+from transformers.models.auto import CONFIG_MAPPING
 
 from hf_vicreg.training.errors import InputError
-from hf_vicreg.training.texts.captions import read_captions, tokenised
+from hf_vicreg.training.texts.captions import POSITIONS_AFTER_PADDING, read_captions, tokenised
 from hf_vicreg.training.texts.tokenizer import build_tokenizer, check_vocabulary, load_tokenizer, run_tokenizer
 
 TEXTS = [["a red wall"], ["a blue, very blue wall", "eine blaue Wand"], ["猫が二匹 🐈"]]
@@ -74,3 +75,28 @@ def test_a_tokenizer_has_to_go_with_its_model(tmp_path, caplog):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="expected a tokenizer with a padding token"):
         load_tokenizer(str(tmp_path), "text_model")
+
+
+@pytest.mark.parametrize("kind", sorted(POSITIONS_AFTER_PADDING & set(CONFIG_MAPPING)))
+def test_the_longest_text_has_positions_enough(kind):
+    """Those of RoBERTa's family begin behind that of padding."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = AutoConfig.for_model(kind, **sizes, vocab_size=300, max_position_embeddings=24)
+    if kind == "longformer":
+        config.attention_window = [4]
+    texts = [["a b c d e f g h i j k l m n o p q r s t u v w x y z"]]
+    tokenizer = run_tokenizer(None, None, config, texts)
+    captions = tokenised(texts, tokenizer, config, 64)
+    assert len(captions.tokens[0][0]) < 24
+    batch = captions.batch(captions.tokens[0])
+    assert AutoModel.from_config(config)(**batch).last_hidden_state.isfinite().all()
+
+
+def test_a_siglip_text_is_given_as_it_was_trained():
+    """At one length, and padding is looked at like any other token."""
+    config = SiglipTextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=300)
+    tokenizer = build_tokenizer(["a red wall"], 300, 1)
+    captions = tokenised([["a red wall"]], tokenizer, config, 16)
+    batch = captions.batch(captions.tokens[0])
+    assert {name: tuple(one.shape) for name, one in batch.items()} == dict.fromkeys(batch, (1, 64))
+    assert batch["attention_mask"].all()

@@ -54,6 +54,9 @@ def evaluate_few_labels(model: str, arguments: FewLabelsArguments) -> dict[str, 
     draws = {(text, seed): evaluation.train.draw(amount, seed) for text, amount in amounts.items() for seed in seeds}
     features = evaluation.features() if "linear" in arguments.methods else None
     accelerator = classifier_accelerator(model, arguments.mixed_precision) if tuned else None
+    if tuned:
+        count = len(tuned) * len(draws)
+        logger.info("%d fine-tunings of up to %s steps; --methods linear does without", count, arguments.max_steps)
     runs: list[dict[str, Any]] = []
     for method in arguments.methods:
         for (text, seed), indices in draws.items():
