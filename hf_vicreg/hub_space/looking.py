@@ -147,9 +147,8 @@ def opened(encoded: bytes) -> Image.Image:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
             if picture.width * picture.height <= MAX_PIXELS:
                 upright = ImageOps.exif_transpose(picture)
-                if upright.mode.startswith(
-                    "I"
-                ):  # 16 bits keep their upper 8, as in training: Pillow clips them at 255
+                if upright.mode.startswith("I"):
+                    # 16 bits keep their upper 8, as in training: Pillow clips them at 255
                     numbers = torch.frombuffer(bytearray(upright.convert("I").tobytes()), dtype=torch.int32)
                     upper = (numbers >> 8).clamp(0, 255).to(torch.uint8)
                     upright = Image.frombytes("L", upright.size, upper.numpy().tobytes())

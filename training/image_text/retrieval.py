@@ -27,11 +27,11 @@ def retrieval_figures(
         owners: `(texts,)` int64, the image of each caption; every image has one at least.
         wordings: `(texts,)` int64, the same number for the same text (`numbered`); default: all texts differ.
     """
-    found = {}
-    own = _own(len(images), owners, wordings)
+    found, each = {}, torch.arange(len(images))
+    wordings = torch.arange(len(owners)) if wordings is None else wordings
     for name, ranks in (
-        ("image_to_text", _ranks(images, texts, own)),
-        ("text_to_image", _ranks(texts, images, own.T)),
+        ("image_to_text", _ranks(images, texts, each, wordings, owners, wordings)),
+        ("text_to_image", _ranks(texts, images, wordings, each, wordings, owners)),
     ):
         for count in RECALLS:
             found[f"{name}_recall_{count}"] = (ranks <= count).double().mean().item()
@@ -45,18 +45,23 @@ def numbered(texts: Sequence[str]) -> torch.Tensor:
     return torch.tensor([known.setdefault(one, len(known)) for one in texts], dtype=torch.int64)
 
 
-def _own(num_images: int, owners: torch.Tensor, wordings: torch.Tensor | None) -> torch.Tensor:
-    """Return whether an image has a caption, `(images, texts)` bool."""
-    wordings = torch.arange(len(owners)) if wordings is None else wordings
-    has = torch.zeros(num_images, int(wordings.max()) + 1, dtype=torch.bool)
-    has[owners, wordings] = True
-    return has[:, wordings]
-
-
-def _ranks(queries: torch.Tensor, bank: torch.Tensor, is_own: torch.Tensor) -> torch.Tensor:
+def _ranks(
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    query_keys: torch.Tensor,
+    bank_keys: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    """Return the rank of each query's best own row: of those whose keys are joined by `starts` and `ends`."""
     ranks = []
     for some, cosines in exact_cosines(bank, queries):
-        own = is_own[some]
+        keys, places = query_keys[some].unique(return_inverse=True)
+        at = torch.searchsorted(keys, starts).clamp(max=len(keys) - 1)
+        joined = keys[at] == starts
+        reached = torch.zeros(len(keys), int(bank_keys.max()) + 1, dtype=torch.bool)
+        reached[at[joined], ends[joined]] = True
+        own = reached[places][:, bank_keys]
         best = cosines.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
         ranks.append(1 + ((cosines >= best) & ~own).sum(1))
     return torch.cat(ranks)
@@ -64,16 +69,20 @@ def _ranks(queries: torch.Tensor, bank: torch.Tensor, is_own: torch.Tensor) -> t
 
 def chance(num_images: int, owners: torch.Tensor, wordings: torch.Tensor | None = None) -> dict[str, float]:
     """Return recall at 10 of a blind search; arguments as of `retrieval_figures`."""
-    own = _own(num_images, owners, wordings)
-    return {"image_to_text_recall_10": _blind(own), "text_to_image_recall_10": _blind(own.T)}
+    wordings = torch.arange(len(owners)) if wordings is None else wordings
+    images, words = torch.stack([owners, wordings]).unique(dim=1)
+    captions = torch.zeros(num_images, dtype=torch.int64).index_add_(0, images, wordings.bincount()[words])
+    return {
+        "image_to_text_recall_10": _blind(captions, len(owners)),
+        "text_to_image_recall_10": _blind(words.bincount()[wordings], num_images),
+    }
 
 
-def _blind(is_own: torch.Tensor) -> float:
-    """Return how likely one of ten that are drawn is one's own, the mean over the queries."""
-    total = is_own.shape[1]
+def _blind(counts: torch.Tensor, total: int) -> float:
+    """Return how likely one of ten that are drawn of `total` is one of so many, the mean over the queries."""
     drawn = min(RECALLS[-1], total)
-    counts = is_own.sum(1).tolist()
-    return sum(1 - math.comb(total - own, drawn) / math.comb(total, drawn) for own in counts) / len(counts)
+    missed = {count: math.comb(total - count, drawn) / math.comb(total, drawn) for count in set(counts.tolist())}
+    return sum(1 - missed[count] for count in counts.tolist()) / len(counts)
 
 
 def zero_shot_predictions(images: torch.Tensor, texts: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -2,13 +2,10 @@
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# what launchers call it: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 
 def usable_cores() -> int:
@@ -21,13 +18,11 @@ def usable_cores() -> int:
 
 
 def local_processes() -> int:
-    """Return how many processes of the run share this machine, as the launcher says it."""
-    for name in LOCAL_SIZES:
-        if os.environ.get(name, "").isdigit():
-            return max(1, int(os.environ[name]))
-    # SLURM says `4` or, for several machines, `4(x2),3`; without ranks its tasks are not one run
-    tasks = re.match(r"\d+", os.environ.get("SLURM_TASKS_PER_NODE", ""))
-    return max(1, int(tasks[0])) if tasks and int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
+    """Return how many processes of the run share what this one may use, as torchrun and accelerate say it.
+
+    SLURM's and MPI's own counts do not say so: their tasks may each be bound to cores and a GPU of their own.
+    """
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def cpu_quotas(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> list[float]:

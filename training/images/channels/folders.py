@@ -21,6 +21,8 @@ from hf_vicreg.training.run.places import IMAGE_SUFFIXES, SCIENCE_SUFFIXES, TIFF
 logger = logging.getLogger(__name__)
 
 PAGES_COUNTED = 4096  # files at most that are opened to see whether any holds several images; then all are
+OPENED_AT_ONCE = TIFF | {".npy", ".zarr"}  # suffixes of what opens without being decoded
+PAGED = OPENED_AT_ONCE | {".dcm"}  # of what may hold several images
 
 
 def channel_folder(
@@ -99,7 +101,8 @@ def _spread_out(source: ChannelSource, window: int | None) -> ChannelSource:
     """Return a source of single images and windows where a file holds several, else the source as it is."""
     assert source.paths is not None
     every = window is not None or source.pages == "images"
-    looked_at = range(len(source)) if every else source._spread(PAGES_COUNTED)
+    quick = (one for one in source._spread(PAGES_COUNTED) if _suffix(source, one) in OPENED_AT_ONCE)
+    looked_at = range(len(source)) if every else sorted({*source.sampled(), *quick})
     count = partial(_boxes, source, window)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         found = list(threads.map(count, looked_at))
@@ -112,11 +115,15 @@ def _spread_out(source: ChannelSource, window: int | None) -> ChannelSource:
     return replace(source, items=items, length=len(items))
 
 
+def _suffix(source: ChannelSource, file: int) -> str:
+    assert source.paths is not None
+    return os.path.splitext(source.paths[file])[1].lower()
+
+
 def _boxes(source: ChannelSource, window: int | None, file: int) -> list[tuple[int, ...]]:
     """Return (image, left, top, right, bottom) of all that a file holds; one of zeros if it is one or unreadable."""
     assert source.paths is not None
-    suffix = os.path.splitext(source.paths[file])[1].lower()
-    if window is None and suffix in IMAGE_SUFFIXES - TIFF:
+    if window is None and _suffix(source, file) not in PAGED:
         return [(0, 0, 0, 0, 0)]
     try:
         opened = open_channels(source.paths[file], source.num_channels, source.pages, lazy=True)
